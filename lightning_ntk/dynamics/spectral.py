@@ -1,0 +1,103 @@
+r"""Closed forms: the filter :math:`\phi_t(\lambda)` that training applies to one mode of the kernel.
+
+With the kernel's eigenvectors U and the residual r = f0 - Y, the linearised network trained on a squared loss has
+:math:`w_t = w_0 - J^\top U \phi_t(\lambda) U^\top r` and predictions :math:`f_t = f_0 - U \lambda \phi_t(\lambda) U^\top r`.
+The rate `eta = lr * c` is the learning rate times the measured factor of the loss.
+"""
+
+import torch
+from torch import Tensor
+
+
+def gradient_descent_filter(eigenvalues: Tensor, rate: float, steps: float) -> Tensor:
+    r""":math:`\phi_t(\lambda) = (1 - (1 - \eta\lambda)^t) / \lambda`, with the limit :math:`\eta t` at zero.
+
+    Computed through `expm1` and `log1p`: the textbook form loses all digits where :math:`\eta\lambda` is small. Negative
+    eigenvalues, which only rounding makes, count as zero.
+
+    Args:
+        eigenvalues: Eigenvalues of the kernel, any shape, float64.
+        rate: eta, the learning rate times the loss factor.
+        steps: t, the number of optimizer steps.
+
+    Returns:
+        The filter, of the shape of the eigenvalues. It grows without bound in `steps` where eta * eigenvalue > 2.
+
+    Raises:
+        ValueError: If `steps` is negative or no whole number.
+
+    Example:
+        >>> gradient_descent_filter(torch.tensor([0.0, 0.5, 1.0, 1.5], dtype=torch.float64), rate=1.0, steps=2)
+        tensor([2.0000, 1.5000, 1.0000, 0.5000], dtype=torch.float64)
+    """
+    if steps != int(steps) or steps < 0:
+        raise ValueError(f"Expected argument `t` to be a whole number of optimizer steps, at least 0, but got {steps}.")
+    eigenvalues = eigenvalues.clamp_min(0)
+    x = rate * eigenvalues
+    below = -torch.expm1(steps * torch.log1p(-x.clamp_max(1)))  # log1p(-1) = -inf serves x = 1, but 0 * inf is nan
+    sign = -1.0 if steps % 2 else 1.0
+    above = 1 - sign * torch.exp(steps * torch.log(x.clamp_min(1) - 1))
+    decayed = torch.where(x < 1, below, above) if steps else torch.zeros_like(x)
+    return _divide(decayed, eigenvalues, limit=rate * steps)
+
+
+def gradient_flow_filter(eigenvalues: Tensor, time: float) -> Tensor:
+    r""":math:`\phi_t(\lambda) = (1 - e^{-\eta t\lambda}) / \lambda`, with the limit :math:`\eta t` at zero.
+
+    Args:
+        eigenvalues: Eigenvalues of the kernel, any shape, float64.
+        time: eta * t, the sum of the rates of all steps.
+
+    Returns:
+        The filter, of the shape of the eigenvalues.
+
+    Raises:
+        ValueError: If `time` is negative.
+    """
+    if time < 0:
+        raise ValueError(f"Expected argument `t` to be at least 0 but got a time of {time}.")
+    eigenvalues = eigenvalues.clamp_min(0)
+    return _divide(-torch.expm1(-time * eigenvalues), eigenvalues, limit=time)
+
+
+def minimum_norm_filter(eigenvalues: Tensor, cutoff: float) -> Tensor:
+    r""":math:`\phi_\infty(\lambda) = 1/\lambda` above the cutoff and 0 below: the minimum-norm solution.
+
+    Args:
+        eigenvalues: Eigenvalues of the kernel, any shape, float64.
+        cutoff: Largest eigenvalue that counts as zero.
+
+    Returns:
+        The filter, of the shape of the eigenvalues.
+    """
+    kept = eigenvalues > cutoff
+    return torch.where(kept, 1 / torch.where(kept, eigenvalues, 1), 0)
+
+
+class GradientFlow:
+    """Full-batch gradient flow, whose time is the sum of the learning rates really used.
+
+    Args:
+        eigenvalues: Eigenvalues of the kernel, `(m,)` in float64.
+        factor: c, the measured factor of the loss.
+    """
+
+    def __init__(self, eigenvalues: Tensor, factor: float) -> None:
+        self._eigenvalues = eigenvalues
+        self._factor = factor
+        self._time = 0.0
+
+    def step(self, lr: float) -> None:
+        """One optimizer step with this learning rate."""
+        self._time += lr * self._factor
+
+    @property
+    def filter(self) -> Tensor:
+        """The filter of the time so far, `(m,)`."""
+        return gradient_flow_filter(self._eigenvalues, self._time)
+
+
+def _divide(numerator: Tensor, eigenvalues: Tensor, limit: float) -> Tensor:
+    # Below the smallest normal number the quotient itself would round to something else than its limit.
+    positive = eigenvalues > torch.finfo(eigenvalues.dtype).tiny
+    return torch.where(positive, numerator / torch.where(positive, eigenvalues, 1), limit)

@@ -1,0 +1,133 @@
+"""Products with the Jacobian J of all outputs on a whole data set, at frozen weights.
+
+J has N K rows, in sample-major order (row n K + k), and P columns.
+"""
+
+from collections.abc import Iterator, Mapping
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from lightning_ntk.linearization import Linearization, Tensors
+from lightning_ntk.progress import track
+from lightning_ntk.reference import Batch, Reference
+
+
+class Jacobian(Protocol):
+    """What the dynamics need of J, however it is held."""
+
+    def jvp(self, tangent: Mapping[str, Tensor]) -> Tensor:
+        """J v, `(N, K)` in float64, for a tangent with the names and shapes of the parameters."""
+
+    def vjp(self, cotangents: Tensor) -> Tensors:
+        """J^T u for cotangents `(T, N, K)`: for every parameter a float64 tensor `(T, *shape)`."""
+
+
+class StreamedJacobian:
+    """J through passes over minibatches: memory O(P + N K), and J is never stored.
+
+    Every pass recomputes the predictions as a by-product and compares them with those of the capture, so that data which
+    changed order or content cannot give a plausible wrong answer.
+
+    Args:
+        linearization: The network at its captured weights.
+        reference: The data set.
+        predictions: The outputs at capture, `(N, K)`.
+        progress: Whether passes show a progress bar.
+    """
+
+    def __init__(
+        self, linearization: Linearization, reference: Reference, predictions: Tensor, *, progress: bool = False
+    ) -> None:
+        self.linearization = linearization
+        self.reference = reference
+        self.predictions = predictions
+        self.progress = progress
+
+    def jvp(self, tangent: Mapping[str, Tensor]) -> Tensor:
+        """J v, `(N, K)` in float64: one forward-mode pass."""
+        product = torch.empty_like(self.predictions, dtype=wide_dtype(self.predictions.device))
+        outputs = torch.empty_like(self.predictions)
+        for batch in self._stream("Jacobian-vector product"):
+            outputs[batch.rows], product[batch.rows] = self.linearization.predict_and_jvp(tangent, batch.inputs)
+        self._compare(outputs)
+        return product
+
+    def vjp(self, cotangents: Tensor) -> Tensors:
+        """J^T u for cotangents `(T, N, K)`: one forward and T backward passes, results `(T, *shape)` in float64."""
+        params = self.linearization.params
+        wide = wide_dtype(self.linearization.device)
+        sums = {name: p.new_zeros((len(cotangents), *p.shape), dtype=wide) for name, p in params.items()}
+        cotangents = cotangents.to(self.linearization.device)
+        outputs = torch.empty_like(self.predictions)
+        for batch in self._stream("vector-Jacobian product"):
+            outputs[batch.rows], gradients = self.linearization.predict_and_vjp(cotangents[:, batch.rows], batch.inputs)
+            for index, gradient in enumerate(gradients):
+                for name, value in gradient.items():
+                    sums[name][index] += value
+        self._compare(outputs)
+        return sums
+
+    def _stream(self, description: str) -> Iterator[Batch]:
+        return track(self.reference.batches(), description, total=self.reference.num_batches, enabled=self.progress)
+
+    def _compare(self, outputs: Tensor) -> None:
+        if not close(outputs, self.predictions):
+            sample = int((outputs - self.predictions).abs().amax(1).argmax())
+            raise RuntimeError(
+                f"The predictions at the initial weights are not those of the capture, most of all for sample {sample}: "
+                "the reference data changed its content or order in between, or the network is not deterministic."
+            )
+
+
+class StoredJacobian:
+    """J kept in memory, for small models: N K P numbers.
+
+    Args:
+        blocks: For every parameter the Jacobian `(N, K, *shape)`.
+    """
+
+    def __init__(self, blocks: Tensors) -> None:
+        self.blocks = blocks
+
+    def jvp(self, tangent: Mapping[str, Tensor]) -> Tensor:
+        """J v, `(N, K)` in float64."""
+        products = [
+            (block.flatten(2) @ tangent[name].to(block).reshape(-1)).to(wide_dtype(block.device))
+            for name, block in self.blocks.items()
+        ]
+        return torch.stack(products).sum(0)
+
+    def vjp(self, cotangents: Tensor) -> Tensors:
+        """J^T u for cotangents `(T, N, K)`, results `(T, *shape)` in float64."""
+        return {
+            name: (cotangents.flatten(1).to(block) @ block.flatten(2).flatten(0, 1))
+            .reshape(len(cotangents), *block.shape[2:])
+            .to(wide_dtype(block.device))
+            for name, block in self.blocks.items()
+        }
+
+
+def predict(
+    linearization: Linearization,
+    reference: Reference,
+    *,
+    params: Mapping[str, Tensor] | None = None,
+    progress: bool = False,
+) -> Tensor:
+    """Outputs of the network on all of a data set, `(N, K)`, at the captured weights or at `params`."""
+    params = linearization.params if params is None else params
+    batches = track(reference.batches(), "predictions", total=reference.num_batches, enabled=progress)
+    return torch.cat([linearization.predict_at(params, batch.inputs) for batch in batches])
+
+
+def close(actual: Tensor, expected: Tensor, *, roundings: float = 1e4) -> bool:
+    """Whether outputs agree up to rounding, relative to the largest of them."""
+    scale = expected.abs().max().clamp_min(torch.finfo(expected.dtype).tiny)
+    return bool((actual - expected).abs().max() <= roundings * torch.finfo(expected.dtype).eps * scale)
+
+
+def wide_dtype(device: torch.device) -> torch.dtype:
+    """The type in which sums over batches are kept: float64 where the device has it."""
+    return torch.float32 if device.type == "mps" else torch.float64

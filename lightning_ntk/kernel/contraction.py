@@ -1,0 +1,111 @@
+"""The kernel of any module: per-sample Jacobians by vmap over vector-Jacobian products, contracted block by block.
+
+This is the plain reference for every faster rule. Its cost is that of the products J1 J2^T, 2 (N1 K) (N2 K) P operations.
+"""
+
+import torch
+from torch import Tensor
+from torch.func import jacrev, vmap
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils import _pytree as pytree
+
+from lightning_ntk.isolation import isolated_pass
+from lightning_ntk.linearization import Linearization, Tensors
+from lightning_ntk.progress import track
+from lightning_ntk.reference import Reference
+
+# Samples whose activations, K times each, are held at once while their Jacobians are made.
+_VMAP_CHUNK = 32
+
+
+def sample_jacobians(linearization: Linearization, inputs: object) -> Tensors:
+    """The Jacobian of every sample of a batch, `(B, K, *shape)` for every parameter.
+
+    Operations that vmap does not support are differentiated sample by sample, K backward passes each.
+    """
+    inputs = linearization.convert(inputs)
+    leaves, structure = pytree.tree_flatten(inputs)
+    in_dims = tuple(0 if isinstance(leaf, Tensor) else None for leaf in leaves)
+
+    def jacobian(*sample: object) -> Tensors:
+        batch_of_one = [leaf.unsqueeze(0) if isinstance(leaf, Tensor) else leaf for leaf in sample]
+        rebuilt = pytree.tree_unflatten(batch_of_one, structure)
+        return jacrev(lambda params: linearization.forward(params, rebuilt).squeeze(0))(linearization.params)
+
+    with isolated_pass(linearization.module, linearization.device.type), sdpa_kernel(SDPBackend.MATH):
+        try:
+            return dict(vmap(jacobian, in_dims, chunk_size=_VMAP_CHUNK)(*leaves))
+        except (RuntimeError, NotImplementedError) as error:
+            if isinstance(error, torch.OutOfMemoryError):
+                raise
+    return _row_by_row(linearization, leaves, structure)
+
+
+def _row_by_row(linearization: Linearization, leaves: list[object], structure: pytree.TreeSpec) -> Tensors:
+    batch = next(leaf.shape[0] for leaf in leaves if isinstance(leaf, Tensor))
+    samples = []
+    for index in range(batch):
+        sample = [leaf[index : index + 1] if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+        rebuilt = pytree.tree_unflatten(sample, structure)
+        classes = linearization.predict(rebuilt).shape[1]
+        basis = torch.eye(classes, dtype=linearization.dtype, device=linearization.device).unsqueeze(1)
+        rows = linearization.predict_and_vjp(basis, rebuilt)[1]
+        samples.append({name: torch.stack([row[name] for row in rows]) for name in linearization.params})
+    return {name: torch.stack([sample[name] for sample in samples]) for name in linearization.params}
+
+
+def contract(first: Tensors, second: Tensors) -> Tensor:
+    """J1 J2^T for Jacobians `(B1, K, *shape)` and `(B2, K, *shape)` of every parameter: `(B1 K, B2 K)`."""
+    total: Tensor | None = None
+    for name, block in first.items():
+        rows, columns = block.flatten(0, 1).flatten(1), second[name].flatten(0, 1).flatten(1)
+        total = rows @ columns.T if total is None else total.addmm_(rows, columns.T)
+    assert total is not None
+    return total
+
+
+def contraction_kernel(
+    linearization: Linearization,
+    rows: Reference,
+    columns: Reference | None,
+    *,
+    num_outputs: int,
+    memory_limit: int,
+    progress: bool = False,
+) -> Tensor:
+    """The kernel between two data sets, or of one with itself (half of the blocks computed, the others mirrored).
+
+    Args:
+        linearization: The network.
+        rows: The first data set, N1 samples.
+        columns: The second one, N2 samples, or None for the first one again.
+        num_outputs: K.
+        memory_limit: Bytes for the Jacobians of two blocks of samples.
+        progress: Whether to show a progress bar.
+
+    Returns:
+        The kernel `(N1 K, N2 K)`, in the type of the passes.
+    """
+    symmetric = columns is None
+    columns = rows if columns is None else columns
+    jacobian_size = num_outputs * linearization.num_parameters * linearization.dtype.itemsize
+    size = max(1, min(memory_limit // (2 * jacobian_size), len(rows), len(columns)))
+    kernel = torch.empty(
+        len(rows) * num_outputs, len(columns) * num_outputs, dtype=linearization.dtype, device=linearization.device
+    )
+    blocks = [
+        (i, j) for i in range(0, len(rows), size) for j in range(0, len(columns), size) if not symmetric or i <= j
+    ]
+    held: tuple[int, Tensors] | None = None
+    for i, j in track(blocks, "kernel by contraction", enabled=progress):
+        if held is None or held[0] != i:
+            held = None  # freed before the next block is made
+            held = (i, sample_jacobians(linearization, rows.read(i, i + size).inputs))
+        first = held[1]
+        second = first if symmetric and i == j else sample_jacobians(linearization, columns.read(j, j + size).inputs)
+        block = contract(first, second)
+        at_row, at_column = i * num_outputs, j * num_outputs
+        kernel[at_row : at_row + block.shape[0], at_column : at_column + block.shape[1]] = block
+        if symmetric and i != j:
+            kernel[at_column : at_column + block.shape[1], at_row : at_row + block.shape[0]] = block.T
+    return kernel

@@ -1,0 +1,89 @@
+"""The empirical neural tangent kernel between two data sets."""
+
+from collections.abc import Mapping
+from typing import Literal
+
+from torch import Tensor, nn
+
+from lightning_ntk.kernel.contraction import contraction_kernel
+from lightning_ntk.linearization import Linearization, Predict
+from lightning_ntk.memory import available_memory, format_bytes
+from lightning_ntk.reference import Data, Reference, Unpack
+
+# Share of the free memory that the Jacobians of the blocks at work may take.
+_DEFAULT_MEMORY_SHARE = 0.25
+
+
+def empirical_ntk(
+    module: nn.Module,
+    x1: Data,
+    x2: Data | None = None,
+    *,
+    params: Mapping[str, Tensor] | None = None,
+    predict: Predict | None = None,
+    unpack: Unpack | None = None,
+    method: Literal["auto", "contraction"] = "auto",
+    batch_size: int = 256,
+    memory_limit: int | None = None,
+    progress: bool = False,
+) -> Tensor:
+    r"""The empirical neural tangent kernel :math:`\Theta = J(x_1) J(x_2)^\top` (Jacot et al., 2018).
+
+    Rows and columns are in sample-major order: row `n * K + k` belongs to output k of sample n.
+
+    Args:
+        module: The network, left as it is.
+        x1: The first data set: a tensor of inputs, a tuple `(inputs, target)`, a Dataset or a DataLoader (in the order of
+            its data set). Targets are not used.
+        x2: The second data set. Default: the first one again, with half of the work.
+        params: Weights to evaluate at, with the names of `module.named_parameters()`. Default: the module's own.
+        predict: Maps `(module, inputs)` to outputs `(B, K)`. Default: `module(inputs)`.
+        unpack: Maps one batch of a data set to `(inputs, target)`. Default: batches that are such pairs already.
+        method: "contraction" multiplies per-sample Jacobians, for any network; "auto" chooses the fastest method.
+        batch_size: Samples in one forward pass.
+        memory_limit: Bytes that may be used besides the kernel itself. Default: a quarter of the free memory.
+        progress: Whether to show a progress bar.
+
+    Returns:
+        The kernel, `(N1 * K, N2 * K)`, in the floating-point type and on the device of the parameters.
+
+    Raises:
+        ValueError: If the data, the module or `params` cannot be used; the message says why.
+        MemoryError: If the kernel does not fit into memory.
+
+    Example:
+        >>> inputs = torch.tensor([[1.0, 2.0], [0.0, 1.0]])
+        >>> empirical_ntk(torch.nn.Linear(2, 1, bias=False), inputs)
+        tensor([[5., 2.],
+                [2., 1.]])
+    """
+    linearization = Linearization(module, predict=predict, params=params)
+    rows = Reference(x1, batch_size=batch_size, unpack=unpack)
+    columns = None if x2 is None else Reference(x2, batch_size=batch_size, unpack=unpack)
+    return compute_kernel(linearization, rows, columns, method=method, memory_limit=memory_limit, progress=progress)
+
+
+def compute_kernel(
+    linearization: Linearization,
+    rows: Reference,
+    columns: Reference | None = None,
+    *,
+    method: str = "auto",
+    memory_limit: int | None = None,
+    progress: bool = False,
+) -> Tensor:
+    """`empirical_ntk` of a linearization, `(N1 K, N2 K)`."""
+    if method not in ("auto", "contraction"):
+        raise ValueError(f'Expected argument `method` to be "auto" or "contraction" but got {method!r}.')
+    num_outputs = linearization.predict(rows.read(0, 1).inputs).shape[1]
+    size = len(rows) * len(columns or rows) * num_outputs**2 * linearization.dtype.itemsize
+    free = available_memory(linearization.device)
+    if size > free:
+        raise MemoryError(
+            f"The kernel of {len(rows)} x {len(columns or rows)} samples with {num_outputs} outputs needs {format_bytes(size)} "
+            f"but {format_bytes(free)} are free. Use fewer samples."
+        )
+    limit = int(_DEFAULT_MEMORY_SHARE * (free - size)) if memory_limit is None else memory_limit
+    return contraction_kernel(
+        linearization, rows, columns, num_outputs=num_outputs, memory_limit=limit, progress=progress
+    )
