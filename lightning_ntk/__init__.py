@@ -1,9 +1,10 @@
 """How far a network's weights leave the path of its linearisation, the neural-tangent-kernel regime."""
 
+from lightning_ntk.callback import LinearizationMonitor
 from lightning_ntk.kernel import empirical_ntk
 from lightning_ntk.linearization import Linearization
 from lightning_ntk.training import LinearizedTraining
 
 __version__ = "0.1.0"
 
-__all__ = ["Linearization", "LinearizedTraining", "empirical_ntk"]
+__all__ = ["Linearization", "LinearizationMonitor", "LinearizedTraining", "empirical_ntk"]

@@ -337,7 +337,7 @@ class LinearizedTraining:
 
 def require_choice(name: str, value: object, choices: object) -> None:
     """Raises a ValueError if a string argument is none of the values of a Literal."""
-    allowed = get_args(choices)
+    allowed = [v for c in get_args(choices) for v in (get_args(c) or [c])]
     if value not in allowed:
         raise ValueError(f"Expected argument `{name}` to be one of {', '.join(map(repr, allowed))} but got {value!r}.")
 

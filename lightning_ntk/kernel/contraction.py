@@ -3,6 +3,8 @@
 This is the plain reference for every faster rule. Its cost is that of the products J1 J2^T, 2 (N1 K) (N2 K) P operations.
 """
 
+import warnings
+
 import torch
 from torch import Tensor
 from torch.func import jacrev, vmap
@@ -34,11 +36,17 @@ def sample_jacobians(linearization: Linearization, inputs: object) -> Tensors:
 
     with isolated_pass(linearization.module, linearization.device.type), sdpa_kernel(SDPBackend.MATH):
         try:
-            return dict(vmap(jacobian, in_dims, chunk_size=_VMAP_CHUNK)(*leaves))
+            jacobians: Tensors = vmap(jacobian, in_dims, chunk_size=_VMAP_CHUNK)(*leaves)
+        except torch.OutOfMemoryError:
+            raise
         except (RuntimeError, NotImplementedError) as error:
-            if isinstance(error, torch.OutOfMemoryError):
-                raise
-    return _row_by_row(linearization, leaves, structure)
+            warnings.warn(
+                "Per-sample Jacobians are computed one sample at a time, which is slow, because vmap does not support an "
+                f"operation of the network: {error}",
+                stacklevel=2,
+            )
+            return _row_by_row(linearization, leaves, structure)
+    return jacobians
 
 
 def _row_by_row(linearization: Linearization, leaves: list[object], structure: pytree.TreeSpec) -> Tensors:

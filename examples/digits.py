@@ -1,0 +1,130 @@
+"""Train a small network on real handwritten digits and see how far it leaves its linearised (NTK) path.
+
+A tanh network is trained by full-batch gradient descent on scikit-learn's digits (8 x 8 images, ten classes, one-hot
+targets, squared loss). The callback compares its weights with those of the linearised network at the same step.
+
+    python examples/digits.py
+    python examples/digits.py --width 512 --lr 0.5
+    tensorboard --logdir runs
+"""
+
+import argparse
+import time
+from pathlib import Path
+
+import torch
+from lightning.pytorch import LightningModule, Trainer, seed_everything
+from lightning.pytorch.loggers import TensorBoardLogger
+from sklearn.datasets import load_digits
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from lightning_ntk import LinearizationMonitor
+
+
+class DigitClassifier(LightningModule):
+    """A tanh network with two hidden layers, trained by SGD on the squared error of one-hot targets."""
+
+    def __init__(self, width: int, lr: float, output_scale: float) -> None:
+        super().__init__()
+        self.save_hyperparameters()
+        self.lr = lr
+        self.output_scale = output_scale
+        self.layers = nn.Sequential(
+            nn.Linear(64, width), nn.Tanh(), nn.Linear(width, width), nn.Tanh(), nn.Linear(width, 10)
+        )
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Scores of the ten classes."""
+        return self.output_scale * self.layers(images)
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        """The squared error of a batch."""
+        images, targets = batch
+        loss = nn.functional.mse_loss(self(images), targets)
+        self.log("train_loss", loss)
+        return loss
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        """Plain gradient descent."""
+        return torch.optim.SGD(self.parameters(), lr=self.lr)
+
+
+def load_images(samples: int) -> TensorDataset:
+    """The first images of the digits, scaled to [0, 1], with one-hot targets."""
+    digits = load_digits()
+    images = torch.tensor(digits.data[:samples], dtype=torch.float32) / 16
+    labels = torch.tensor(digits.target[:samples])
+    return TensorDataset(images, nn.functional.one_hot(labels, 10).float())
+
+
+def print_table(history: list[dict[str, float]]) -> None:
+    """The measurements, one line each."""
+    columns = ["relative_weight_distance", "weight_cosine", "prediction_rmse", "loss", "linearized_loss"]
+    print(f"{'step':>6}" + "".join(f"{column:>26}" for column in columns))
+    for row in history:
+        print(f"{row['step']:6.0f}" + "".join(f"{row[column]:26.5f}" for column in columns))
+
+
+def explain(history: list[dict[str, float]]) -> str:
+    """One sentence that says what the last measurement means."""
+    last = history[-1]
+    distance = last["relative_weight_distance"]
+    if distance < 0.1:
+        regime = "stayed close to its tangent space at initialisation: the lazy (kernel) regime describes it"
+    elif distance < 0.5:
+        regime = "left the linearised path by a clear margin: the kernel at initialisation describes it only roughly"
+    else:
+        regime = "is far from its linearisation: it learned features that the kernel at initialisation does not have"
+    return (
+        f"After {last['step']:.0f} steps the weights are {distance:.1%} of their own displacement away from where the "
+        f"linearised network would be, so this network {regime}."
+    )
+
+
+def main() -> None:
+    """Trains, prints the table and saves the figure."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--width", type=int, default=128, help="units in each hidden layer")
+    parser.add_argument("--lr", type=float, default=0.5, help="learning rate")
+    parser.add_argument("--steps", type=int, default=2000, help="optimizer steps")
+    parser.add_argument("--output-scale", type=float, default=1.0, help="factor on the outputs; large means lazier")
+    parser.add_argument("--samples", type=int, default=200, help="training images, up to 1797")
+    parser.add_argument("--batch-size", type=int, default=None, help="images in a step; default: all of them")
+    parser.add_argument("--seed", type=int, default=0, help="of the initial weights")
+    parser.add_argument("--output", type=Path, default=Path("runs"), help="directory of logs and figure")
+    arguments = parser.parse_args()
+
+    seed_everything(arguments.seed, verbose=False)
+    data = load_images(arguments.samples)
+    loader = DataLoader(data, batch_size=arguments.batch_size or len(data), shuffle=arguments.batch_size is not None)
+    monitor = LinearizationMonitor(per_parameter=True)
+    logger = TensorBoardLogger(arguments.output, name="digits")
+    trainer = Trainer(
+        max_steps=arguments.steps,
+        max_epochs=-1,
+        accelerator="cpu",
+        logger=logger,
+        callbacks=[monitor],
+        enable_checkpointing=False,
+        enable_model_summary=False,
+        log_every_n_steps=50,
+    )
+    started = time.perf_counter()
+    trainer.fit(DigitClassifier(arguments.width, arguments.lr, arguments.output_scale), loader)
+    elapsed = time.perf_counter() - started
+
+    print_table(monitor.history)
+    figure, _ = monitor.plot()
+    path = Path(logger.log_dir) / "digits.png"
+    figure.savefig(path, dpi=150)
+    print(explain(monitor.history))
+    print(
+        f"fit: {elapsed:.1f} s, of which capture {monitor.seconds['capture']:.1f} s and "
+        f"{len(monitor.history)} measurements {monitor.seconds['measurements']:.1f} s"
+    )
+    print(f"Figure: {path}\nLogs:   tensorboard --logdir {arguments.output}")
+
+
+if __name__ == "__main__":
+    main()
