@@ -36,7 +36,8 @@ class DigitClassifier(LightningModule):
 
     def forward(self, images: Tensor) -> Tensor:
         """Scores of the ten classes."""
-        return self.output_scale * self.layers(images)
+        scores: Tensor = self.layers(images)
+        return self.output_scale * scores
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         """The squared error of a batch."""

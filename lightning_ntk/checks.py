@@ -68,15 +68,21 @@ def check_adjoint(linearization: Linearization, jacobian: Jacobian, predictions:
     left = (pushed * cotangent).sum().item()
     right = sum((tangent[name].double() * value).sum().item() for name, value in pulled.items())
     scale = (pushed.norm() * cotangent.norm()).item()
-    if abs(left - right) > _tolerance(linearization) * scale:
+    if abs(left - right) > _tolerance(linearization.dtype) * scale:
         raise RuntimeError(
             f"The Jacobian's two products disagree: <J v, u> = {left:.8g} but <v, J^T u> = {right:.8g} for random u and v. "
             "An operation of the network has a wrong derivative, or its forward is not deterministic."
         )
 
 
-def check_kernel(linearization: Linearization, jacobian: Jacobian, kernel: Tensor, predictions: Tensor) -> None:
+def check_kernel(jacobian: Jacobian, kernel: Tensor, predictions: Tensor, *, dtype: torch.dtype) -> None:
     """Requires u^T Theta u = |J^T u|^2 for a random u: the kernel belongs to these weights, data and row order.
+
+    Args:
+        jacobian: J of the same weights and data.
+        kernel: `(N K, N K)`.
+        predictions: The initial outputs, `(N, K)`.
+        dtype: The type in which the kernel was computed, which sets the tolerance.
 
     Raises:
         ValueError: If it does not.
@@ -85,7 +91,7 @@ def check_kernel(linearization: Linearization, jacobian: Jacobian, kernel: Tenso
     flat = cotangent.flatten().to(kernel)
     quadratic = (flat @ (kernel @ flat)).item()
     expected = sum(value.square().sum().item() for value in jacobian.vjp(cotangent.unsqueeze(0)).values())
-    if not abs(quadratic - expected) <= _tolerance(linearization) * expected:
+    if not abs(quadratic - expected) <= _tolerance(dtype) * expected:
         raise ValueError(
             f"Expected the kernel of this network and data but u^T Theta u = {quadratic:.8g} where |J^T u|^2 = {expected:.8g} "
             "for a random u. A kernel computed earlier must be of the same weights, samples and order, rows n * K + k."
@@ -97,8 +103,8 @@ def _probe(like: Tensor, generator: torch.Generator) -> Tensor:
     return torch.randn(like.shape, generator=generator, dtype=torch.float64).to(like)
 
 
-def _tolerance(linearization: Linearization) -> float:
-    return _PROBE_ROUNDINGS * torch.finfo(linearization.dtype).eps
+def _tolerance(dtype: torch.dtype) -> float:
+    return _PROBE_ROUNDINGS * torch.finfo(dtype).eps
 
 
 def _equal(first: Any, second: Any) -> bool:

@@ -18,7 +18,7 @@ from lightning_ntk.dynamics.spectral import (
     minimum_norm_filter,
 )
 from lightning_ntk.isolation import preserved_rng
-from lightning_ntk.jacobian import Jacobian, StoredJacobian, StreamedJacobian, predict
+from lightning_ntk.jacobian import Jacobian, StoredJacobian, StreamedJacobian, predict, wide_dtype
 from lightning_ntk.kernel import compute_kernel
 from lightning_ntk.kernel.contraction import contract, sample_jacobians
 from lightning_ntk.linearization import Linearization, Predict, Tensors
@@ -284,7 +284,7 @@ class LinearizedTraining:
         classes = self.linearization.predict(self.reference.read(0, 1).inputs).shape[1]
         rows = samples * classes
         # The kernel, and in float64 its copy, its eigenvectors and the workspace of the eigensolver.
-        needed = rows**2 * (self.linearization.dtype.itemsize + 4 * 8)
+        needed = rows**2 * 5 * 8
         if storage == "stored":
             needed += rows * self.linearization.num_parameters * self.linearization.dtype.itemsize
         free = available_memory()
@@ -319,6 +319,8 @@ class LinearizedTraining:
 
     def _make_kernel(self, given: Tensor | None) -> Tensor:
         size = self.initial_predictions.numel()
+        # Sums of float32 products in float32 put the weights off by 2e-5 at eta * t * lambda_max = 1e4, in float64 by 3e-6.
+        wide = wide_dtype(self.linearization.device)
         if given is not None:
             if tuple(given.shape) != (size, size):
                 raise ValueError(f"Expected argument `ntk` of shape {(size, size)} but got {tuple(given.shape)}.")
@@ -328,10 +330,12 @@ class LinearizedTraining:
             if not torch.allclose(kernel, kernel.T, rtol=1e-3, atol=1e-4 * kernel.abs().max().item()):
                 raise ValueError("Expected argument `ntk` to be symmetric, the kernel of the training set with itself.")
         elif isinstance(self.jacobian, StoredJacobian):
-            kernel = contract(self.jacobian.blocks, self.jacobian.blocks)
+            kernel = contract(self.jacobian.blocks, self.jacobian.blocks, wide)
         else:
-            kernel = compute_kernel(self.linearization, self.reference, progress=self.progress)
-        check_kernel(self.linearization, self.jacobian, kernel, self.initial_predictions)
+            kernel = compute_kernel(self.linearization, self.reference, dtype=wide, progress=self.progress)
+        # A kernel computed earlier may come from float32 passes whatever its type is now.
+        dtype = self.linearization.dtype if given is None else torch.float32
+        check_kernel(self.jacobian, kernel, self.initial_predictions, dtype=dtype)
         return kernel
 
 
