@@ -62,6 +62,21 @@ def isolated_pass(module: nn.Module, device_type: str) -> Iterator[None]:
 
 
 @contextmanager
+def without_library_kernels() -> Iterator[None]:
+    """Turns cuDNN and oneDNN off, whose recurrent layers have no forward-mode derivative."""
+    # Not through their own flags() contexts: these also touch TF32, through the interface that must not be mixed in.
+    backends: tuple[Any, ...] = (torch.backends.cudnn, torch.backends.mkldnn)
+    saved = [backend.enabled for backend in backends]
+    try:
+        for backend in backends:
+            backend.enabled = False
+        yield
+    finally:
+        for backend, enabled in zip(backends, saved, strict=True):
+            backend.enabled = enabled
+
+
+@contextmanager
 def preserved_rng() -> Iterator[None]:
     """Restores the state of PyTorch's (CPU and GPU), NumPy's and Python's generators on exit, also after an error."""
     python_state = random.getstate()

@@ -10,7 +10,7 @@ from torch.func import functional_call, jvp
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils import _pytree as pytree
 
-from lightning_ntk.isolation import isolated_pass
+from lightning_ntk.isolation import isolated_pass, without_library_kernels
 
 T = TypeVar("T")
 Tensors: TypeAlias = dict[str, Tensor]
@@ -165,8 +165,7 @@ class Linearization:
             stack.enter_context(sdpa_kernel(SDPBackend.MATH))
             while True:
                 if self._jvp_rung > 0:
-                    stack.enter_context(torch.backends.mkldnn.flags(enabled=False))
-                    stack.enter_context(torch.backends.cudnn.flags(enabled=False))
+                    stack.enter_context(without_library_kernels())
                 if self._jvp_rung > 1:
                     return self._double_vjp(tangent, inputs)
                 try:

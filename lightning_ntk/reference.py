@@ -174,6 +174,8 @@ def _tensors_of(dataset: Any) -> tuple[tuple[Tensor, ...] | None, Tensor | None]
 
 def _is_map_style(data: Any) -> bool:
     # Any sequence of samples is a data set to a DataLoader too, a list for example.
+    if isinstance(data, type):
+        return False
     return isinstance(data, Dataset) or (
         hasattr(data, "__getitem__") and hasattr(data, "__len__") and not isinstance(data, tuple)
     )

@@ -34,10 +34,12 @@ def gradient_descent_filter(eigenvalues: Tensor, rate: float, steps: float) -> T
         raise ValueError(f"Expected argument `t` to be a whole number of optimizer steps, at least 0, but got {steps}.")
     eigenvalues = eigenvalues.clamp_min(0)
     x = rate * eigenvalues
-    below = -torch.expm1(steps * torch.log1p(-x.clamp_max(1)))  # log1p(-1) = -inf serves x = 1, but 0 * inf is nan
-    sign = -1.0 if steps % 2 else 1.0
-    above = 1 - sign * torch.exp(steps * torch.log(x.clamp_min(1) - 1))
-    decayed = torch.where(x < 1, below, above) if steps else torch.zeros_like(x)
+    if steps == 0:
+        return torch.zeros_like(eigenvalues)
+    below = -torch.expm1(steps * torch.log1p(-x.clamp_max(1)))
+    log_growth = steps * torch.log1p(x.clamp_min(1) - 2)  # log1p(-1) = -inf serves x = 1
+    above = 1 + log_growth.exp() if steps % 2 else -torch.expm1(log_growth)
+    decayed = torch.where(x < 1, below, above)
     return _divide(decayed, eigenvalues, limit=rate * steps)
 
 
