@@ -10,6 +10,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import StochasticWeightAveraging, TQDMProgressBar, WeightAveraging
 from lightning.pytorch.strategies import SingleDeviceStrategy
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -150,20 +151,24 @@ class LinearizationMonitor(Callback):
                 f"LinearizationMonitor expects training on a single device but got {type(trainer.strategy).__name__}. "
                 "Use Trainer(devices=1)."
             )
-        if trainer.ckpt_path is not None:
-            raise MisconfigurationException(
-                "LinearizationMonitor expects to see the start of training but fit was called with ckpt_path: the weights "
-                "at which to linearise are not known. Remove the callback, or start a new run."
-            )
         if sum(isinstance(c, LinearizationMonitor) and c.name == self.name for c in _callbacks(trainer)) > 1:
             raise MisconfigurationException(
                 f"Two LinearizationMonitor callbacks have the name {self.name!r} and would log the same tags. "
                 "Give each one its own `name`."
             )
 
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Refuses to resume: the weights at which to linearise are those of the start of the interrupted run."""
+        if trainer.state.fn == TrainerFn.FITTING:
+            raise MisconfigurationException(
+                "LinearizationMonitor expects to see the start of training but fit was called with ckpt_path: the weights "
+                "at which to linearise are not known. Remove the callback, or start a new run."
+            )
+
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Captures the linearised problem and makes the first measurement."""
         self._reset()
+        self._step = trainer.global_step  # above 0 in a second fit of the same Trainer
         started = time.perf_counter()
         optimizer = _single_optimizer(trainer)
         unpack = self.unpack or unpack_pair
