@@ -358,7 +358,6 @@ class Untouched(Regression):
     [
         ({}, {"module": TwoOptimizers}, "one optimizer but it has 2"),
         ({"loss": nn.functional.cross_entropy}, {}, "squared loss"),
-        ({}, {"strategy": "ddp", "devices": 2}, "single device but got DDPStrategy"),
         ({"reference": TensorDataset(torch.zeros(0, 6), torch.zeros(0, 3))}, {}, "empty"),
         ({"reference": TensorDataset(torch.full((4, 6), torch.nan), torch.zeros(4, 3))}, {}, "finite inputs"),
         ({"reference": TensorDataset(torch.zeros(4, 6), torch.zeros(4, 2))}, {}, r"\(4, 3\), but got \(4, 2\)"),
@@ -369,6 +368,13 @@ def test_bad_input_ends_the_run_before_training_starts(monitor: dict, run: dict,
     module = run.pop("module", Untouched)()
     with pytest.raises(MisconfigurationException, match=message):
         fit(LinearizationMonitor(**monitor), module, **run)
+
+
+def test_training_on_several_devices_is_refused() -> None:
+    # Not through fit, which would start this test session a second time as the other process.
+    trainer = Trainer(strategy="ddp", devices=2, accelerator="cpu", logger=False, enable_checkpointing=False)
+    with pytest.raises(MisconfigurationException, match="single device but got DDPStrategy"):
+        LinearizationMonitor().setup(trainer, Regression(), "fit")
 
 
 def test_more_memory_than_there_is_ends_the_run_before_training(monkeypatch: pytest.MonkeyPatch) -> None:
