@@ -29,13 +29,13 @@ class LanczosModes(Modes):
             Krylov space is invariant, the answers then being exact.
         next_curvature: :math:`\alpha_{k+1} = |J^\top v_{k+1}|^2`.
         largest_diagonal: The largest :math:`\alpha_1, \ldots, \alpha_k`.
-        rounding: Norm of the error of the products, in units of the kernel, as measured on the basis.
+        rounding: The error of the products as measured on the basis, in the basis of the Ritz vectors, `(k, k)`.
     """
 
     coupling: Tensor
     next_curvature: float
     largest_diagonal: float
-    rounding: float
+    rounding: Tensor
 
     @property
     def largest_eigenvalue(self) -> float:
@@ -66,7 +66,7 @@ class Lanczos:
         self._vectors = start.unsqueeze(0)
         self._diagonal: list[float] = []
         self._off_diagonal: list[float] = []
-        self._rounding = 0.0
+        self._errors: list[Tensor] = []
         self._scale = 0.0
 
     @property
@@ -91,14 +91,15 @@ class Lanczos:
         first = known @ vector
         vector = vector - first @ known
         vector = vector - (known @ vector) @ known
-        numbers = torch.stack([size, vector.norm(), *first[max(0, index - 1) :]])
-        size_, beta, *coefficients = numbers.tolist()
-        asymmetry = first[: max(0, index - 1)].square().sum().item()
-        if index > 0:
-            asymmetry += (coefficients[0] - self._off_diagonal[-1]) ** 2
-        self._scale = max(self._scale, size_)
+        # One transfer a product from a GPU.
+        size, beta, *coefficients = torch.cat([torch.stack([size, vector.norm()]), first]).tolist()
+        self._scale = max(self._scale, size)
         unit = torch.finfo(vector.dtype).eps * self._scale
-        self._rounding += asymmetry + unit**2
+        errors = torch.tensor(coefficients, dtype=torch.float64)
+        if index > 0:
+            errors[-2] -= self._off_diagonal[-1]
+        errors[-1] = unit
+        self._errors.append(errors)
         # A remainder that is rounding alone has no direction of its own.
         if beta <= 4 * unit * math.sqrt(len(vector)) or index + 1 == len(vector):
             beta = 0.0
@@ -121,6 +122,9 @@ class Lanczos:
         matrix = torch.diag(diagonal) + torch.diag(off_diagonal, 1) + torch.diag(off_diagonal, -1)
         values, vectors = torch.linalg.eigh(matrix)
         known = self._vectors[:size]
+        errors = torch.zeros(size, size, dtype=torch.float64)
+        for index, column in enumerate(self._errors[:size]):
+            errors[: index + 1, index] = column
         return LanczosModes(
             eigenvalues=values,
             basis=known.T @ vectors.to(known) if basis else known.T[:, :0],
@@ -128,7 +132,7 @@ class Lanczos:
             coupling=self._off_diagonal[size - 1] * vectors[-1],
             next_curvature=0.0 if self.exhausted else max(self._diagonal[size], 0.0),
             largest_diagonal=diagonal.max().item(),
-            rounding=math.sqrt(self._rounding),
+            rounding=vectors.T @ errors @ vectors,
         )
 
     def _reserve(self, count: int) -> None:
