@@ -85,7 +85,7 @@ def gradient_descent_bound(modes: LanczosModes, rate: float, steps: float) -> Er
     filtered = gradient_descent_filter(modes.eigenvalues, rate, steps)
     growth = max(1.0, rate * modes.largest_eigenvalue - 1)
     size = displacement(modes, filtered)
-    rounding = _rounding(modes, filtered, rate * steps)
+    rounding = _rounding(modes, filtered, rate * steps, rate)
     if steps <= len(modes.eigenvalues) or modes.next_curvature == 0:
         return ErrorBound(0.0, rounding, size)
     accumulated = _accumulated_filter(modes.eigenvalues, filtered, rate * steps, steps).abs()
@@ -135,6 +135,7 @@ class RunningBound:
         self._accumulated = torch.zeros_like(modes.eigenvalues)
         self._defect = 0.0
         self._growth = 1.0
+        self._largest_rate = 0.0
         self._time = 0.0
         self._steps = 0
 
@@ -144,6 +145,7 @@ class RunningBound:
         self._defect = growth * self._defect + rate * abs(torch.dot(self._weights, filtered).item())
         self._accumulated = self._accumulated + rate * filtered
         self._growth *= growth
+        self._largest_rate = max(self._largest_rate, rate)
         self._time += rate
         self._steps += 1
 
@@ -154,7 +156,8 @@ class RunningBound:
         if self._steps > len(modes.eigenvalues):
             cancellation = self._growth * _cancellation(modes, self._accumulated, self._time)
             truncation = math.sqrt(modes.next_curvature) * (self._defect + cancellation)
-        return ErrorBound(truncation, _rounding(modes, filtered, self._time), displacement(modes, filtered))
+        rounding = _rounding(modes, filtered, self._time, self._largest_rate)
+        return ErrorBound(truncation, rounding, displacement(modes, filtered))
 
 
 def displacement(modes: LanczosModes, filtered: Tensor) -> float:
@@ -199,7 +202,7 @@ def _sum_over_steps(modes: LanczosModes, rate: float, steps: int, growth: float)
         base = (offset + decayed * giant) @ weights
         values = (base.unsqueeze(1) + (decayed * giant_powers * weights) @ inner[:-1].T).flatten()[: steps - start]
         remaining = steps - 1 - start - torch.arange(len(values), dtype=torch.float64)
-        total += (values.abs() * growth**remaining).sum().item()
+        total += (values.abs().log() + math.log(growth) * remaining).exp().sum().item()
         start += block * block
     return float(rate * total)
 
@@ -213,17 +216,28 @@ def _cancellation(modes: LanczosModes, accumulated: Tensor, time: float) -> floa
     return eps * len(values) * float((terms * accumulated.abs() * sensitivity).sum())
 
 
-def _rounding(modes: LanczosModes, filtered: Tensor, time: float) -> float:
+def _rounding(modes: LanczosModes, filtered: Tensor, time: float, rate: float = 0.0) -> float:
     r"""The effect of rounded products, to first order: an estimate.
 
     An error E of the kernel changes :math:`\phi(T_k)` by :math:`U (G \circ D) U^\top`, with :math:`G = U^\top E U` and the
-    divided differences :math:`|D_{ij}| \le \min(\phi_i \phi_j, \eta t \max(\phi_i, \phi_j))` of the filter.
+    divided differences :math:`|D_{ij}| \le \min(d_i \max_s |\phi_s(\theta_j)|, \eta t \max(|\phi_i|, |\phi_j|))` of the
+    filter. Here :math:`d_i = \eta \sum_s |1 - \eta\theta_i|^s`, which is the filter itself up to :math:`\eta\theta_i = 1`.
     """
-    sizes = filtered.abs()
-    larger = torch.maximum(sizes.unsqueeze(1), sizes)
-    divided = torch.minimum(torch.outer(sizes, sizes), time * larger) if time < math.inf else torch.outer(sizes, sizes)
+    values = modes.eigenvalues.clamp_min(0)
+    largest, propagated = filtered.abs(), filtered.abs()
+    if time < math.inf:
+        largest = torch.maximum(largest, torch.clamp(1 / values.clamp_min(1e-300), max=time))
+        undamped = torch.clamp(rate / (2 - rate * values).clamp_min(1e-300), max=time)
+        propagated = torch.where(rate * values > 1, torch.maximum(largest, undamped), largest)
+    divided = torch.outer(propagated, largest)
+    if time < math.inf:
+        divided = torch.minimum(divided, time * torch.maximum(largest.unsqueeze(1), largest))
     change = (modes.rounding * divided) @ modes.residual
-    return _ROUNDING_SAFETY * float((modes.eigenvalues.clamp_min(0).sqrt() * change).norm())
+    # float64's own: of every product, of the coefficients, large in the kernel's null space, and of the residual's.
+    roots, coefficients = values.sqrt(), (largest * modes.residual).norm()
+    unit = values[-1] * (roots * propagated).max() * coefficients
+    unit = unit + roots[-1] * coefficients + (roots * largest).max() * modes.residual.norm()
+    return _ROUNDING_SAFETY * float((roots * change).norm() + torch.finfo(torch.float64).eps * unit)
 
 
 def _ratio(numerator: float, denominator: float) -> float:

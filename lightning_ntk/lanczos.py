@@ -98,7 +98,7 @@ class Lanczos:
         errors = torch.tensor(coefficients, dtype=torch.float64)
         if index > 0:
             errors[-2] -= self._off_diagonal[-1]
-        errors[-1] = unit
+        errors[-1] = 0
         self._errors.append(errors)
         # A remainder that is rounding alone has no direction of its own.
         if beta <= 4 * unit * math.sqrt(len(vector)) or index + 1 == len(vector):

@@ -253,9 +253,8 @@ class LinearizedTraining:
         r"""Bound on :math:`|w_k(t) - w_\text{lin}(t)|`, the error of `weights(t)` that the solver makes.
 
         For Lanczos the rigorous truncation error of `lightning_ntk.error_bounds`, plus an estimate of the effect of the
-        measured rounding of its products. It is met by extending the basis first, as `weights(t)` would. Outputs on the
-        training set are within :math:`\sqrt{\lambda_\text{max}}` times it. Not counted are the rounding of the pass that
-        turns coefficients into weights and, at t = infinity, eigenvalues that count as zero.
+        measured rounding of its products. The basis is extended first, as `weights(t)` would. Not counted are the rounding
+        of the pass that turns coefficients into weights and, at t = infinity, eigenvalues that count as zero.
 
         Args:
             t: Optimizer steps, as for `weights`.
