@@ -229,13 +229,16 @@ def _rounding(modes: LanczosModes, filtered: Tensor, time: float, rate: float = 
         largest = torch.maximum(largest, torch.clamp(1 / values.clamp_min(1e-300), max=time))
         undamped = torch.clamp(rate / (2 - rate * values).clamp_min(1e-300), max=time)
         propagated = torch.where(rate * values > 1, torch.maximum(largest, undamped), largest)
-    divided = torch.outer(propagated, largest)
+    # Only the minimum-norm filter is zero anywhere, and it jumps there.
+    dropped = (largest == 0).to(largest)
+    divided = torch.outer(propagated, largest) + torch.outer(propagated**2, dropped)
     if time < math.inf:
         divided = torch.minimum(divided, time * torch.maximum(largest.unsqueeze(1), largest))
     change = (modes.rounding * divided) @ modes.residual
     # float64's own: of every product, of the coefficients, large in the kernel's null space, and of the residual's.
     roots, coefficients = values.sqrt(), (largest * modes.residual).norm()
     unit = values[-1] * (roots * propagated).max() * coefficients
+    unit = unit + values[-1] * (roots * propagated**2).max() * (dropped * modes.residual).norm()
     unit = unit + roots[-1] * coefficients + (roots * largest).max() * modes.residual.norm()
     return _ROUNDING_SAFETY * float((roots * change).norm() + torch.finfo(torch.float64).eps * unit)
 

@@ -86,6 +86,8 @@ def distance_and_bound(case: Case, modes: LanczosModes, form: ClosedForm, t: flo
     if t is not None:
         largest = torch.clamp(1 / values.clamp_min(1e-300), max=form.rate * t)
     gain = (values.sqrt() * largest).max()
+    if t is None:
+        gain = gain + values[-1] * (values.sqrt() * largest**2).max()
     allowance = 1e-14 * gain * (values[-1] * (largest * reference.residual).norm() + reference.residual.norm())
     return error, form.bound(modes, t).total + allowance.item()
 
