@@ -57,6 +57,8 @@ class ErrorBound(NamedTuple):
 
     def meets(self, tolerance: float) -> bool:
         """Whether more products are useless: accurate to a relative tolerance, or to the rounding of the products."""
+        if not math.isfinite(self.displacement):  # diverged beyond floating-point numbers
+            return True
         return self.truncation <= max(tolerance * self.displacement, self.rounding)
 
 

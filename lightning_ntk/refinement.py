@@ -9,7 +9,8 @@ from torch import Tensor
 from lightning_ntk.dynamics.sgd import GradientDescent
 from lightning_ntk.dynamics.spectral import GradientFlow
 from lightning_ntk.error_bounds import ErrorBound, RunningBound, gradient_flow_bound
-from lightning_ntk.lanczos import Lanczos, LanczosModes
+from lightning_ntk.jacobian import Jacobian
+from lightning_ntk.lanczos import Lanczos, LanczosModes, jacobian_product, kernel_product, vector_device
 
 _log = logging.getLogger(__name__)
 
@@ -120,6 +121,27 @@ class LanczosRun:
         if not self._flow:
             self._running.step(self._dynamics.filter, lr * self._factor)
         self._dynamics.step(lr)
+
+
+def solve_by_lanczos(
+    jacobian: Jacobian, kernel: Tensor | None, residual: Tensor, *, tolerance: float, max_products: int
+) -> LanczosSolver:
+    """Lanczos on a kernel, with vectors on its device, or without one, with vectors on the CPU.
+
+    Args:
+        jacobian: J, for products without a kernel.
+        kernel: `(N K, N K)`, or None.
+        residual: f0 - Y, `(N, K)` in float64 on the CPU.
+        tolerance: As for `LanczosSolver`.
+        max_products: As for `LanczosSolver`.
+    """
+    flat = residual.flatten()
+    if kernel is None:
+        product = jacobian_product(jacobian, residual.shape)
+    else:
+        device = vector_device(kernel.device)
+        product, flat = kernel_product(kernel.to(device)), flat.to(device)
+    return LanczosSolver(Lanczos(product, flat), tolerance=tolerance, max_products=max_products)
 
 
 def _largest_is_settled(modes: LanczosModes) -> bool:

@@ -31,6 +31,7 @@ class Problem(NamedTuple):
         horizon: Largest number of optimizer steps to be asked for, or None if it is not known.
         kernel_given: Whether the kernel is there already.
         jacobian_stored: Whether J is kept in memory.
+        kernel_operations: What forming the kernel costs; by default (N K)^2 P, half of a contraction of Jacobians.
     """
 
     samples: int
@@ -40,6 +41,7 @@ class Problem(NamedTuple):
     horizon: float | None = None
     kernel_given: bool = False
     jacobian_stored: bool = False
+    kernel_operations: float | None = None
 
     @property
     def rows(self) -> int:
@@ -85,8 +87,8 @@ def choose_solver(
 ) -> Choice:
     """The way with the fewest operations among those that fit into memory.
 
-    Counted are, with q products expected: for the kernel (N K)^2 P, half of a contraction of Jacobians; for its
-    eigendecomposition 20 (N K)^3; for Lanczos on it 20 q (N K)^2 + 4 q^2 N K; without it, 12 q N P + 4 q^2 N K, a forward,
+    Counted are, with q products expected: for the kernel `problem.kernel_operations`; for its eigendecomposition
+    20 (N K)^3; for Lanczos on it 20 q (N K)^2 + 4 q^2 N K; without it, 12 q N P + 4 q^2 N K, a forward,
     a backward and a forward-mode pass each time.
 
     Args:
@@ -129,7 +131,8 @@ def _ways(problem: Problem) -> list[_Way]:
     products = expected_products(problem.rows, problem.horizon)
     jacobian = rows * parameters * problem.itemsize if problem.jacobian_stored else 0.0
     matrix = rows**2 * problem.itemsize
-    kernel = 0.0 if problem.kernel_given else rows**2 * parameters
+    forming = rows**2 * parameters if problem.kernel_operations is None else problem.kernel_operations
+    kernel = 0.0 if problem.kernel_given else forming
     held = jacobian if problem.kernel_given else jacobian + matrix
     reorthogonalisation = 4 * rows * products**2
     basis = 3 * 8 * rows * products

@@ -18,14 +18,14 @@ from lightning_ntk.error_bounds import ErrorBound
 from lightning_ntk.isolation import preserved_rng
 from lightning_ntk.jacobian import Jacobian, StreamedJacobian, predict
 from lightning_ntk.kernel import compute_kernel
-from lightning_ntk.lanczos import Lanczos, LanczosModes, jacobian_product, kernel_product, vector_device
+from lightning_ntk.lanczos import LanczosModes
 from lightning_ntk.linearization import Linearization, Predict, Tensors
 from lightning_ntk.losses import Loss, evaluate_loss, match_targets, measure_loss_factor
 from lightning_ntk.memory import available_memory
 from lightning_ntk.modes import Modes, eigh_modes
 from lightning_ntk.reference import Data, Reference, Unpack
-from lightning_ntk.refinement import LanczosRun, LanczosSolver
-from lightning_ntk.solvers import Choice, Problem, Solver, choose_solver
+from lightning_ntk.refinement import LanczosRun, LanczosSolver, solve_by_lanczos
+from lightning_ntk.solvers import Problem, Solver, choose_solver
 
 _log = logging.getLogger(__name__)
 
@@ -129,7 +129,17 @@ class LinearizedTraining:
         with preserved_rng():
             self.linearization = Linearization(module, predict=predict, dtype=dtype)
             self.reference = Reference(data, batch_size=batch_size, unpack=unpack)
-            choice = self._choose(solver, matrix_free, horizon, jacobian, ntk)
+            problem = Problem(
+                samples=len(self.reference),
+                outputs=self.linearization.predict(self.reference.read(0, 1).inputs).shape[1],
+                parameters=self.linearization.num_parameters,
+                itemsize=self.linearization.dtype.itemsize,
+                horizon=horizon,
+                kernel_given=ntk is not None,
+                jacobian_stored=jacobian == "stored",
+            )
+            free = min(available_memory(), available_memory(self.linearization.device))
+            choice = choose_solver(problem, solver=solver, matrix_free=matrix_free, free_memory=free)
             self.solver_reason: str = choice.reason
             _log.info("%s", choice.reason)
             outputs, targets = first_pass(self.linearization, self.reference, progress=progress)
@@ -150,21 +160,22 @@ class LinearizedTraining:
                 self.ntk = training_kernel(
                     ntk, self.linearization, self.reference, self.jacobian, outputs, progress=progress
                 )
-        self._closed_form = ClosedForm(dynamics, self.lr * self.loss_factor, self.linearization.dtype)
-        self._dense: Modes | None = None
-        self._solver: LanczosSolver | None = None
-        if choice.solver == "eigh":
-            assert self.ntk is not None
-            self._dense = eigh_modes(self.ntk, self._residual(torch.device("cpu")))
-        else:
-            self._solver = self._start_lanczos(choice, tolerance)
+            self._closed_form = ClosedForm(dynamics, self.lr * self.loss_factor, self.linearization.dtype)
+            residual = outputs.cpu().double() - self.targets
+            self._solver: LanczosSolver | None = None
+            if choice.solver == "lanczos":
+                self._solver = solve_by_lanczos(
+                    self.jacobian, self.ntk, residual, tolerance=tolerance, max_products=choice.max_products
+                )
+            elif self.ntk is not None:
+                self._dense = eigh_modes(self.ntk, residual.flatten())
         if self.lr > self.max_learning_rate:
             warnings.warn(
                 f"The learning rate {self.lr:.4g} is above {self.max_learning_rate:.4g}, the largest for which these linearised "
                 "dynamics are stable: the linearised network diverges.",
                 stacklevel=2,
             )
-        if horizon and (horizon < math.inf or self.lr < self.max_learning_rate):
+        elif horizon and (horizon < math.inf or self.lr < self.max_learning_rate):
             self._refine(None if horizon == math.inf else math.floor(horizon))
 
     @property
@@ -319,10 +330,7 @@ class LinearizedTraining:
 
     @property
     def _modes(self) -> Modes:
-        if self._solver is not None:
-            return self._solver.modes
-        assert self._dense is not None
-        return self._dense
+        return self._dense if self._solver is None else self._solver.modes
 
     def _require_time(self, t: float | None) -> None:
         if t is not None and not t >= 0:
@@ -338,41 +346,6 @@ class LinearizedTraining:
             return ErrorBound(0.0, 0.0, 0.0)
         with preserved_rng():
             return self._solver.refine(lambda modes: self._closed_form.bound(modes, t))
-
-    def _residual(self, device: torch.device) -> Tensor:
-        return (self.initial_predictions.cpu().double() - self.targets).flatten().to(device)
-
-    def _choose(
-        self,
-        solver: Solver,
-        matrix_free: bool | None,
-        horizon: float | None,
-        storage: JacobianStorage,
-        ntk: Tensor | None,
-    ) -> Choice:
-        problem = Problem(
-            samples=len(self.reference),
-            outputs=self.linearization.predict(self.reference.read(0, 1).inputs).shape[1],
-            parameters=self.linearization.num_parameters,
-            itemsize=self.linearization.dtype.itemsize,
-            horizon=horizon,
-            kernel_given=ntk is not None,
-            jacobian_stored=storage == "stored",
-        )
-        free = min(available_memory(), available_memory(self.linearization.device))
-        return choose_solver(problem, solver=solver, matrix_free=matrix_free, free_memory=free)
-
-    def _start_lanczos(self, choice: Choice, tolerance: float) -> LanczosSolver:
-        if self.ntk is None:
-            device = vector_device(self.linearization.device)
-            product = jacobian_product(self.jacobian, self.initial_predictions.shape)
-        else:
-            device = vector_device(self.ntk.device)
-            product = kernel_product(self.ntk.to(device))
-        with preserved_rng():
-            return LanczosSolver(
-                Lanczos(product, self._residual(device)), tolerance=tolerance, max_products=choice.max_products
-            )
 
 
 def require_choice(name: str, value: object, choices: object) -> None:

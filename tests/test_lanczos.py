@@ -361,6 +361,8 @@ def test_a_diverging_rate_is_reported_and_short_times_are_exact() -> None:
     assert relative < 1e-9
     with pytest.raises(ValueError, match="no limit"):
         actual.error_bound(None)
+    with pytest.raises(OverflowError, match="diverged"):
+        actual.weights(10**6)
 
 
 def test_a_given_kernel_is_used() -> None:
