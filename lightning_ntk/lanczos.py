@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lightning_ntk.isolation import preserved_rng
 from lightning_ntk.jacobian import Jacobian, wide_dtype
 from lightning_ntk.modes import Modes
 
@@ -166,8 +167,9 @@ def jacobian_product(jacobian: Jacobian, shape: torch.Size) -> Product:
     """
 
     def product(vector: Tensor) -> Tensor:
-        pulled = jacobian.vjp(vector.reshape(1, *shape))
-        pushed = jacobian.jvp({name: value[0] for name, value in pulled.items()})
+        with preserved_rng():
+            pulled = jacobian.vjp(vector.reshape(1, *shape))
+            pushed = jacobian.jvp({name: value[0] for name, value in pulled.items()})
         return pushed.flatten().to(vector)
 
     return product

@@ -10,8 +10,8 @@ Solver = Literal["auto", "eigh", "lanczos"]
 # Relative costs of an operation: a matrix product is 1; a factorisation and a product with a vector wait for memory.
 _EIGH_OPERATIONS = 20.0  # times rows^3
 _MEMORY_BOUND = 10.0
-# Below, a complete decomposition takes less than a second and answers every time exactly.
-_SMALL_KERNEL = 1000
+# Below, some seconds on one core, the complete decomposition is preferred: it answers every time exactly.
+_FEW_OPERATIONS = 5e11
 # Steps that are planned for when nobody says how many there will be.
 _DEFAULT_HORIZON = 1e4
 # Share of the free memory that the Lanczos basis may grow into.
@@ -85,7 +85,7 @@ def expected_products(rows: int, horizon: float | None) -> int:
 def choose_solver(
     problem: Problem, *, solver: Solver = "auto", matrix_free: bool | None = None, free_memory: float
 ) -> Choice:
-    """The way with the fewest operations among those that fit into memory.
+    """The way with the fewest operations among those that fit into memory; a cheap eigendecomposition is always taken.
 
     Counted are, with q products expected: for the kernel `problem.kernel_operations`; for its eigendecomposition
     20 (N K)^3; for Lanczos on it 20 q (N K)^2 + 4 q^2 N K; without it, 12 q N P + 4 q^2 N K, a forward,
@@ -119,7 +119,7 @@ def choose_solver(
             f"{format_bytes(free_memory)} are free. Use at most {int(problem.samples * share)} samples as the reference{advice}."
         )
     best = min(fitting, key=lambda way: way.operations)
-    small = problem.rows <= _SMALL_KERNEL and fitting[0].solver == "eigh"
+    small = fitting[0].solver == "eigh" and fitting[0].operations <= _FEW_OPERATIONS
     if small:
         best = fitting[0]
     products = int(min(problem.rows, _MAX_PRODUCTS, max(16.0, _BASIS_SHARE * free_memory / (8 * problem.rows))))
@@ -160,7 +160,7 @@ def _reason(problem: Problem, best: _Way, fitting: list[_Way], allowed: list[_Wa
     if len(allowed) == 1:
         return f"{head}: it was asked for."
     if small:
-        return f"{head}: a kernel of at most {_SMALL_KERNEL} rows is decomposed at once."
+        return f"{head}: {best.operations:.2g} operations are few, and it answers every time exactly."
     counts = ", ".join(
         f"{way.name} {way.operations:.2g}"
         + ("" if way in fitting else f" (needs {format_bytes(way.memory)}, too much)")

@@ -374,6 +374,29 @@ def test_a_given_kernel_is_used() -> None:
         training(ntk=kernel, solver="lanczos", matrix_free=True)
 
 
+def test_a_float32_kernel_gives_what_its_eigendecomposition_gives() -> None:
+    kernel = empirical_ntk(network(3, torch.float32), data(3, torch.float32)[0])
+    expected = training(dtype=torch.float32, ntk=kernel, solver="eigh")
+    actual = training(dtype=torch.float32, ntk=kernel, solver="lanczos")
+    for t in (10, 1000, 10000):
+        torch.testing.assert_close(actual.state(t).predictions, expected.state(t).predictions, rtol=1e-5, atol=2e-5)
+        assert actual.error_bound(t, relative=True) < 1e-4
+
+
+def test_extending_leaves_the_random_state_and_the_module_alone() -> None:
+    module = network(3)
+    run = LinearizedTraining(module, data(3), lr=0.05, solver="lanczos", matrix_free=True, progress=False)
+    weights, state = [p.detach().clone() for p in module.parameters()], torch.get_rng_state()
+    products, online = run._solver.num_products, run.follow()
+    for _ in range(500):
+        online.step(0.05)
+    assert online.filter.isfinite().all()
+    assert run._solver.num_products > products
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(torch.equal(p, w) for p, w in zip(module.parameters(), weights, strict=True))
+    assert all(p.grad is None for p in module.parameters())
+
+
 # The choice.
 
 
