@@ -7,11 +7,15 @@ Lanczos leaves :math:`\Theta a_k + r` with a part :math:`\beta_k |r| y_k v_{k+1}
 .. math:: |w_k(t) - w_\text{lin}(t)| \le \beta_k |r| \sqrt{\alpha_{k+1}} \; \eta \sum_{s<t} |y_k(s)|
 
 for gradient descent: the error obeys :math:`e_{s+1} = (I - \eta\Theta) e_s - \eta\beta_k |r| y_k(s) v_{k+1}`. Gradient flow
-has the integral :math:`\int_0^{\eta t} |y_k| ds` (Hochbruck & Lubich, 1997; Saad, 1992). Two facts make both cheap. First,
-:math:`y_k(s) = 0` for s < k in gradient descent: after k products, k steps are exact. Second, where no entry of
-:math:`I - \eta T_k` outside the signs of its off-diagonal is negative - always for the flow, and for descent if
-:math:`\eta\alpha_j \le 1` for all j - :math:`(-1)^{k-1} y_k(s) \ge 0` for all s, so that the sum of absolute values is the
-absolute value of the sum, :math:`|e_k^\top \Psi_t(T_k) e_1|` with :math:`\Psi_t(\lambda) = (\eta t - \phi_t(\lambda)) / \lambda`.
+has the integral :math:`\int_0^{\eta t} |y_k| ds` (Saad, 1992; Hochbruck & Lubich, 1997; Druskin & Knizhnerman, 1989). At
+rates with :math:`\eta\lambda_\text{max} > 2` a step magnifies earlier errors by :math:`\eta\lambda_\text{max} - 1`.
+
+Two facts make this cheap. First, :math:`y_k(s) = 0` for s < k in gradient descent: after k products, k steps are exact.
+Second, :math:`y_k` keeps its sign, so that the sum of absolute values is the absolute value of the sum,
+:math:`|e_k^\top \Psi_t(T_k) e_1|` with :math:`\Psi_t(\lambda) = (\eta t - \phi_t(\lambda)) / \lambda`. For with
+:math:`S = \text{diag}(1, -1, 1, \ldots)` the matrix :math:`-S T_k S` is nowhere negative off its diagonal, hence
+:math:`S e^{-sT_k} S` nowhere at all; nor is :math:`S (I - \eta T_k)^s S` as long as :math:`\eta\alpha_j \le 1` for all j. At
+larger rates the steps are summed one by one.
 """
 
 import math

@@ -301,9 +301,15 @@ class LinearizedTraining:
         """The state that a filter `(m,)` of the modes gives.
 
         Raises:
+            ValueError: If the filter is of other modes, for Lanczos of those before an extension.
             OverflowError: If it is not finite, because the dynamics have diverged.
         """
         modes = self._modes
+        if filtered.shape != modes.eigenvalues.shape:
+            raise ValueError(
+                f"Expected a filter of {len(modes.eigenvalues)} modes but got shape {tuple(filtered.shape)}: the modes were "
+                "extended since, read the filter of the followed run again."
+            )
         coefficients = modes.coefficients(filtered)
         if not coefficients.isfinite().all():
             raise OverflowError(

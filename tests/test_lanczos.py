@@ -341,6 +341,14 @@ def test_a_followed_constant_rate_is_the_closed_form() -> None:
     assert online.error_bound.truncation == pytest.approx(run._refine(60).truncation, rel=1e-3, abs=1e-12)
 
 
+def test_a_filter_from_before_an_extension_is_refused() -> None:
+    run = training(solver="lanczos")
+    stale = run.follow().filter
+    run.weights(10000)
+    with pytest.raises(ValueError, match="read the filter of the followed run again"):
+        run.state_of(stale)
+
+
 def test_no_residual_no_movement() -> None:
     module = network(3)
     inputs = data(3)[0]
