@@ -4,7 +4,7 @@ A tanh network is trained by full-batch gradient descent on scikit-learn's digit
 targets, squared loss). The callback compares its weights with those of the linearised network at the same step.
 
     python examples/digits.py
-    python examples/digits.py --width 512 --lr 0.5
+    python examples/digits.py --width 512 --output-scale 3
     tensorboard --logdir runs
 """
 
@@ -87,10 +87,10 @@ def main() -> None:
     """Trains, prints the table and saves the figure."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--width", type=int, default=128, help="units in each hidden layer")
-    parser.add_argument("--lr", type=float, default=0.5, help="learning rate")
+    parser.add_argument("--lr", type=float, default=0.2, help="learning rate")
     parser.add_argument("--steps", type=int, default=2000, help="optimizer steps")
     parser.add_argument("--output-scale", type=float, default=1.0, help="factor on the outputs; large means lazier")
-    parser.add_argument("--samples", type=int, default=200, help="training images, up to 1797")
+    parser.add_argument("--samples", type=int, default=1797, help="training images, up to 1797")
     parser.add_argument("--batch-size", type=int, default=None, help="images in a step; default: all of them")
     parser.add_argument("--seed", type=int, default=0, help="of the initial weights")
     parser.add_argument("--output", type=Path, default=Path("runs"), help="directory of logs and figure")

@@ -16,13 +16,14 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader, Dataset
 
+from lightning_ntk.closed_form import Dynamics
 from lightning_ntk.comparison import compare
 from lightning_ntk.isolation import preserved_rng
 from lightning_ntk.linearization import trainable_parameters
 from lightning_ntk.plots import plot_history
 from lightning_ntk.reference import unpack_pair
 from lightning_ntk.run_differences import run_differences
-from lightning_ntk.training import Dynamics, LinearizedTraining, require_choice
+from lightning_ntk.training import LinearizedTraining, require_choice
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -59,7 +60,8 @@ class LinearizationMonitor(Callback):
         loss: A squared loss of outputs and targets, the one that the run minimises. Default: `nn.MSELoss()`.
         predict: Maps `(module, inputs)` to outputs `(B, K)`. Default: the LightningModule's `forward`.
         unpack: Maps a batch of the reference to `(inputs, target)`. Default: batches that are such pairs.
-        solver: "eigh", or "auto" to choose.
+        solver: How the modes of the kernel are found: "eigh" (all of them), "lanczos" (those that matter for the length of
+            the run, with or without forming the kernel), or "auto" for the cheapest that fits into memory.
         jacobian: "streamed" or, for small models, "stored": see `LinearizedTraining`.
         batch_size: Samples in one pass.
         dtype: Type of the passes, as "float32" or "float64". Default: that of the parameters.
@@ -89,7 +91,7 @@ class LinearizationMonitor(Callback):
         loss: Callable[[Tensor, Tensor], Tensor] | None = None,
         predict: Callable[[nn.Module, Any], Tensor] | None = None,
         unpack: Callable[[Any], tuple[Any, Tensor]] | None = None,
-        solver: Literal["auto", "eigh"] = "auto",
+        solver: Literal["auto", "eigh", "lanczos"] = "auto",
         jacobian: Literal["streamed", "stored"] = "streamed",
         batch_size: int = 256,
         dtype: Literal["float32", "float64"] | None = None,
@@ -185,6 +187,7 @@ class LinearizationMonitor(Callback):
                 loss=self.loss,
                 dynamics="gradient_flow" if self.dynamics == "gradient_flow" else "gradient_descent",
                 solver=self.solver,
+                horizon=_horizon(trainer),
                 jacobian=self.jacobian,
                 predict=self.predict,
                 unpack=to_device,
@@ -309,6 +312,12 @@ def _single_optimizer(trainer: Trainer) -> Optimizer:
 
 def _learning_rate(optimizer: Optimizer) -> float:
     return float(optimizer.param_groups[0]["lr"])
+
+
+def _horizon(trainer: Trainer) -> float | None:
+    """Optimizer steps of the run, or None if they have no end in sight."""
+    steps = float(trainer.estimated_stepping_batches)
+    return steps if math.isfinite(steps) else None
 
 
 def _is_last_step(trainer: Trainer) -> bool:

@@ -11,9 +11,9 @@ class Modes:
     """An orthonormal basis in which the dynamics of the linearised network are scalar.
 
     Attributes:
-        eigenvalues: `(m,)`, ascending, float64.
-        basis: Eigenvectors in its columns, `(N K, m)`, float64.
-        residual: Coefficients of the initial residual f0 - Y in the basis, `(m,)`.
+        eigenvalues: `(m,)`, ascending, float64 on the CPU.
+        basis: Eigenvectors in its columns, `(N K, m)`, float64 on any device.
+        residual: Coefficients of the initial residual f0 - Y in the basis, `(m,)`, float64 on the CPU.
     """
 
     eigenvalues: Tensor
@@ -21,16 +21,24 @@ class Modes:
     residual: Tensor
 
     def coefficients(self, filtered: Tensor) -> Tensor:
-        """A = -U (phi * U^T r), `(N K,)`: the linearised weights are `w0 + J^T a`."""
-        return -(self.basis @ (filtered * self.residual))
+        """A = -U (phi * U^T r), `(N K,)` on the CPU: the linearised weights are `w0 + J^T a`."""
+        return -self.expand(filtered * self.residual)
+
+    def prediction_change(self, filtered: Tensor) -> Tensor:
+        """f_lin - f0 = -U (lambda * phi * U^T r), `(N K,)` on the CPU."""
+        return -self.expand(self.eigenvalues.clamp_min(0) * filtered * self.residual)
+
+    def expand(self, values: Tensor) -> Tensor:
+        """The vector with these coefficients `(m,)` in the basis, `(N K,)` on the CPU."""
+        return (self.basis @ values.to(self.basis)).cpu()
 
     def cutoff(self, dtype: torch.dtype) -> float:
         """The largest eigenvalue that rounding can make out of zero, for a Jacobian computed in `dtype`.
 
-        Eight roundings of the Jacobian's type, relative to the largest eigenvalue. The customary `m * eps` would drop
+        Eight roundings of the Jacobian's type, relative to the largest eigenvalue. The customary `N K * eps` would drop
         eigenvalues of real kernels that carry much of the solution; for the float64 factorisation itself it is needed.
         """
-        relative = max(8 * torch.finfo(dtype).eps, len(self.eigenvalues) * torch.finfo(torch.float64).eps)
+        relative = max(8 * torch.finfo(dtype).eps, len(self.basis) * torch.finfo(torch.float64).eps)
         return relative * max(self.eigenvalues[-1].item(), 0.0)
 
 

@@ -9,29 +9,26 @@ from typing import Literal, NamedTuple, get_args
 import torch
 from torch import Tensor, nn
 
-from lightning_ntk.checks import check_adjoint, check_determinism, check_kernel
+from lightning_ntk.capture import first_pass, store_jacobian, training_kernel
+from lightning_ntk.checks import check_adjoint, check_determinism
+from lightning_ntk.closed_form import ClosedForm, Dynamics, is_infinite
 from lightning_ntk.dynamics.sgd import GradientDescent
-from lightning_ntk.dynamics.spectral import (
-    GradientFlow,
-    gradient_descent_filter,
-    gradient_flow_filter,
-    minimum_norm_filter,
-)
+from lightning_ntk.dynamics.spectral import GradientFlow
+from lightning_ntk.error_bounds import ErrorBound
 from lightning_ntk.isolation import preserved_rng
-from lightning_ntk.jacobian import Jacobian, StoredJacobian, StreamedJacobian, predict, wide_dtype
+from lightning_ntk.jacobian import Jacobian, StreamedJacobian, predict, wide_dtype
 from lightning_ntk.kernel import compute_kernel
-from lightning_ntk.kernel.contraction import contract, sample_jacobians
+from lightning_ntk.lanczos import LanczosModes
 from lightning_ntk.linearization import Linearization, Predict, Tensors
 from lightning_ntk.losses import Loss, evaluate_loss, match_targets, measure_loss_factor
-from lightning_ntk.memory import available_memory, format_bytes
-from lightning_ntk.modes import eigh_modes
-from lightning_ntk.progress import track
+from lightning_ntk.memory import available_memory
+from lightning_ntk.modes import Modes, eigh_modes
 from lightning_ntk.reference import Data, Reference, Unpack
+from lightning_ntk.refinement import LanczosRun, LanczosSolver, solve_by_lanczos
+from lightning_ntk.solvers import Problem, Solver, choose_solver
 
 _log = logging.getLogger(__name__)
 
-Dynamics = Literal["gradient_descent", "gradient_flow"]
-Solver = Literal["auto", "eigh"]
 JacobianStorage = Literal["streamed", "stored"]
 
 
@@ -53,8 +50,10 @@ class LinearizedTraining:
     .. math:: w_\text{lin}(t) = w_0 - J^\top \Theta^{-1} (I - (I - \eta\Theta)^t) (f_0 - Y)
 
     for gradient descent (Lee et al., 2019, eq. 8-10), with :math:`e^{-\eta t\Theta}` in the place of the power for
-    gradient flow. The kernel :math:`\Theta = J J^\top` is factorised once, in float64 and never inverted; every later
-    time costs one pass over the data. The module is left as it was: weights, buffers, gradients, modes, random state.
+    gradient flow. The kernel :math:`\Theta = J J^\top` is decomposed once, in float64 and never inverted; every later
+    time costs one pass over the data. Or a Krylov space stands in for it, made of products J (J^T v) and extended when
+    a time asks for more; `error_bound` says how exact that is. The module is left as it was: weights, buffers,
+    gradients, modes, random state.
 
     Args:
         module: The network, with outputs `(B, K)` or `(B,)`.
@@ -63,7 +62,14 @@ class LinearizedTraining:
         lr: Learning rate of the optimizer, as `torch.optim.SGD` takes it.
         loss: A squared loss of outputs and targets. Its factor c, with gradient c (f - Y), is measured; eta = lr * c.
         dynamics: "gradient_descent" (t is a whole number of steps) or "gradient_flow" (t is real; a step lasts `lr`).
-        solver: "eigh", a dense eigendecomposition in float64; "auto" chooses.
+        solver: "eigh", a dense eigendecomposition in float64; "lanczos", Ritz pairs from the residual f0 - Y; "auto" takes
+            the cheapest by counted operations that fits into memory, see `solver_reason`.
+        matrix_free: Whether Lanczos goes without the kernel, in two passes a product. Default: what is cheaper.
+        horizon: The largest number of steps that will be asked for, at about `lr`. Lanczos prepares for it at once; later
+            times are possible and extend the basis. Infinity takes nearly N K products on most networks, because
+            eigenvalues reach down to what counts as zero. Default: unknown, and Lanczos starts when asked.
+        tolerance: Truncation error that Lanczos allows in the weights, relative to |w_lin - w0|. It never asks for more than
+            the passes can give: in float32, without a kernel, about 1e-5 at 1000 steps of eta lambda_max = 1, 1e-4 at 10000.
         jacobian: "streamed" recomputes J minibatch by minibatch in every pass, memory O(P + N K); "stored" keeps a small
             model's J, N K P numbers. Both give the same results.
         ntk: A kernel computed earlier, `(N K, N K)` in sample-major order; it is checked against one pass.
@@ -96,6 +102,9 @@ class LinearizedTraining:
         loss: Loss | None = None,
         dynamics: Dynamics = "gradient_descent",
         solver: Solver = "auto",
+        matrix_free: bool | None = None,
+        horizon: float | None = None,
+        tolerance: float = 1e-6,
         jacobian: JacobianStorage = "streamed",
         ntk: Tensor | None = None,
         predict: Predict | None = None,
@@ -109,6 +118,10 @@ class LinearizedTraining:
         require_choice("dynamics", dynamics, Dynamics)
         require_choice("solver", solver, Solver)
         require_choice("jacobian", jacobian, JacobianStorage)
+        if horizon is not None and not horizon >= 0:
+            raise ValueError(f"Expected argument `horizon` to be at least 0 optimizer steps or None but got {horizon}.")
+        if not 0 < tolerance < 1:
+            raise ValueError(f"Expected argument `tolerance` to be between 0 and 1 but got {tolerance}.")
         self.lr = float(lr)
         self.loss_function: Loss = nn.MSELoss() if loss is None else loss
         self.dynamics = dynamics
@@ -118,24 +131,57 @@ class LinearizedTraining:
         with preserved_rng():
             self.linearization = Linearization(module, predict=predict, dtype=dtype)
             self.reference = Reference(data, batch_size=batch_size, unpack=unpack)
-            self._require_memory(jacobian)
-            outputs, targets = self._first_pass()
+            problem = Problem(
+                samples=len(self.reference),
+                outputs=self.linearization.predict(self.reference.read(0, 1).inputs).shape[1],
+                parameters=self.linearization.num_parameters,
+                itemsize=self.linearization.dtype.itemsize,
+                horizon=horizon,
+                kernel_given=ntk is not None,
+                jacobian_stored=jacobian == "stored",
+            )
+            free = min(available_memory(), available_memory(self.linearization.device))
+            choice = choose_solver(problem, solver=solver, matrix_free=matrix_free, free_memory=free)
+            self.solver_reason: str = choice.reason
+            _log.info("%s", choice.reason)
+            outputs, targets = first_pass(self.linearization, self.reference, progress=progress)
             check_determinism(self.linearization, self.reference, outputs)
             self.initial_predictions = outputs
             self.targets = match_targets(targets, outputs, flat=self.linearization.flat).cpu()
             self.loss_factor = measure_loss_factor(
                 self.loss_function, outputs.cpu(), self.targets, flat=self.linearization.flat
             )
-            self.jacobian = self._make_jacobian(jacobian)
+            self.jacobian: Jacobian = (
+                store_jacobian(self.linearization, self.reference, progress=progress)
+                if jacobian == "stored"
+                else StreamedJacobian(self.linearization, self.reference, outputs, progress=progress)
+            )
             check_adjoint(self.linearization, self.jacobian, outputs)
-            self.ntk: Tensor | None = self._make_kernel(ntk)
-        self._modes = eigh_modes(self.ntk, (outputs.cpu().double() - self.targets).flatten())
+            self.ntk: Tensor | None = None
+            if not choice.matrix_free:
+                # Summed in float32, the kernel puts the weights off by 2e-5 at eta * t * lambda_max = 1e4; in float64 by 3e-6.
+                # Lanczos is for kernels whose size matters more than that.
+                summed = wide_dtype(outputs.device) if choice.solver == "eigh" else self.linearization.dtype
+                self.ntk = training_kernel(
+                    ntk, self.linearization, self.reference, self.jacobian, outputs, dtype=summed, progress=progress
+                )
+            self._closed_form = ClosedForm(dynamics, self.lr * self.loss_factor, self.linearization.dtype)
+            residual = outputs.cpu().double() - self.targets
+            self._solver: LanczosSolver | None = None
+            if choice.solver == "lanczos":
+                self._solver = solve_by_lanczos(
+                    self.jacobian, self.ntk, residual, tolerance=tolerance, max_products=choice.max_products
+                )
+            elif self.ntk is not None:
+                self._dense = eigh_modes(self.ntk, residual.flatten())
         if self.lr > self.max_learning_rate:
             warnings.warn(
                 f"The learning rate {self.lr:.4g} is above {self.max_learning_rate:.4g}, the largest for which these linearised "
                 "dynamics are stable: the linearised network diverges.",
                 stacklevel=2,
             )
+        elif horizon and (horizon < math.inf or self.lr < self.max_learning_rate):
+            self._refine(None if horizon == math.inf else math.floor(horizon))
 
     @property
     def initial_weights(self) -> Tensors:
@@ -144,13 +190,18 @@ class LinearizedTraining:
 
     @property
     def eigenvalues(self) -> Tensor:
-        """Eigenvalues of the kernel, ascending, `(m,)` in float64."""
+        """Eigenvalues of the kernel, ascending, `(m,)` in float64: all N K, or the Ritz values in their place."""
         return self._modes.eigenvalues
 
     @property
     def max_learning_rate(self) -> float:
-        r"""The largest stable learning rate, :math:`2 / (c\,\lambda_\text{max})`; infinite for gradient flow."""
-        largest = self.eigenvalues[-1].item()
+        r"""The largest stable learning rate, :math:`2 / (c\,\lambda_\text{max})`; infinite for gradient flow.
+
+        With Lanczos, :math:`\lambda_\text{max}` is the largest eigenvalue that the residual has part in, plus at most 1e-4
+        of it for safety, as Ritz values converge from below.
+        """
+        modes = self._modes
+        largest = modes.largest_eigenvalue if isinstance(modes, LanczosModes) else modes.eigenvalues[-1].item()
         if self.dynamics == "gradient_flow" or largest <= 0:
             return math.inf
         return 2 / (self.loss_factor * largest)
@@ -214,34 +265,54 @@ class LinearizedTraining:
         """The loss of the linearised network on the training set after `t` steps."""
         return self.loss_of(self.state(t).predictions)
 
-    def state(self, t: float | None) -> LinearizedState:
-        """The linearised network after `t` steps, in function space: no pass over the data."""
-        if t is None or t == math.inf:
-            if self.lr >= self.max_learning_rate:
-                raise ValueError(
-                    f"Expected a stable learning rate for t = infinity but {self.lr:.4g} is not below the maximum "
-                    f"{self.max_learning_rate:.4g}: the linearised network has no limit."
-                )
-            return self.state_of(self._minimum_norm())
-        if not t >= 0:
-            raise ValueError(f"Expected argument `t` to be at least 0 optimizer steps but got {t}.")
-        rate = self.lr * self.loss_factor
-        if self.dynamics == "gradient_flow":
-            return self.state_of(gradient_flow_filter(self.eigenvalues, rate * t))
-        return self.state_of(gradient_descent_filter(self.eigenvalues, rate, t))
+    def error_bound(self, t: float | None, *, relative: bool = False) -> float:
+        r"""Bound on :math:`|w_k(t) - w_\text{lin}(t)|`, the error of `weights(t)` that the solver makes.
 
-    def follow(self) -> GradientDescent | GradientFlow:
-        """These dynamics from step 0 on, to be advanced with the learning rates of a run: `.step(lr)` and `.filter`."""
-        online = GradientFlow if self.dynamics == "gradient_flow" else GradientDescent
-        return online(self.eigenvalues, self.loss_factor)
+        For Lanczos the rigorous truncation error of `lightning_ntk.error_bounds`, plus an estimate of the effect of the
+        measured rounding of its products. The basis is extended first, as `weights(t)` would. Not counted are the rounding
+        of the pass that turns coefficients into weights and, at t = infinity, eigenvalues that count as zero.
+
+        Args:
+            t: Optimizer steps, as for `weights`.
+            relative: In units of |w_lin(t) - w0| in the place of those of the weights.
+
+        Returns:
+            The bound; 0 for a complete eigendecomposition.
+        """
+        self._require_time(t)
+        bound = self._refine(t)
+        return bound.relative if relative else bound.total
+
+    def state(self, t: float | None) -> LinearizedState:
+        """The linearised network after `t` steps, in function space: no pass over the data, unless Lanczos needs more."""
+        self._require_time(t)
+        self._refine(t)
+        return self.state_of(self._closed_form.filter(self._modes, t))
+
+    def follow(self) -> GradientDescent | GradientFlow | LanczosRun:
+        """These dynamics from step 0 on, to be advanced with the learning rates of a run: `.step(lr)` and `.filter`.
+
+        `state_of(run.filter)` is the state at that moment. With Lanczos, reading the filter extends the basis where the
+        steps so far need it, and replays them; several runs may be followed at once if each filter is used when it is read.
+        """
+        flow = self.dynamics == "gradient_flow"
+        if self._solver is not None:
+            return LanczosRun(self._solver, self.loss_factor, flow=flow)
+        return (GradientFlow if flow else GradientDescent)(self.eigenvalues, self.loss_factor)
 
     def state_of(self, filtered: Tensor) -> LinearizedState:
         """The state that a filter `(m,)` of the modes gives.
 
         Raises:
+            ValueError: If the filter is of other modes, for Lanczos of those before an extension.
             OverflowError: If it is not finite, because the dynamics have diverged.
         """
         modes = self._modes
+        if filtered.shape != modes.eigenvalues.shape:
+            raise ValueError(
+                f"Expected a filter of {len(modes.eigenvalues)} modes but got shape {tuple(filtered.shape)}: the modes were "
+                "extended since, read the filter of the followed run again."
+            )
         coefficients = modes.coefficients(filtered)
         if not coefficients.isfinite().all():
             raise OverflowError(
@@ -249,8 +320,8 @@ class LinearizedTraining:
                 f"stable one, {self.max_learning_rate:.4g}."
             )
         shape = self.initial_predictions.shape
-        change = (modes.basis @ (modes.eigenvalues.clamp_min(0) * filtered * modes.residual)).reshape(shape)
-        return LinearizedState(coefficients.reshape(shape), self.initial_predictions.cpu().double() - change)
+        change = modes.prediction_change(filtered).reshape(shape)
+        return LinearizedState(coefficients.reshape(shape), self.initial_predictions.cpu().double() + change)
 
     def displacement_of(self, state: LinearizedState) -> Tensors:
         """w_lin - w0 = J^T a of a state, in float64: one pass over the data."""
@@ -268,75 +339,23 @@ class LinearizedTraining:
     def _add_to_initial(self, displacement: Tensors) -> Tensors:
         return {name: (start + displacement[name]).to(start) for name, start in self.linearization.params.items()}
 
-    def _minimum_norm(self) -> Tensor:
-        modes = self._modes
-        cutoff = modes.cutoff(self.linearization.dtype)
-        dropped = modes.eigenvalues <= cutoff
-        energy = modes.residual[dropped].square().sum() / modes.residual.square().sum().clamp_min(1e-300)
-        _log.info(
-            "At t = infinity %d of %d modes, below %.3g, count as zero; they hold %.3g of the residual's energy.",
-            int(dropped.sum()), len(dropped), cutoff, energy.item(),
-        )  # fmt: skip
-        return minimum_norm_filter(modes.eigenvalues, cutoff)
+    @property
+    def _modes(self) -> Modes:
+        return self._dense if self._solver is None else self._solver.modes
 
-    def _require_memory(self, storage: JacobianStorage) -> None:
-        samples = len(self.reference)
-        classes = self.linearization.predict(self.reference.read(0, 1).inputs).shape[1]
-        rows = samples * classes
-        # The kernel, and in float64 its copy, its eigenvectors and the workspace of the eigensolver.
-        needed = rows**2 * 5 * 8
-        if storage == "stored":
-            needed += rows * self.linearization.num_parameters * self.linearization.dtype.itemsize
-        free = available_memory()
-        if needed > free:
-            raise MemoryError(
-                f"The modes of {samples} samples with {classes} outputs need {format_bytes(needed)} but {format_bytes(free)} "
-                f"are free. Use at most {int(samples * math.sqrt(free / needed))} samples as the reference."
+    def _require_time(self, t: float | None) -> None:
+        if t is not None and not t >= 0:
+            raise ValueError(f"Expected argument `t` to be at least 0 optimizer steps but got {t}.")
+        if is_infinite(t) and self.lr >= self.max_learning_rate:
+            raise ValueError(
+                f"Expected a stable learning rate for t = infinity but {self.lr:.4g} is not below the maximum "
+                f"{self.max_learning_rate:.4g}: the linearised network has no limit."
             )
 
-    def _first_pass(self) -> tuple[Tensor, Tensor]:
-        outputs, targets = [], []
-        for batch in track(
-            self.reference.batches(), "initial predictions", total=self.reference.num_batches, enabled=self.progress
-        ):
-            if batch.target is None:
-                raise ValueError("Expected the training set to have targets but its batches hold inputs only.")
-            for name, value in (("inputs", batch.inputs), ("targets", batch.target)):
-                _require_finite(name, value, batch.rows)
-            outputs.append(self.linearization.predict(batch.inputs))
-            targets.append(batch.target.detach().cpu())
-            _require_finite("initial outputs", outputs[-1], batch.rows)
-        return torch.cat(outputs), torch.cat(targets)
-
-    def _make_jacobian(self, storage: JacobianStorage) -> Jacobian:
-        if storage == "streamed":
-            return StreamedJacobian(
-                self.linearization, self.reference, self.initial_predictions, progress=self.progress
-            )
-        batches = track(self.reference.batches(), "Jacobian", total=self.reference.num_batches, enabled=self.progress)
-        blocks = [sample_jacobians(self.linearization, batch.inputs) for batch in batches]
-        return StoredJacobian({name: torch.cat([block[name] for block in blocks]) for name in blocks[0]})
-
-    def _make_kernel(self, given: Tensor | None) -> Tensor:
-        size = self.initial_predictions.numel()
-        # Sums of float32 products in float32 put the weights off by 2e-5 at eta * t * lambda_max = 1e4, in float64 by 3e-6.
-        wide = wide_dtype(self.linearization.device)
-        if given is not None:
-            if tuple(given.shape) != (size, size):
-                raise ValueError(f"Expected argument `ntk` of shape {(size, size)} but got {tuple(given.shape)}.")
-            if not given.isfinite().all():
-                raise ValueError("Expected argument `ntk` to be finite but it holds NaN or infinity.")
-            kernel = given.detach()
-            if not torch.allclose(kernel, kernel.T, rtol=1e-3, atol=1e-4 * kernel.abs().max().item()):
-                raise ValueError("Expected argument `ntk` to be symmetric, the kernel of the training set with itself.")
-        elif isinstance(self.jacobian, StoredJacobian):
-            kernel = contract(self.jacobian.blocks, self.jacobian.blocks, wide)
-        else:
-            kernel = compute_kernel(self.linearization, self.reference, dtype=wide, progress=self.progress)
-        # A kernel computed earlier may come from float32 passes whatever its type is now.
-        dtype = self.linearization.dtype if given is None else torch.float32
-        check_kernel(self.jacobian, kernel, self.initial_predictions, dtype=dtype)
-        return kernel
+    def _refine(self, t: float | None) -> ErrorBound:
+        if self._solver is None:
+            return ErrorBound(0.0, 0.0, 0.0)
+        return self._solver.refine(lambda modes: self._closed_form.bound(modes, t))
 
 
 def require_choice(name: str, value: object, choices: object) -> None:
@@ -344,11 +363,3 @@ def require_choice(name: str, value: object, choices: object) -> None:
     allowed = [v for c in get_args(choices) for v in (get_args(c) or [c])]
     if value not in allowed:
         raise ValueError(f"Expected argument `{name}` to be one of {', '.join(map(repr, allowed))} but got {value!r}.")
-
-
-def _require_finite(name: str, tree: object, rows: slice) -> None:
-    for leaf in torch.utils._pytree.tree_leaves(tree):
-        if isinstance(leaf, Tensor) and leaf.is_floating_point() and not leaf.isfinite().all():
-            raise ValueError(
-                f"Expected finite {name} but samples {rows.start} to {rows.stop - 1} hold NaN or infinity."
-            )

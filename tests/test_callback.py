@@ -378,7 +378,7 @@ def test_training_on_several_devices_is_refused() -> None:
 
 
 def test_more_memory_than_there_is_ends_the_run_before_training(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lightning_ntk.training.available_memory", lambda: 1000)
+    monkeypatch.setattr("lightning_ntk.training.available_memory", lambda *_: 1000)
     with pytest.raises(MisconfigurationException, match="Use at most"):
         fit(LinearizationMonitor(), Untouched())
 
