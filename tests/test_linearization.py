@@ -7,6 +7,8 @@ from torch.utils.checkpoint import checkpoint
 
 from lightning_ntk import Linearization
 from lightning_ntk.isolation import full_precision, preserved_rng
+from lightning_ntk.jacobian import StreamedJacobian
+from lightning_ntk.reference import Reference
 from tests.problems import NETWORKS, LinearModel, flatten, make
 
 
@@ -268,3 +270,20 @@ def test_other_names_and_shapes_are_refused() -> None:
         linearization.jvp({"weight": torch.zeros(3, 6)}, torch.zeros(1, 6))
     with pytest.raises(ValueError, match=r"`weight` of shape \(3, 6\) but got \(6, 3\)"):
         linearization({"weight": torch.zeros(6, 3), "bias": torch.zeros(3)}, torch.zeros(1, 6))
+
+
+def test_gradients_that_share_storage_are_summed_separately() -> None:
+    class Sum(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = (nn.Parameter(torch.randn(3).double()) for _ in range(2))
+
+        def forward(self, x):
+            return x[:, :3] + (self.first + self.second)
+
+    module, inputs = Sum(), torch.randn(11, 6).double()
+    linearization = Linearization(module)
+    jacobian = StreamedJacobian(linearization, Reference(inputs, batch_size=1), linearization.predict(inputs))
+    cotangent = torch.randn(1, 11, 3).double()
+    for value in jacobian.vjp(cotangent).values():
+        torch.testing.assert_close(value, cotangent.sum(1))

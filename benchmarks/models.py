@@ -1,0 +1,49 @@
+"""The networks of the benchmarks, on scikit-learn's digits with one-hot targets."""
+
+import torch
+from sklearn.datasets import load_digits
+from torch import Tensor, nn
+
+
+class Transformer(nn.Module):
+    """A transformer encoder on eight tokens, the rows of an image, of eight pixels each."""
+
+    def __init__(self, width: int = 64, layers: int = 2, heads: int = 4) -> None:
+        super().__init__()
+        self.embed = nn.Linear(8, width)
+        self.positions = nn.Parameter(0.02 * torch.randn(8, width))
+        layer = nn.TransformerEncoderLayer(width, heads, 4 * width, 0.0, "gelu", batch_first=True)
+        self.encoder = nn.TransformerEncoder(layer, layers, enable_nested_tensor=False)
+        self.head = nn.Linear(width, 10)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Scores of the ten classes."""
+        tokens = self.encoder(self.embed(images.reshape(-1, 8, 8)) + self.positions)
+        scores: Tensor = self.head(tokens.mean(1))
+        return scores
+
+
+def mlp() -> nn.Module:
+    """M1: 64-512-512-10 with tanh."""
+    return nn.Sequential(
+        nn.Linear(64, 512), nn.Tanh(), nn.Linear(512, 512), nn.Tanh(), nn.Linear(512, 10)
+    )  # fmt: skip
+
+
+def convolutional() -> nn.Module:
+    """M2: two 3 x 3 convolutions, average pooling, a linear layer."""
+    return nn.Sequential(
+        nn.Conv2d(1, 32, 3, padding=1), nn.ReLU(), nn.Conv2d(32, 64, 3, padding=1), nn.ReLU(),
+        nn.AvgPool2d(2), nn.Flatten(), nn.Linear(1024, 10),
+    )  # fmt: skip
+
+
+MODELS = {"MLP": mlp, "CNN": convolutional, "transformer": Transformer}
+
+
+def digits(model: str, samples: int) -> tuple[Tensor, Tensor]:
+    """Images in [0, 1], `(N, 64)` or `(N, 1, 8, 8)` for the convolutional network, and one-hot targets `(N, 10)`."""
+    data = load_digits()
+    images = torch.tensor(data.data[:samples], dtype=torch.float32) / 16
+    targets = nn.functional.one_hot(torch.tensor(data.target[:samples]), 10).float()
+    return images.reshape(-1, 1, 8, 8) if model == "CNN" else images, targets
