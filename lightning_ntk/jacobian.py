@@ -58,28 +58,21 @@ class StreamedJacobian:
 
     def vjp(self, cotangents: Tensor) -> Tensors:
         """J^T u for cotangents `(T, N, K)`: one forward and T backward passes, results `(T, *shape)` in float64."""
-        params = self.linearization.params
         wide = wide_dtype(self.linearization.device)
-        sums = {name: p.new_zeros((len(cotangents), *p.shape), dtype=wide) for name, p in params.items()}
         cotangents = cotangents.to(self.linearization.device)
         outputs = torch.empty_like(self.predictions)
+        sums: list[Tensors] = []
         # Adding float32 to float64 costs a tenth of a small network's pass: a few batches are summed before it.
         partial: list[Tensors] = []
         for number, batch in enumerate(self._stream("vector-Jacobian product"), 1):
             outputs[batch.rows], gradients = self.linearization.predict_and_vjp(cotangents[:, batch.rows], batch.inputs)
-            if partial:
-                for total, gradient in zip(partial, gradients, strict=True):
-                    torch._foreach_add_(list(total.values()), list(gradient.values()))
-            else:
-                # Copies: gradients of different parameters may be one tensor, which adding in place would corrupt.
-                partial = [{name: value.clone() for name, value in gradient.items()} for gradient in gradients]
+            # Copies: gradients of different parameters may be one tensor, which adding in place would corrupt.
+            partial = _add(partial, gradients) if partial else _copy(gradients, self.linearization.dtype)
             if number % _BATCHES_PER_PARTIAL_SUM == 0 or number == self.reference.num_batches:
-                for index, total in enumerate(partial):
-                    for name, value in total.items():
-                        sums[name][index] += value
+                sums = _add(sums, partial) if sums else _copy(partial, wide)
                 partial = []
         self._compare(outputs)
-        return sums
+        return {name: _stack([total[name] for total in sums]) for name in self.linearization.params}
 
     def _stream(self, description: str) -> Iterator[Batch]:
         return track(self.reference.batches(), description, total=self.reference.num_batches, enabled=self.progress)
@@ -91,6 +84,22 @@ class StreamedJacobian:
                 f"The predictions at the initial weights are not those of the capture, most of all for sample {sample}: "
                 "the reference data changed its content or order in between, or the network is not deterministic."
             )
+
+
+def _stack(values: list[Tensor]) -> Tensor:
+    # A single result is not copied again.
+    return values[0].unsqueeze(0) if len(values) == 1 else torch.stack(values)
+
+
+def _copy(gradients: list[Tensors], dtype: torch.dtype) -> list[Tensors]:
+    return [{name: value.to(dtype, copy=True) for name, value in gradient.items()} for gradient in gradients]
+
+
+def _add(totals: list[Tensors], gradients: list[Tensors]) -> list[Tensors]:
+    """Adds in place, one gradient for each cotangent."""
+    for total, gradient in zip(totals, gradients, strict=True):
+        torch._foreach_add_(list(total.values()), list(gradient.values()))
+    return totals
 
 
 class StoredJacobian:
