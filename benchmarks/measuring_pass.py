@@ -10,7 +10,9 @@ complete measurement of the callback. Then the share of the callback in the whol
 import argparse
 import json
 import platform
+import runpy
 import statistics
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -68,6 +70,14 @@ def measure(name: str, samples: int, batch_size: int, repeats: int) -> dict[str,
     )
 
 
+def share_of_the_example() -> dict[str, float]:
+    """Seconds of the whole fit in examples/digits.py, of the capture and of all measurements."""
+    example = runpy.run_path(str(Path(__file__).parent.parent / "examples" / "digits.py"))
+    with tempfile.TemporaryDirectory() as directory:
+        monitor, _, elapsed = example["train"](example["parse_arguments"](["--output", directory]))
+    return {"fit": elapsed, **monitor.seconds, "share": sum(monitor.seconds.values()) / elapsed}
+
+
 def main() -> None:
     """Prints the table and writes the JSON file."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -87,11 +97,17 @@ def main() -> None:
         results[name] = {"seconds": seconds, "ratios": {key: value / floor for key, value in seconds.items()}}
         ratios = "".join(f"{value / floor:22.2f} x" for key, value in seconds.items() if key != "plain epoch")
         print(f"{name:<13}{floor * 1e3:11.1f} ms{ratios}")
+    share = share_of_the_example()
+    print(
+        f"examples/digits.py: fit {share['fit']:.1f} s, capture {share['capture']:.2f} s, measurements "
+        f"{share['measurements']:.2f} s; the callback took {share['share']:.1%}"
+    )
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
     record = {
         "machine": {"processor": platform.processor() or platform.machine(), "torch": torch.__version__},
         "settings": {key: value for key, value in vars(arguments).items() if key != "output"},
         "results": results,
+        "example": share,
     }
     arguments.output.write_text(json.dumps(record, indent=2) + "\n")
     print(f"written to {arguments.output}")

@@ -83,8 +83,8 @@ def explain(history: list[dict[str, float]]) -> str:
     )
 
 
-def main() -> None:
-    """Trains, prints the table and saves the figure."""
+def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
+    """The options of the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--width", type=int, default=128, help="units in each hidden layer")
     parser.add_argument("--lr", type=float, default=0.2, help="learning rate")
@@ -94,8 +94,11 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=None, help="images in a step; default: all of them")
     parser.add_argument("--seed", type=int, default=0, help="of the initial weights")
     parser.add_argument("--output", type=Path, default=Path("runs"), help="directory of logs and figure")
-    arguments = parser.parse_args()
+    return parser.parse_args(arguments)
 
+
+def train(arguments: argparse.Namespace) -> tuple[LinearizationMonitor, Path, float]:
+    """Fits the network; returns the monitor, the directory of the logs and the seconds of the whole fit."""
     seed_everything(arguments.seed, verbose=False)
     data = load_images(arguments.samples)
     loader = DataLoader(data, batch_size=arguments.batch_size or len(data), shuffle=arguments.batch_size is not None)
@@ -109,22 +112,26 @@ def main() -> None:
         callbacks=[monitor],
         enable_checkpointing=False,
         enable_model_summary=False,
-        log_every_n_steps=50,
+        log_every_n_steps=1 if arguments.batch_size is None else 50,
     )
     started = time.perf_counter()
     trainer.fit(DigitClassifier(arguments.width, arguments.lr, arguments.output_scale), loader)
-    elapsed = time.perf_counter() - started
+    return monitor, Path(logger.log_dir), time.perf_counter() - started
 
+
+def main() -> None:
+    """Trains, prints the table and saves the figure."""
+    arguments = parse_arguments()
+    monitor, directory, elapsed = train(arguments)
     print_table(monitor.history)
     figure, _ = monitor.plot()
-    path = Path(logger.log_dir) / "digits.png"
-    figure.savefig(path, dpi=150)
+    figure.savefig(directory / "digits.png", dpi=150)
     print(explain(monitor.history))
     print(
         f"fit: {elapsed:.1f} s, of which capture {monitor.seconds['capture']:.1f} s and "
         f"{len(monitor.history)} measurements {monitor.seconds['measurements']:.1f} s"
     )
-    print(f"Figure: {path}\nLogs:   tensorboard --logdir {arguments.output}")
+    print(f"Figure: {directory / 'digits.png'}\nLogs:   tensorboard --logdir {arguments.output}")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,32 @@
+"""The README's snippets run as they stand, but for the length of the run."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils.data import DataLoader
+
+from tests.test_callback import digits, make_module
+
+README = (Path(__file__).parent.parent / "README.md").read_text()
+SNIPPETS = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+
+
+@pytest.mark.parametrize("snippet", SNIPPETS)
+def test_snippet(snippet: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    inputs, targets = digits().tensors
+    names = {
+        "module": make_module(),
+        "train_loader": DataLoader(digits(), batch_size=11),
+        "inputs": inputs,
+        "targets": targets,
+        "new_inputs": torch.randn(3, 6),
+    }
+    exec(snippet.replace("max_steps=2000", 'max_steps=3, accelerator="cpu"'), names)
+
+
+def test_there_are_two_snippets_and_two_commands() -> None:
+    assert len(SNIPPETS) == 2
+    assert re.findall(r"  # (run|test)$", README, flags=re.MULTILINE) == ["run", "test"]
