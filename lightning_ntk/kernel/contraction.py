@@ -3,6 +3,8 @@
 This is the plain reference for every faster rule. Its cost is that of the products J1 J2^T, 2 (N1 K) (N2 K) P operations.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch.func import jacrev, vmap
@@ -18,19 +20,22 @@ from lightning_ntk.reference import Reference
 _VMAP_CHUNK = 32
 
 
-def sample_jacobians(linearization: Linearization, inputs: object) -> Tensors:
-    """The Jacobian of every sample of a batch, `(B, K, *shape)` for every parameter.
+def sample_jacobians(linearization: Linearization, inputs: object, names: Sequence[str] | None = None) -> Tensors:
+    """The Jacobian of every sample of a batch, `(B, K, *shape)` for every parameter, or for those in `names`.
 
     Operations that vmap does not support are differentiated sample by sample, K backward passes each.
     """
     inputs = linearization.convert(inputs)
     leaves, structure = pytree.tree_flatten(inputs)
+    variables = {name: linearization.params[name] for name in names or linearization.params}
     in_dims = tuple(0 if isinstance(leaf, Tensor) else None for leaf in leaves)
 
     def jacobian(*sample: object) -> Tensors:
         batch_of_one = [leaf.unsqueeze(0) if isinstance(leaf, Tensor) else leaf for leaf in sample]
         rebuilt = pytree.tree_unflatten(batch_of_one, structure)
-        return jacrev(lambda params: linearization.forward(params, rebuilt).squeeze(0))(linearization.params)
+        return jacrev(lambda params: linearization.forward(linearization.params | params, rebuilt).squeeze(0))(
+            variables
+        )
 
     with isolated_pass(linearization.module, linearization.device.type), sdpa_kernel(SDPBackend.MATH):
         try:
@@ -38,10 +43,12 @@ def sample_jacobians(linearization: Linearization, inputs: object) -> Tensors:
         except (RuntimeError, NotImplementedError) as error:
             if isinstance(error, torch.OutOfMemoryError):
                 raise
-    return _row_by_row(linearization, leaves, structure)
+    return _row_by_row(linearization, leaves, structure, list(variables))
 
 
-def _row_by_row(linearization: Linearization, leaves: list[object], structure: pytree.TreeSpec) -> Tensors:
+def _row_by_row(
+    linearization: Linearization, leaves: list[object], structure: pytree.TreeSpec, names: Sequence[str]
+) -> Tensors:
     batch = next(leaf.shape[0] for leaf in leaves if isinstance(leaf, Tensor))
     samples = []
     for index in range(batch):
@@ -50,8 +57,8 @@ def _row_by_row(linearization: Linearization, leaves: list[object], structure: p
         classes = linearization.predict(rebuilt).shape[1]
         basis = torch.eye(classes, dtype=linearization.dtype, device=linearization.device).unsqueeze(1)
         rows = linearization.predict_and_vjp(basis, rebuilt)[1]
-        samples.append({name: torch.stack([row[name] for row in rows]) for name in linearization.params})
-    return {name: torch.stack([sample[name] for sample in samples]) for name in linearization.params}
+        samples.append({name: torch.stack([row[name] for row in rows]) for name in names})
+    return {name: torch.stack([sample[name] for sample in samples]) for name in names}
 
 
 def contract(first: Tensors, second: Tensors) -> Tensor:
