@@ -124,9 +124,9 @@ def record_usage(linearization: Linearization, inputs: Any, cotangents: Callable
         return Usage(stacks, recorder.uncovered, outputs.detach())
 
     inputs = linearization.convert(inputs)
-    with isolated_pass(linearization.module, linearization.device.type), torch.enable_grad():
-        with torch.compiler.set_stance("force_eager"), recorder:
-            return linearization.apply(params, inputs, differentiate)
+    isolated = isolated_pass(linearization.module, linearization.device.type)
+    with isolated, torch.enable_grad(), torch.compiler.set_stance("force_eager"), recorder:
+        return linearization.apply(params, inputs, differentiate)
 
 
 def one_hot_cotangents(outputs: Tensor) -> Tensor:
@@ -247,11 +247,9 @@ def by_sample(factor: Factor, layout: Layout, samples: int, regrouped: dict[tupl
     if key not in regrouped:
         gradients = _split(factor.gradients, layout, samples)
         before, _, after = gradients.shape[:3]
-        if before * after > 1:
-            gradients = gradients.permute(1, 3, 4, 0, 2, 5, 6).flatten(3, 5)
-        else:
-            gradients = factor.gradients
-        regrouped[key] = gradients
+        # As they are where a row is a sample: those of a last layer are one tensor, repeated without copies.
+        whole = before * after == 1
+        regrouped[key] = factor.gradients if whole else gradients.permute(1, 3, 4, 0, 2, 5, 6).flatten(3, 5)
     inputs = _split(factor.inputs, layout, samples)
     trailing = range(4, inputs.dim())
     inputs = inputs.permute(1, 3, 0, 2, *trailing).flatten(2, 4)
@@ -261,4 +259,4 @@ def by_sample(factor: Factor, layout: Layout, samples: int, regrouped: dict[tupl
 def _split(rows: Tensor, layout: Layout, samples: int) -> Tensor:
     before = -1 if layout.before is None else layout.before
     after = -1 if layout.after is None else layout.after
-    return rows.unflatten(0, (before, samples, after))
+    return rows.reshape(before, samples, after, *rows.shape[1:])

@@ -33,9 +33,11 @@ def sample_jacobians(linearization: Linearization, inputs: object, names: Sequen
     def jacobian(*sample: object) -> Tensors:
         batch_of_one = [leaf.unsqueeze(0) if isinstance(leaf, Tensor) else leaf for leaf in sample]
         rebuilt = pytree.tree_unflatten(batch_of_one, structure)
-        return jacrev(lambda params: linearization.forward(linearization.params | params, rebuilt).squeeze(0))(
-            variables
-        )
+
+        def outputs(chosen: Tensors) -> Tensor:
+            return linearization.forward(linearization.params | chosen, rebuilt).squeeze(0)
+
+        return dict(jacrev(outputs)(variables))
 
     with isolated_pass(linearization.module, linearization.device.type), sdpa_kernel(SDPBackend.MATH):
         try:

@@ -100,15 +100,15 @@ def convolution(
     spatial = len(kernel)
     if input.dim() != spatial + 2:
         return
-    stride, dilation = _per_axis(stride, spatial), _per_axis(dilation, spatial)
+    steps, gaps = _per_axis(stride, spatial), _per_axis(dilation, spatial)
     if padding == "same":
-        total = [d * (size - 1) for d, size in zip(dilation, kernel, strict=True)]
+        total = [d * (size - 1) for d, size in zip(gaps, kernel, strict=True)]
         before = [t // 2 for t in total]
         after = [t - b for t, b in zip(total, before, strict=True)]
     else:
         before = after = [0] * spatial if isinstance(padding, str) else _per_axis(padding, spatial)
-    patches = _patches(_pad(input, before, after), kernel, stride, dilation, groups)
-    rows = _grouped_positions(gradients.flatten(0, 1), groups).unflatten(0, gradients.shape[:2]).transpose(0, 1)
+    patches = _patches(_pad(input, before, after), kernel, steps, gaps, groups)
+    rows = _rows(_grouped_positions(gradients.flatten(0, 1), groups), gradients)
     yield weight, Outer(patches, rows, weight.shape)
     yield from _bias(bias, rows)
 
@@ -130,10 +130,10 @@ def transposed_convolution(
     spatial = len(kernel)
     if input.dim() != spatial + 2:
         return
-    stride, dilation, border = (_per_axis(value, spatial) for value in (stride, dilation, padding))
+    steps, gaps, border = (_per_axis(value, spatial) for value in (stride, dilation, padding))
     padded = _pad(gradients.flatten(0, 1), border, border)
-    patches = _patches(padded, kernel, stride, dilation, groups, positions=input.shape[2:])
-    rows = patches.unflatten(0, gradients.shape[:2]).transpose(0, 1)
+    patches = _patches(padded, kernel, steps, gaps, groups, positions=input.shape[2:])
+    rows = _rows(patches, gradients)
     yield weight, Outer(_grouped_positions(input, groups), rows, weight.shape, input_first=True)
     if bias is not None:
         yield bias, Dense(gradients.flatten(3).sum(3).transpose(0, 1))
@@ -295,9 +295,15 @@ def _pad(images: Tensor, before: list[int], after: list[int]) -> Tensor:
     return F.pad(images, [side for pair in zip(before[::-1], after[::-1], strict=True) for side in pair])
 
 
+def _rows(stacked: Tensor, gradients: Tensor) -> Tensor:
+    """`(R, K, ...)` from `(K * R, ...)`, with K and R those of the gradients."""
+    return stacked.reshape(*gradients.shape[:2], *stacked.shape[1:]).transpose(0, 1)
+
+
 def _grouped_positions(images: Tensor, groups: int) -> Tensor:
     """`(R, C, *spatial)` as vectors at positions, `(R, G, T, C/G)`."""
-    return images.flatten(2).unflatten(1, (groups, -1)).transpose(2, 3)
+    rows, channels = images.shape[:2]
+    return images.reshape(rows, groups, channels // groups, -1).transpose(2, 3)
 
 
 def _patches(
@@ -315,7 +321,7 @@ def _patches(
         if positions is not None:
             windows = windows.narrow(axis, 0, positions[axis - 2])
     spatial = len(kernel)
-    channels = images.shape[1]
-    windows = windows.unflatten(1, (groups, channels // groups))
+    channels = images.shape[1] // groups
+    windows = windows.reshape(len(images), groups, channels, *windows.shape[2:])
     places, offsets = range(3, 3 + spatial), range(3 + spatial, 3 + 2 * spatial)
     return windows.permute(0, 1, *places, 2, *offsets).flatten(2, 1 + spatial).flatten(3)

@@ -32,7 +32,7 @@ _ELEMENTWISE_COST = 16
 _POSITIONS_COST = 3
 
 
-class PlanChanged(Exception):
+class PlanChangedError(Exception):
     """A batch uses the parameters in another way than the samples on which the plan was made."""
 
 
@@ -88,7 +88,7 @@ def make_plan(linearization: Linearization, rows: Reference, columns: Reference 
 
     usage = record_usage(linearization, inputs, cotangents)
     if len(usage.outputs) != samples:
-        raise PlanChanged(f"Expected outputs for {samples} samples but got {len(usage.outputs)}.")
+        raise PlanChangedError(f"Expected outputs for {samples} samples but got {len(usage.outputs)}.")
     layouts, coupled = _find_layouts(usage.factors[1])
     used = {name for name, _ in usage.factors[0]}
     merged = _merge(_by_parameter(usage.factors[0], layouts, samples, usage.uncovered | coupled))
@@ -127,17 +127,17 @@ def collect(linearization: Linearization, inputs: Any, plan: Plan) -> Factors:
     """The factors of a batch, from K backward passes and, for parameters without a rule, their Jacobians.
 
     Raises:
-        PlanChanged: If the batch uses parameters in another way than the plan foresees.
+        PlanChangedError: If the batch uses parameters in another way than the plan foresees.
     """
     usage = record_usage(linearization, inputs, lambda outputs: [one_hot_cotangents(outputs)])
     skipped = set(plan.contracted)
     if usage.uncovered - skipped:
-        raise PlanChanged(
+        raise PlanChangedError(
             f"Some samples use the parameters {sorted(usage.uncovered - skipped)} differently from others."
         )
     merged = _merge(_by_parameter(usage.factors[0], plan.layouts, len(usage.outputs), skipped))
     if merged.keys() != {unit.names for unit in plan.units}:
-        raise PlanChanged("Some samples use the parameters differently from others.")
+        raise PlanChangedError("Some samples use the parameters differently from others.")
     jacobians = sample_jacobians(linearization, inputs, plan.contracted) if plan.contracted else {}
     return pack(plan.units, merged, jacobians)
 
@@ -154,7 +154,7 @@ def pack(units: Sequence[Unit], merged: dict[tuple[str, ...], list[Factor]], jac
         outers = [factor for factor in factors if isinstance(factor, Outer)]
         shared = unit.method == "shared"
         if len(outers) < len(factors) or (shared and not _same_for_all_samples(outers[0])):
-            raise PlanChanged(f"Some samples use the parameters {sorted(unit.names)} differently from others.")
+            raise PlanChangedError(f"Some samples use the parameters {sorted(unit.names)} differently from others.")
         grams.append(gram_of(outers, shared=shared))
     jacobian = torch.cat(dense, 2) if len(dense) > 1 else next(iter(dense), None)
     return Factors(tuple(grams), jacobian)
@@ -192,7 +192,7 @@ def _by_parameter(
         if name in skipped:
             continue
         if name not in layouts:
-            raise PlanChanged(f"Some samples use the parameter `{name}` and others do not.")
+            raise PlanChangedError(f"Some samples use the parameter `{name}` and others do not.")
         uses.setdefault(name, []).append(by_sample(factor, layouts[name], samples, regrouped))
     return uses
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lightning_ntk.kernel.contraction import contraction_kernel
 from lightning_ntk.kernel.factors import Factors, add_block, cat_factors
-from lightning_ntk.kernel.plan import Plan, PlanChanged, collect, make_plan
+from lightning_ntk.kernel.plan import Plan, PlanChangedError, collect, make_plan
 from lightning_ntk.linearization import Linearization
 from lightning_ntk.progress import track
 from lightning_ntk.reference import Reference
@@ -63,7 +63,7 @@ def structured_kernel(
     try:
         plan = make_plan(linearization, rows, columns)
         return _assemble(linearization, rows, columns, plan, num_outputs, memory_limit, progress)
-    except PlanChanged as reason:
+    except PlanChangedError as reason:
         warnings.warn(f"{reason} The whole kernel is computed by contraction instead.", stacklevel=3)
     return contraction_kernel(
         linearization, rows, columns, num_outputs=num_outputs, memory_limit=memory_limit, progress=progress
