@@ -82,7 +82,7 @@ class _Recorder(TorchFunctionMode):
                     return _body(func)(*args, **kwargs)
         result = func(*args, **kwargs)
         # Questions about a parameter, such as its shape, and conversions that return it as it is are no uses.
-        if any(isinstance(x, Tensor) and id(x) not in self.names for x in _leaves(result)):
+        if self.recording and any(isinstance(x, Tensor) and id(x) not in self.names for x in _leaves(result)):
             self.uncovered |= names
         return result
 
@@ -141,8 +141,10 @@ def _output_gradients(outputs: Tensor, calls: list[Call], cotangents: Tensor) ->
     inner = [call.output for call in calls if call.result is not outputs]
     stacks = [x.new_empty((len(cotangents), *x.shape)) for x in inner]
     if inner and outputs.requires_grad:
+        # The recorder stays on: activation checkpointing recomputes what was saved while it was.
+        gradient_of = _body(torch.autograd.grad)
         for index, cotangent in enumerate(cotangents):
-            gradients = torch.autograd.grad(
+            gradients = gradient_of(
                 outputs, inner, cotangent, retain_graph=True, allow_unused=True, materialize_grads=True
             )
             for stack, gradient in zip(stacks, gradients, strict=True):
@@ -183,7 +185,7 @@ _bodies: dict[FunctionType, FunctionType] = {}
 
 
 def _body(func: FunctionType) -> FunctionType:
-    """A function of torch.nn.functional that does not ask for overrides of itself, so that those of its parts are seen."""
+    """A function of PyTorch written in Python that does not ask for overrides of itself, so that those of its parts are seen."""
     if func not in _bodies:
         names = ("has_torch_function", "has_torch_function_unary", "has_torch_function_variadic")
         scope = {**func.__globals__, **dict.fromkeys(names, lambda *_: False)}

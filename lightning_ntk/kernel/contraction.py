@@ -23,7 +23,8 @@ _VMAP_CHUNK = 32
 def sample_jacobians(linearization: Linearization, inputs: object, names: Sequence[str] | None = None) -> Tensors:
     """The Jacobian of every sample of a batch, `(B, K, *shape)` for every parameter, or for those in `names`.
 
-    Operations that vmap does not support are differentiated sample by sample, K backward passes each.
+    Operations that vmap does not support, or for which it is wrong (that of `nn.PReLU`, in some versions of PyTorch), are
+    differentiated sample by sample, K backward passes each.
     """
     inputs = linearization.convert(inputs)
     leaves, structure = pytree.tree_flatten(inputs)
@@ -39,13 +40,31 @@ def sample_jacobians(linearization: Linearization, inputs: object, names: Sequen
 
         return dict(jacrev(outputs)(variables))
 
+    jacobians: Tensors | None = None
     with isolated_pass(linearization.module, linearization.device.type), sdpa_kernel(SDPBackend.MATH):
         try:
-            return dict(vmap(jacobian, in_dims, chunk_size=_VMAP_CHUNK)(*leaves))
+            jacobians = dict(vmap(jacobian, in_dims, chunk_size=_VMAP_CHUNK)(*leaves))
         except (RuntimeError, NotImplementedError) as error:
             if isinstance(error, torch.OutOfMemoryError):
                 raise
+    if jacobians is not None and _match_autograd(linearization, inputs, jacobians):
+        return jacobians
     return _row_by_row(linearization, leaves, structure, list(variables))
+
+
+def _match_autograd(linearization: Linearization, inputs: object, jacobians: Tensors) -> bool:
+    """Whether J^T u, for a random u and every parameter, is what a plain backward pass gives."""
+    first = next(iter(jacobians.values()))
+    generator = torch.Generator().manual_seed(0)
+    cotangent = torch.randn(first.shape[:2], generator=generator, dtype=torch.float64).to(first)
+    expected = linearization.predict_and_vjp([cotangent], inputs)[1][0]
+    tolerance = 1e4 * torch.finfo(first.dtype).eps
+    close = []
+    for name, block in jacobians.items():
+        product = cotangent.flatten() @ block.flatten(0, 1).flatten(1)
+        scale = (block.flatten(2).square().sum(2) * cotangent.square()).sum().sqrt()
+        close.append((product - expected[name].flatten()).norm() <= tolerance * scale)
+    return bool(torch.stack(close).all())
 
 
 def _row_by_row(

@@ -142,39 +142,39 @@ class Factors:
 
     Attributes:
         grams: For parameters whose part of the kernel is made of Gram matrices.
-        jacobian: For all others, their Jacobians side by side, `(N, K, P)`; None if there are none.
+        jacobians: For all others, their Jacobians `(N, K, P)`, those of small parameters side by side.
     """
 
     grams: tuple[Gram, ...]
-    jacobian: Tensor | None
+    jacobians: tuple[Tensor, ...]
 
     @property
     def nbytes(self) -> int:
         """Bytes of all factors."""
-        return sum(gram.nbytes for gram in self.grams) + (0 if self.jacobian is None else self.jacobian.nbytes)
+        return sum(gram.nbytes for gram in self.grams) + sum(jacobian.nbytes for jacobian in self.jacobians)
 
     def narrow(self, start: int, stop: int) -> "Factors":
         """The samples `start` to `stop`."""
-        jacobian = None if self.jacobian is None else self.jacobian[start:stop]
-        return Factors(tuple(gram.narrow(start, stop) for gram in self.grams), jacobian)
+        grams = tuple(gram.narrow(start, stop) for gram in self.grams)
+        return Factors(grams, tuple(jacobian[start:stop] for jacobian in self.jacobians))
 
 
 def cat_factors(parts: Sequence[Factors]) -> Factors:
     """Consecutive blocks of samples as one."""
     if len(parts) == 1:
         return parts[0]
-    jacobians = [part.jacobian for part in parts if part.jacobian is not None]
+    jacobians = tuple(torch.cat(blocks) for blocks in zip(*(part.jacobians for part in parts), strict=True))
     grams = tuple(cat_grams(grams) for grams in zip(*(part.grams for part in parts), strict=True))
-    return Factors(grams, torch.cat(jacobians) if jacobians else None)
+    return Factors(grams, jacobians)
 
 
 def add_block(tile: Tensor, first: Factors, second: Factors) -> None:
     """Adds Theta of two blocks of samples to `tile`, `(N1, K, N2, K)` and contiguous."""
-    if first.jacobian is not None and second.jacobian is not None:
-        matrix = tile.flatten(2).flatten(0, 1)
-        matrix.addmm_(first.jacobian.flatten(0, 1), second.jacobian.flatten(0, 1).T)
-    for left, right in zip(first.grams, second.grams, strict=True):
-        _add_gram_block(tile, left, right)
+    matrix = tile.flatten(2).flatten(0, 1)
+    for left, right in zip(first.jacobians, second.jacobians, strict=True):
+        matrix.addmm_(left.flatten(0, 1), right.flatten(0, 1).T)
+    for one, other in zip(first.grams, second.grams, strict=True):
+        _add_gram_block(tile, one, other)
 
 
 def _add_gram_block(tile: Tensor, first: Gram, second: Gram) -> None:

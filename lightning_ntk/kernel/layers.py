@@ -38,10 +38,10 @@ def register_rule(*functions: Callable[..., Any]) -> Callable[[Rule], Rule]:
         A decorator.
 
     Example:
-        >>> @register_rule(torch.Tensor.rsub)  # scale.rsub(input): input - scale, for a parameter of one element
-        ... def rsub(gradients, scale, input):
-        ...     yield scale, Dense(-gradients.flatten(2).sum(2).T.unsqueeze(2))
-        >>> RULES.pop(torch.Tensor.rsub) is rsub
+        >>> @register_rule(torch.mul)  # torch.mul(input, scale), for inputs (N, D) and a parameter (D,)
+        ... def scaled(gradients, input, scale):
+        ...     yield scale, Dense((gradients * input).transpose(0, 1))
+        >>> RULES.pop(torch.mul) is scaled
         True
     """
 

@@ -32,6 +32,10 @@ _ELEMENTWISE_COST = 16
 _POSITIONS_COST = 3
 
 
+# Elements of a parameter whose Jacobian is joined with others.
+_SMALL = 1024
+
+
 class PlanChangedError(Exception):
     """A batch uses the parameters in another way than the samples on which the plan was made."""
 
@@ -143,7 +147,7 @@ def collect(linearization: Linearization, inputs: Any, plan: Plan) -> Factors:
 
 
 def pack(units: Sequence[Unit], merged: dict[tuple[str, ...], list[Factor]], jacobians: Tensors) -> Factors:
-    """The factors laid out for products: a Gram for each unit that has one, and one matrix of all dense Jacobians."""
+    """The factors laid out for products: a Gram for each unit that has one, and the dense Jacobians."""
     grams: list[Gram] = []
     dense: list[Tensor] = [jacobian.flatten(2) for jacobian in jacobians.values()]
     for unit in units:
@@ -156,8 +160,10 @@ def pack(units: Sequence[Unit], merged: dict[tuple[str, ...], list[Factor]], jac
         if len(outers) < len(factors) or (shared and not _same_for_all_samples(outers[0])):
             raise PlanChangedError(f"Some samples use the parameters {sorted(unit.names)} differently from others.")
         grams.append(gram_of(outers, shared=shared))
-    jacobian = torch.cat(dense, 2) if len(dense) > 1 else next(iter(dense), None)
-    return Factors(tuple(grams), jacobian)
+    small = [jacobian for jacobian in dense if jacobian.shape[2] < _SMALL]
+    # Many short products cost more than one long one; copies of large Jacobians cost more than they save.
+    joined = [torch.cat(small, 2)] if small else []
+    return Factors(tuple(grams), (*joined, *(jacobian for jacobian in dense if jacobian.shape[2] >= _SMALL)))
 
 
 def _probe_inputs(rows: Reference) -> tuple[Any, int]:

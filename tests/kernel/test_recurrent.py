@@ -18,7 +18,13 @@ class Sequence(nn.Module):
     def forward(self, x):
         result, state = self.layer(x if self.batch_first else x.transpose(0, 1))
         hidden = state[0] if isinstance(state, tuple) else state
-        return torch.cat([result if self.batch_first else result.transpose(0, 1), hidden.transpose(0, 1).repeat(1, 1, result.shape[2] // 3)], 1)
+        return torch.cat(
+            [
+                result if self.batch_first else result.transpose(0, 1),
+                hidden.transpose(0, 1).repeat(1, 1, result.shape[2] // 3),
+            ],
+            1,
+        )
 
 
 @pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
