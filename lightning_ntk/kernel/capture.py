@@ -181,10 +181,10 @@ def _leaves(tree: Any) -> Iterator[Any]:
         yield tree
 
 
-_bodies: dict[FunctionType, FunctionType] = {}
+_bodies: dict[Any, FunctionType] = {}
 
 
-def _body(func: FunctionType) -> FunctionType:
+def _body(func: Any) -> Any:
     """A function of PyTorch written in Python that does not ask for overrides of itself, so that those of its parts are seen."""
     if func not in _bodies:
         names = ("has_torch_function", "has_torch_function_unary", "has_torch_function_variadic")
