@@ -1,4 +1,4 @@
-"""empirical_ntk by contraction, against an explicit Jacobian."""
+"""empirical_ntk by both methods, against an explicit Jacobian."""
 
 import pytest
 import torch
@@ -12,15 +12,20 @@ from tests.problems import NETWORKS, LinearModel, make
 @pytest.mark.parametrize("outputs", [1, 3])
 @pytest.mark.parametrize("network", NETWORKS)
 @pytest.mark.parametrize("memory_limit", [None, 20_000, 1])
-def test_equals_the_explicit_jacobian(network: str, outputs: int, memory_limit: int | None) -> None:
+@pytest.mark.parametrize("method", ["structured", "contraction"])
+def test_equals_the_explicit_jacobian(network: str, outputs: int, memory_limit: int | None, method: str) -> None:
     module, inputs, _ = make(network, outputs)
     others = torch.randn(4, 6).double()
     first, second = LinearModel(module, inputs).jacobian, LinearModel(module, others).jacobian
-    kernel = empirical_ntk(module, inputs, memory_limit=memory_limit)
+    kernel = empirical_ntk(module, inputs, memory_limit=memory_limit, method=method)
     torch.testing.assert_close(kernel, first @ first.T)
     assert torch.equal(kernel, kernel.T)
-    torch.testing.assert_close(empirical_ntk(module, inputs, others, memory_limit=memory_limit), first @ second.T)
-    torch.testing.assert_close(empirical_ntk(module, others, inputs, memory_limit=memory_limit), second @ first.T)
+    torch.testing.assert_close(
+        empirical_ntk(module, inputs, others, memory_limit=memory_limit, method=method), first @ second.T
+    )
+    torch.testing.assert_close(
+        empirical_ntk(module, others, inputs, memory_limit=memory_limit, method=method), second @ first.T
+    )
 
 
 def test_at_given_parameters_and_in_their_type() -> None:
@@ -53,7 +58,7 @@ def test_operations_that_vmap_lacks_are_done_sample_by_sample_with_a_warning() -
 
     module, inputs = Branch(), torch.randn(5, 6).double()
     with pytest.warns(UserWarning, match="vmap does not support"):
-        kernel = empirical_ntk(module, inputs)
+        kernel = empirical_ntk(module, inputs, method="contraction")
     scale = torch.where(inputs.sum(1) > 0, 2.0, 1.0).double().repeat_interleave(3)
     torch.testing.assert_close(kernel, scale[:, None] * empirical_ntk(module.body, inputs) * scale)
 

@@ -4,6 +4,7 @@ This is the plain reference for every faster rule. Its cost is that of the produ
 """
 
 import warnings
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -20,37 +21,62 @@ from lightning_ntk.reference import Reference
 _VMAP_CHUNK = 32
 
 
-def sample_jacobians(linearization: Linearization, inputs: object) -> Tensors:
-    """The Jacobian of every sample of a batch, `(B, K, *shape)` for every parameter.
+def sample_jacobians(linearization: Linearization, inputs: object, names: Sequence[str] | None = None) -> Tensors:
+    """The Jacobian of every sample of a batch, `(B, K, *shape)` for every parameter, or for those in `names`.
 
-    Operations that vmap does not support are differentiated sample by sample, K backward passes each.
+    Operations that vmap does not support, or for which it is wrong (that of `nn.PReLU`, in some versions of PyTorch), are
+    differentiated sample by sample, K backward passes each.
     """
     inputs = linearization.convert(inputs)
     leaves, structure = pytree.tree_flatten(inputs)
+    variables = {name: linearization.params[name] for name in names or linearization.params}
     in_dims = tuple(0 if isinstance(leaf, Tensor) else None for leaf in leaves)
 
     def jacobian(*sample: object) -> Tensors:
         batch_of_one = [leaf.unsqueeze(0) if isinstance(leaf, Tensor) else leaf for leaf in sample]
         rebuilt = pytree.tree_unflatten(batch_of_one, structure)
-        blocks: Tensors = jacrev(lambda params: linearization.forward(params, rebuilt).squeeze(0))(linearization.params)
-        return blocks
 
+        def outputs(chosen: Tensors) -> Tensor:
+            return linearization.forward(linearization.params | chosen, rebuilt).squeeze(0)
+
+        return dict(jacrev(outputs)(variables))
+
+    jacobians: Tensors | None = None
     with isolated_pass(linearization.module, linearization.device.type), sdpa_kernel(SDPBackend.MATH):
         try:
-            jacobians: Tensors = vmap(jacobian, in_dims, chunk_size=_VMAP_CHUNK)(*leaves)
+            jacobians = dict(vmap(jacobian, in_dims, chunk_size=_VMAP_CHUNK)(*leaves))
         except torch.OutOfMemoryError:
             raise
         except (RuntimeError, NotImplementedError) as error:
-            warnings.warn(
-                "Per-sample Jacobians are computed one sample at a time, which is slow, because vmap does not support an "
-                f"operation of the network: {error}",
-                stacklevel=2,
-            )
-            return _row_by_row(linearization, leaves, structure)
-    return jacobians
+            reason = f"vmap does not support an operation of the network: {error}"
+        else:
+            reason = "vmap differentiates an operation of the network wrongly, as a plain backward pass shows."
+    if jacobians is not None and _match_autograd(linearization, inputs, jacobians):
+        return jacobians
+    warnings.warn(
+        f"Per-sample Jacobians are computed one sample at a time, which is slow, because {reason}", stacklevel=2
+    )
+    return _row_by_row(linearization, leaves, structure, list(variables))
 
 
-def _row_by_row(linearization: Linearization, leaves: list[object], structure: pytree.TreeSpec) -> Tensors:
+def _match_autograd(linearization: Linearization, inputs: object, jacobians: Tensors) -> bool:
+    """Whether J^T u, for a random u and every parameter, is what a plain backward pass gives."""
+    first = next(iter(jacobians.values()))
+    generator = torch.Generator().manual_seed(0)
+    cotangent = torch.randn(first.shape[:2], generator=generator, dtype=torch.float64).to(first)
+    expected = linearization.predict_and_vjp([cotangent], inputs)[1][0]
+    tolerance = 1e4 * torch.finfo(first.dtype).eps
+    close = []
+    for name, block in jacobians.items():
+        product = cotangent.flatten() @ block.flatten(0, 1).flatten(1)
+        scale = (block.flatten(2).square().sum(2) * cotangent.square()).sum().sqrt()
+        close.append((product - expected[name].flatten()).norm() <= tolerance * scale)
+    return bool(torch.stack(close).all())
+
+
+def _row_by_row(
+    linearization: Linearization, leaves: list[object], structure: pytree.TreeSpec, names: Sequence[str]
+) -> Tensors:
     batch = next(leaf.shape[0] for leaf in leaves if isinstance(leaf, Tensor))
     samples = []
     for index in range(batch):
@@ -59,8 +85,8 @@ def _row_by_row(linearization: Linearization, leaves: list[object], structure: p
         classes = linearization.predict(rebuilt).shape[1]
         basis = torch.eye(classes, dtype=linearization.dtype, device=linearization.device).unsqueeze(1)
         rows = linearization.predict_and_vjp(basis, rebuilt)[1]
-        samples.append({name: torch.stack([row[name] for row in rows]) for name in linearization.params})
-    return {name: torch.stack([sample[name] for sample in samples]) for name in linearization.params}
+        samples.append({name: torch.stack([row[name] for row in rows]) for name in names})
+    return {name: torch.stack([sample[name] for sample in samples]) for name in names}
 
 
 def contract(first: Tensors, second: Tensors, dtype: torch.dtype | None = None) -> Tensor:

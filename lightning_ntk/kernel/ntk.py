@@ -7,11 +7,12 @@ import torch
 from torch import Tensor, nn
 
 from lightning_ntk.kernel.contraction import contraction_kernel
+from lightning_ntk.kernel.structured import structured_kernel
 from lightning_ntk.linearization import Linearization, Predict
 from lightning_ntk.memory import available_memory, format_bytes
 from lightning_ntk.reference import Data, Reference, Unpack
 
-# Share of the free memory that the Jacobians of the blocks at work may take.
+# Share of the free memory that the factors and Jacobians of the blocks at work may take.
 _DEFAULT_MEMORY_SHARE = 0.25
 
 
@@ -23,7 +24,7 @@ def empirical_ntk(
     params: Mapping[str, Tensor] | None = None,
     predict: Predict | None = None,
     unpack: Unpack | None = None,
-    method: Literal["auto", "contraction"] = "auto",
+    method: Literal["auto", "structured", "contraction"] = "auto",
     batch_size: int = 256,
     memory_limit: int | None = None,
     progress: bool = False,
@@ -40,7 +41,9 @@ def empirical_ntk(
         params: Weights to evaluate at, with the names of `module.named_parameters()`. Default: the module's own.
         predict: Maps `(module, inputs)` to outputs `(B, K)`. Default: `module(inputs)`.
         unpack: Maps one batch of a data set to `(inputs, target)`. Default: batches that are such pairs already.
-        method: "contraction" multiplies per-sample Jacobians, for any network; "auto" chooses the fastest method.
+        method: "structured" combines Gram matrices of layer inputs and output gradients, and multiplies per-sample Jacobians
+            only for parameters that no rule covers; "contraction" multiplies those of all parameters, the plain reference.
+            The kernel is the same. "auto" is "structured".
         batch_size: Samples in one forward pass.
         memory_limit: Bytes that may be used besides the kernel itself. Default: a quarter of the free memory.
         progress: Whether to show a progress bar.
@@ -75,8 +78,8 @@ def compute_kernel(
     progress: bool = False,
 ) -> Tensor:
     """`empirical_ntk` of a linearization, `(N1 K, N2 K)`, its products summed in `dtype`."""
-    if method not in ("auto", "contraction"):
-        raise ValueError(f'Expected argument `method` to be "auto" or "contraction" but got {method!r}.')
+    if method not in ("auto", "structured", "contraction"):
+        raise ValueError(f'Expected argument `method` to be "auto", "structured" or "contraction" but got {method!r}.')
     num_outputs = linearization.predict(rows.read(0, 1).inputs).shape[1]
     size = len(rows) * len(columns or rows) * num_outputs**2 * (dtype or linearization.dtype).itemsize
     free = available_memory(linearization.device)
@@ -86,6 +89,7 @@ def compute_kernel(
             f"but {format_bytes(free)} are free. Use fewer samples."
         )
     limit = int(_DEFAULT_MEMORY_SHARE * (free - size)) if memory_limit is None else memory_limit
-    return contraction_kernel(
+    kernel = contraction_kernel if method == "contraction" else structured_kernel
+    return kernel(
         linearization, rows, columns, num_outputs=num_outputs, memory_limit=limit, dtype=dtype, progress=progress
     )

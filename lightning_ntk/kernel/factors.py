@@ -1,0 +1,248 @@
+"""The Jacobian of one parameter in factored form, and the kernel blocks that follow from the factors.
+
+A layer that multiplies its input by a weight, at T positions, has the per-sample Jacobian
+
+    d f_k(x_i) / dW = sum_t (output gradient)_ikt (x) (input)_it
+
+(Goodfellow, 2015, for T = 1; Rochette et al., 2019, for convolutions). Its block of the kernel,
+
+    Theta[i k, j l] = sum_ts <input_it, input_js> <output gradient_ikt, output gradient_jls>,
+
+needs Gram matrices and no Jacobian (Novak et al., 2022, "Fast finite width neural tangent kernel").
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F  # noqa: N812
+
+# Numbers in the intermediate product of a tile: few enough to stay in a cache, many enough for long matrix products.
+_TILE_NUMBERS = 1 << 20
+
+
+@dataclass(frozen=True, eq=False)
+class Outer:
+    """A Jacobian `sum_t gradients (x) inputs`, for each of R rows (samples, or parts of samples) and K outputs.
+
+    Attributes:
+        inputs: `(R, G, T, I)` for G groups and T positions; or integers `(R, G, T)` that index one-hot inputs.
+        gradients: `(R, K, G, T, O)`.
+        shape: The parameter's shape, whose elements are in the order `(G, O, I)`.
+        input_first: Whether they are in the order `(G, I, O)` instead.
+    """
+
+    inputs: Tensor
+    gradients: Tensor
+    shape: torch.Size
+    input_first: bool = False
+
+    @property
+    def one_hot(self) -> bool:
+        """Whether the inputs are the positions of ones."""
+        return self.inputs.dim() == 3
+
+    @property
+    def width(self) -> int:
+        """I, the length of an input vector."""
+        return self.shape.numel() // (self.gradients.shape[2] * self.gradients.shape[4])
+
+    def dense(self) -> Tensor:
+        """The Jacobian `(R, K, *shape)`."""
+        rows, outputs, groups, positions, size = self.gradients.shape
+        gradients = self.gradients.permute(0, 2, 1, 4, 3)
+        if self.one_hot:
+            index = self.inputs[:, :, None, None, :].expand(gradients.shape)
+            jacobian = gradients.new_zeros(*gradients.shape[:-1], self.width).scatter_add_(-1, index, gradients)
+        else:
+            # A batch of matrix products: a broadcast matmul would copy the inputs K times.
+            flat = gradients.reshape(rows * groups, outputs * size, positions)
+            jacobian = flat @ self.inputs.reshape(rows * groups, positions, self.width)
+            jacobian = jacobian.view(rows, groups, outputs, size, self.width)
+        order = (0, 2, 1, 4, 3) if self.input_first else (0, 2, 1, 3, 4)
+        return jacobian.permute(order).reshape(rows, outputs, *self.shape)
+
+
+@dataclass(frozen=True, eq=False)
+class Dense:
+    """A Jacobian as it is: `(R, K, *shape)` for each of R rows (samples, or parts of samples)."""
+
+    jacobian: Tensor
+
+    def dense(self) -> Tensor:
+        """The Jacobian `(R, K, *shape)`."""
+        return self.jacobian
+
+
+Factor: TypeAlias = Outer | Dense
+
+
+@dataclass(frozen=True, eq=False)
+class Gram:
+    """What a block of the kernel is made of, for parameters that share their output gradients (a weight and its bias).
+
+    Attributes:
+        inputs: One tensor a parameter: `(N, G, T, I)`, or `(N, G, T)` for one-hot inputs.
+        gradients: `(N, G, T, K, O)`; or `(K, O)` when they are the same for all samples, as those of a last layer are.
+    """
+
+    inputs: tuple[Tensor, ...]
+    gradients: Tensor
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all factors."""
+        return sum(tensor.nbytes for tensor in (*self.inputs, self.gradients))
+
+    def narrow(self, start: int, stop: int) -> "Gram":
+        """The samples `start` to `stop`."""
+        shared = self.gradients.dim() == 2
+        return Gram(tuple(x[start:stop] for x in self.inputs), self.gradients if shared else self.gradients[start:stop])
+
+    def to(self, dtype: torch.dtype) -> "Gram":
+        """The same numbers in another type; positions of ones stay integers."""
+        inputs = tuple(x.to(dtype) if x.is_floating_point() else x for x in self.inputs)
+        return Gram(inputs, self.gradients.to(dtype))
+
+
+def gram_of(factors: Sequence[Outer], *, shared: bool) -> Gram:
+    """The factors, which share their gradients, laid out for products.
+
+    Args:
+        factors: One for each parameter, rows being samples.
+        shared: Whether the gradients are those of a last layer, the same for all samples.
+    """
+    gradients = factors[0].gradients
+    gradients = gradients[0, :, 0, 0] if shared else gradients.permute(0, 2, 3, 1, 4)
+    # Of several dense inputs, one product: the bias is a column of ones.
+    columns = [factor.inputs for factor in factors if not factor.one_hot]
+    one_hot = [factor.inputs.contiguous() for factor in factors if factor.one_hot]
+    joined = [torch.cat(columns, -1).contiguous()] if columns else []
+    return Gram((*joined, *one_hot), gradients.contiguous())
+
+
+def cat_grams(grams: Sequence[Gram]) -> Gram:
+    """Consecutive samples as one; sequences of unequal length are padded with positions whose gradient is zero."""
+    if len(grams) == 1:
+        return grams[0]
+    positions = max(gram.inputs[0].shape[2] for gram in grams)
+
+    def pad(tensor: Tensor, trailing: int) -> Tensor:
+        missing = positions - tensor.shape[2]
+        return F.pad(tensor, (0, 0) * trailing + (0, missing)) if missing else tensor
+
+    inputs = tuple(
+        torch.cat([pad(x, x.dim() - 3) for x in parts]) for parts in zip(*(g.inputs for g in grams), strict=True)
+    )
+    if grams[0].gradients.dim() == 2:
+        return Gram(inputs, grams[0].gradients)
+    return Gram(inputs, torch.cat([pad(gram.gradients, 2) for gram in grams]))
+
+
+@dataclass(frozen=True, eq=False)
+class Factors:
+    """The factors of a block of samples.
+
+    Attributes:
+        grams: For parameters whose part of the kernel is made of Gram matrices.
+        jacobians: For all others, their Jacobians `(N, K, P)`, those of small parameters side by side.
+    """
+
+    grams: tuple[Gram, ...]
+    jacobians: tuple[Tensor, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all factors."""
+        return sum(gram.nbytes for gram in self.grams) + sum(jacobian.nbytes for jacobian in self.jacobians)
+
+    def narrow(self, start: int, stop: int) -> "Factors":
+        """The samples `start` to `stop`."""
+        grams = tuple(gram.narrow(start, stop) for gram in self.grams)
+        return Factors(grams, tuple(jacobian[start:stop] for jacobian in self.jacobians))
+
+    def to(self, dtype: torch.dtype) -> "Factors":
+        """The same numbers in another type, in which products are then summed."""
+        return Factors(tuple(gram.to(dtype) for gram in self.grams), tuple(j.to(dtype) for j in self.jacobians))
+
+
+def cat_factors(parts: Sequence[Factors]) -> Factors:
+    """Consecutive blocks of samples as one."""
+    if len(parts) == 1:
+        return parts[0]
+    jacobians = tuple(torch.cat(blocks) for blocks in zip(*(part.jacobians for part in parts), strict=True))
+    grams = tuple(cat_grams(grams) for grams in zip(*(part.grams for part in parts), strict=True))
+    return Factors(grams, jacobians)
+
+
+def add_block(tile: Tensor, first: Factors, second: Factors) -> None:
+    """Adds Theta of two blocks of samples to `tile`, `(N1, K, N2, K)` and contiguous."""
+    matrix = tile.flatten(2).flatten(0, 1)
+    for left, right in zip(first.jacobians, second.jacobians, strict=True):
+        matrix.addmm_(left.flatten(0, 1), right.flatten(0, 1).T)
+    for one, other in zip(first.grams, second.grams, strict=True):
+        _add_gram_block(tile, one, other)
+
+
+def _add_gram_block(tile: Tensor, first: Gram, second: Gram) -> None:
+    rows, outputs, columns, _ = tile.shape
+    if first.gradients.dim() == 2:
+        among_outputs = (first.gradients @ second.gradients.T)[:, None, :].expand(-1, columns, -1)
+        among_samples = _input_gram(first, second, 0)[:, 0, :, 0]
+        _add_hadamard(tile, among_outputs.reshape(1, outputs, -1), among_samples)
+        return
+    _, groups, positions, _, size = first.gradients.shape
+    for group in range(groups):
+        inputs = _input_gram(first, second, group)
+        if positions == second.gradients.shape[2] == 1:
+            left = first.gradients[:, group].reshape(rows * outputs, size)
+            right = second.gradients[:, group].reshape(columns * outputs, size)
+            _add_hadamard(tile, (left @ right.T).view(rows, outputs, -1), inputs[:, 0, :, 0])
+        else:
+            _add_positions(tile, inputs, first.gradients[:, group], second.gradients[:, group])
+
+
+def _input_gram(first: Gram, second: Gram, group: int) -> Tensor:
+    """Inner products of inputs, `(N1, T, N2, S)`, summed over the parameters that share the gradients."""
+    total: Tensor | None = None
+    for left, right in zip(first.inputs, second.inputs, strict=True):
+        left, right = left[:, group], right[:, group]
+        if left.dim() == 2:
+            product = (left[:, :, None, None] == right).to(first.gradients.dtype)
+        else:
+            product = (left.flatten(0, 1) @ right.flatten(0, 1).T).view(*left.shape[:2], *right.shape[:2])
+        total = product if total is None else total.add_(product)
+    assert total is not None
+    return total
+
+
+def _add_hadamard(tile: Tensor, gradients: Tensor, inputs: Tensor) -> None:
+    # One column of the inputs' Gram for each column of the tile: broadcasting over K innermost would not be vectorised.
+    inputs = inputs.repeat_interleave(tile.shape[1], dim=1).unsqueeze(1)
+    tile.flatten(2).addcmul_(gradients, inputs)
+
+
+def _add_positions(tile: Tensor, inputs: Tensor, first: Tensor, second: Tensor) -> None:
+    """Adds sum_ts inputs[i t, j s] <first[i t k], second[j s l]>.
+
+    The inputs' Gram is applied to the second gradients first, for T S K O operations a pair of samples; the product with
+    the first gradients then takes T K^2 O instead of the T S K^2 O of a Gram matrix of all gradients.
+    """
+    rows, positions, outputs, size = first.shape
+    columns = len(second)
+    step = max(1, _TILE_NUMBERS // (positions * rows * outputs * size))
+    for start in range(0, columns, step):
+        block = second[start : start + step]
+        width = len(block)
+        # (T N1) x S times S x (K O) for each sample of the second block, into (T, N1, N2, K, O).
+        mixed = first.new_empty(positions * rows, width, outputs * size)
+        weights = inputs[:, :, start : start + width].transpose(0, 1).reshape(positions * rows, width, -1)
+        for column in range(width):
+            torch.mm(weights[:, column], block[column].flatten(1), out=mixed[:, column])
+        mixed = mixed.view(positions, rows, width * outputs, size)
+        total = first.new_zeros(rows, outputs, width * outputs)
+        for position in range(positions):
+            total.baddbmm_(first[:, position], mixed[position].transpose(1, 2))
+        tile[:, :, start : start + width] += total.view(rows, outputs, width, outputs)

@@ -1,0 +1,327 @@
+"""Rules: the per-sample Jacobian of every operation through which layers use their parameters.
+
+A rule belongs to a function of PyTorch and not to a class of layers, so that it holds for every layer, subclass or
+functional call that uses the function, and for none that uses its weights in another way.
+"""
+
+from collections.abc import Callable, Iterable
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F  # noqa: N812
+
+from lightning_ntk.kernel.factors import Dense, Factor, Outer
+
+Rule: TypeAlias = Callable[..., Iterable[tuple[Tensor | None, Factor]]]
+
+RULES: dict[Callable[..., Any], Rule] = {}
+"""The rule of every function that has one."""
+
+
+def register_rule(*functions: Callable[..., Any]) -> Callable[[Rule], Rule]:
+    r"""Makes a function the rule for the parameters in the arguments of `functions`.
+
+    A rule is called as `rule(gradients, *args, **kwargs)` with the arguments of one call of the function and the
+    gradients of the K outputs of the network with respect to what the call returned, `(K, *shape)`. It yields, for each
+    tensor argument that may be a parameter, the pair of that argument and its Jacobian, for R rows: consecutive,
+    independent parts of the call's output, such as its samples, or its samples times its positions. Which rows are
+    whose sample is found out by the caller. A Jacobian is an `Outer` (a sum over positions of products
+    gradient :math:`\otimes` input, contracted through Gram matrices) or, for small parameters, a `Dense` tensor
+    `(R, K, *shape)`. A call that the rule does not describe yields nothing: its parameters then go through the
+    contraction. Every rule is verified against plain autograd, on a few samples, before each use.
+
+    Args:
+        functions: Functions of `torch` or `torch.nn.functional`, or any that dispatch on `__torch_function__`.
+
+    Returns:
+        A decorator.
+
+    Example:
+        >>> @register_rule(torch.mul)  # torch.mul(input, scale), for inputs (N, D) and a parameter (D,)
+        ... def scaled(gradients, input, scale):
+        ...     yield scale, Dense((gradients * input).transpose(0, 1))
+        >>> RULES.pop(torch.mul) is scaled
+        True
+    """
+
+    def register(rule: Rule) -> Rule:
+        RULES.update(dict.fromkeys(functions, rule))
+        return rule
+
+    return register
+
+
+@register_rule(F.linear)
+def linear(
+    gradients: Tensor, input: Tensor, weight: Tensor, bias: Tensor | None = None
+) -> Iterable[tuple[Tensor | None, Factor]]:
+    """`nn.Linear`, at one position or at many: a row is one position."""
+    if weight.dim() != 2:
+        return
+    rows = gradients.reshape(len(gradients), -1, 1, 1, len(weight)).transpose(0, 1)
+    yield weight, Outer(input.reshape(-1, 1, 1, input.shape[-1]), rows, weight.shape)
+    yield from _bias(bias, rows)
+
+
+@register_rule(torch.addmm)
+def addmm(
+    gradients: Tensor, input: Tensor, mat1: Tensor, mat2: Tensor, **scales: float
+) -> Iterable[tuple[Tensor | None, Factor]]:
+    """`bias + input @ weight`, the transposed linear layer of GPT-2."""
+    if scales or input.dim() != 1:
+        return
+    yield from matmul(gradients, mat1, mat2)
+    yield from _bias(input, gradients[:, :, None, None, :].transpose(0, 1))
+
+
+@register_rule(torch.matmul, torch.mm, torch.Tensor.matmul, torch.Tensor.mm, torch.Tensor.__matmul__)
+def matmul(gradients: Tensor, input: Tensor, other: Tensor) -> Iterable[tuple[Tensor | None, Factor]]:
+    """`input @ weight` for a matrix: a row is one position."""
+    if other.dim() != 2 or input.dim() < 2:
+        return
+    rows = gradients.reshape(len(gradients), -1, 1, 1, other.shape[1]).transpose(0, 1)
+    yield other, Outer(input.reshape(-1, 1, 1, len(other)), rows, other.shape, input_first=True)
+
+
+@register_rule(torch.conv1d, torch.conv2d, torch.conv3d)
+def convolution(
+    gradients: Tensor,
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: int | tuple[int, ...] = 1,
+    padding: int | tuple[int, ...] | str = 0,
+    dilation: int | tuple[int, ...] = 1,
+    groups: int = 1,
+) -> Iterable[tuple[Tensor | None, Factor]]:
+    """`nn.Conv1d` to `nn.Conv3d`: the inputs of a position are its patch."""
+    kernel = weight.shape[2:]
+    spatial = len(kernel)
+    if input.dim() != spatial + 2:
+        return
+    steps, gaps = _per_axis(stride, spatial), _per_axis(dilation, spatial)
+    if padding == "same":
+        total = [d * (size - 1) for d, size in zip(gaps, kernel, strict=True)]
+        before = [t // 2 for t in total]
+        after = [t - b for t, b in zip(total, before, strict=True)]
+    else:
+        before = after = [0] * spatial if isinstance(padding, str) else _per_axis(padding, spatial)
+    patches = _patches(_pad(input, before, after), kernel, steps, gaps, groups)
+    rows = _rows(_grouped_positions(gradients.flatten(0, 1), groups), gradients)
+    yield weight, Outer(patches, rows, weight.shape)
+    yield from _bias(bias, rows)
+
+
+@register_rule(torch.conv_transpose1d, torch.conv_transpose2d, torch.conv_transpose3d)
+def transposed_convolution(
+    gradients: Tensor,
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: int | tuple[int, ...] = 1,
+    padding: int | tuple[int, ...] = 0,
+    output_padding: int | tuple[int, ...] = 0,
+    groups: int = 1,
+    dilation: int | tuple[int, ...] = 1,
+) -> Iterable[tuple[Tensor | None, Factor]]:
+    """`nn.ConvTranspose1d` to `3d`: a convolution in which input and output gradient have exchanged their places."""
+    kernel = weight.shape[2:]
+    spatial = len(kernel)
+    if input.dim() != spatial + 2:
+        return
+    steps, gaps, border = (_per_axis(value, spatial) for value in (stride, dilation, padding))
+    padded = _pad(gradients.flatten(0, 1), border, border)
+    patches = _patches(padded, kernel, steps, gaps, groups, positions=input.shape[2:])
+    rows = _rows(patches, gradients)
+    yield weight, Outer(_grouped_positions(input, groups), rows, weight.shape, input_first=True)
+    if bias is not None:
+        yield bias, Dense(gradients.flatten(3).sum(3).transpose(0, 1))
+
+
+@register_rule(F.embedding)
+def embedding(
+    gradients: Tensor,
+    input: Tensor,
+    weight: Tensor,
+    padding_idx: int | None = None,
+    max_norm: float | None = None,
+    norm_type: float = 2.0,
+    scale_grad_by_freq: bool = False,
+    sparse: bool = False,
+) -> Iterable[tuple[Tensor | None, Factor]]:
+    """`nn.Embedding`: a linear layer on one-hot inputs; a row is one index."""
+    if max_norm is not None or scale_grad_by_freq:
+        return
+    rows = gradients.reshape(len(gradients), -1, 1, 1, weight.shape[1]).transpose(0, 1)
+    index = input.reshape(-1, 1, 1).long()
+    if padding_idx is not None:
+        rows = rows.masked_fill((index == padding_idx % len(weight))[:, None, :, :, None], 0)
+    yield weight, Outer(index, rows, weight.shape, input_first=True)
+
+
+@register_rule(F.layer_norm)
+def layer_norm(
+    gradients: Tensor,
+    input: Tensor,
+    normalized_shape: tuple[int, ...],
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+) -> Iterable[tuple[Tensor | None, Factor]]:
+    """`nn.LayerNorm`: a row is one position."""
+    yield from _scale_and_shift(
+        gradients, F.layer_norm(input, normalized_shape, eps=eps), weight, bias, normalized_shape
+    )
+
+
+@register_rule(F.rms_norm)
+def rms_norm(
+    gradients: Tensor,
+    input: Tensor,
+    normalized_shape: tuple[int, ...],
+    weight: Tensor | None = None,
+    eps: float | None = None,
+) -> Iterable[tuple[Tensor | None, Factor]]:
+    """`nn.RMSNorm`: a row is one position."""
+    yield from _scale_and_shift(gradients, F.rms_norm(input, normalized_shape, eps=eps), weight, None, normalized_shape)
+
+
+@register_rule(F.group_norm)
+def group_norm(
+    gradients: Tensor,
+    input: Tensor,
+    num_groups: int,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+) -> Iterable[tuple[Tensor | None, Factor]]:
+    """`nn.GroupNorm`."""
+    yield from _channel_scale_and_shift(gradients, F.group_norm(input, num_groups, eps=eps), weight, bias)
+
+
+@register_rule(F.instance_norm)
+def instance_norm(
+    gradients: Tensor,
+    input: Tensor,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    use_input_stats: bool = True,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Iterable[tuple[Tensor | None, Factor]]:
+    """`nn.InstanceNorm1d` to `3d`."""
+    if not use_input_stats:
+        yield from batch_norm(gradients, input, running_mean, running_var, weight, bias, eps=eps)
+        return
+    yield from _channel_scale_and_shift(gradients, F.instance_norm(input, eps=eps), weight, bias)
+
+
+@register_rule(F.batch_norm)
+def batch_norm(
+    gradients: Tensor,
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Iterable[tuple[Tensor | None, Factor]]:
+    """`nn.BatchNorm1d` to `3d` with running statistics; with those of the batch, samples are coupled."""
+    if training or running_mean is None or running_var is None:
+        return
+    normalized = F.batch_norm(input, running_mean, running_var, eps=eps)
+    yield from _channel_scale_and_shift(gradients, normalized, weight, bias)
+
+
+@register_rule(torch.prelu)
+def prelu(gradients: Tensor, input: Tensor, weight: Tensor) -> Iterable[tuple[Tensor | None, Factor]]:
+    """`nn.PReLU`, with one slope or one a channel."""
+    slopes = (gradients * input.clamp_max(0)).transpose(0, 1).unsqueeze(-1)
+    yield weight, Dense(slopes.flatten(2).sum(2, keepdim=True) if len(weight) == 1 else slopes.flatten(3).sum(3))
+
+
+@register_rule(torch.bilinear)
+def bilinear(
+    gradients: Tensor, input1: Tensor, input2: Tensor, weight: Tensor, bias: Tensor | None = None
+) -> Iterable[tuple[Tensor | None, Factor]]:
+    """`nn.Bilinear`: linear in the products of its two inputs."""
+    rows = gradients.reshape(len(gradients), -1, 1, 1, len(weight)).transpose(0, 1)
+    products = input1.unsqueeze(-1) * input2.unsqueeze(-2)
+    yield weight, Outer(products.reshape(len(rows), 1, 1, -1), rows, weight.shape)
+    yield from _bias(bias, rows)
+
+
+def _bias(bias: Tensor | None, gradients: Tensor) -> Iterable[tuple[Tensor | None, Factor]]:
+    """A bias is a weight whose input is one."""
+    if bias is not None:
+        rows, _, groups, positions, _ = gradients.shape
+        yield bias, Outer(gradients.new_ones(1).expand(rows, groups, positions, 1), gradients, bias.shape)
+
+
+def _scale_and_shift(
+    gradients: Tensor, normalized: Tensor, weight: Tensor | None, bias: Tensor | None, shape: tuple[int, ...]
+) -> Iterable[tuple[Tensor | None, Factor]]:
+    """`weight * normalized + bias` with parameters of the last axes: a row is one position."""
+    rows = gradients.reshape(len(gradients), -1, *shape).transpose(0, 1)
+    if weight is not None:
+        yield weight, Dense(rows * normalized.reshape(len(rows), 1, *shape))
+    if bias is not None:
+        yield bias, Dense(rows)
+
+
+def _channel_scale_and_shift(
+    gradients: Tensor, normalized: Tensor, weight: Tensor | None, bias: Tensor | None
+) -> Iterable[tuple[Tensor | None, Factor]]:
+    """`weight * normalized + bias` with parameters of the second axis."""
+    rows = gradients.transpose(0, 1).unsqueeze(-1).flatten(3)
+    if weight is not None:
+        yield weight, Dense((rows * normalized.unsqueeze(1).unsqueeze(-1).flatten(3)).sum(3))
+    if bias is not None:
+        yield bias, Dense(rows.sum(3))
+
+
+def _per_axis(value: int | Iterable[int], axes: int) -> list[int]:
+    values = [value] if isinstance(value, int) else list(value)
+    return values * axes if len(values) == 1 else values
+
+
+def _pad(images: Tensor, before: list[int], after: list[int]) -> Tensor:
+    # F.pad starts with the last axis.
+    return F.pad(images, [side for pair in zip(before[::-1], after[::-1], strict=True) for side in pair])
+
+
+def _rows(stacked: Tensor, gradients: Tensor) -> Tensor:
+    """`(R, K, ...)` from `(K * R, ...)`, with K and R those of the gradients."""
+    return stacked.reshape(*gradients.shape[:2], *stacked.shape[1:]).transpose(0, 1)
+
+
+def _grouped_positions(images: Tensor, groups: int) -> Tensor:
+    """`(R, C, *spatial)` as vectors at positions, `(R, G, T, C/G)`."""
+    rows, channels = images.shape[:2]
+    return images.reshape(rows, groups, channels // groups, -1).transpose(2, 3)
+
+
+def _patches(
+    images: Tensor,
+    kernel: torch.Size,
+    stride: list[int],
+    dilation: list[int],
+    groups: int,
+    positions: torch.Size | None = None,
+) -> Tensor:
+    """What the kernel sees at each of its positions, `(R, G, T, C/G * kernel)`."""
+    windows = images
+    for axis, (size, step, gap) in enumerate(zip(kernel, stride, dilation, strict=True), start=2):
+        windows = windows.unfold(axis, gap * (size - 1) + 1, step)[..., ::gap]
+        if positions is not None:
+            windows = windows.narrow(axis, 0, positions[axis - 2])
+    spatial = len(kernel)
+    channels = images.shape[1] // groups
+    windows = windows.reshape(len(images), groups, channels, *windows.shape[2:])
+    places, offsets = range(3, 3 + spatial), range(3 + spatial, 3 + 2 * spatial)
+    return windows.permute(0, 1, *places, 2, *offsets).flatten(2, 1 + spatial).flatten(3)

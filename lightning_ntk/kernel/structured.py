@@ -1,0 +1,167 @@
+"""The kernel from per-layer factors, assembled tile by tile.
+
+Rules: layers.py. Which parameters they cover, and their verification: plan.py.
+"""
+
+import warnings
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from lightning_ntk.kernel.contraction import contraction_kernel
+from lightning_ntk.kernel.factors import Factors, add_block, cat_factors
+from lightning_ntk.kernel.plan import Plan, PlanChangedError, collect, make_plan
+from lightning_ntk.linearization import Linearization
+from lightning_ntk.progress import track
+from lightning_ntk.reference import Reference
+
+# Samples in one pass, at most, whatever memory allows: larger batches are not faster.
+_PASS_SAMPLES = 256
+# Rows and columns of the kernel in one tile, which stays in a CPU's cache from one Hadamard product to the next.
+_TILE_ROWS, _TILE_COLUMNS = 512, 1280
+# Strips of a symmetric kernel, at least: the squares on its diagonal are computed whole.
+_STRIPS = 8
+
+
+class Tile(NamedTuple):
+    """The samples of a tile: `rows` from the first data set, `columns` from the second."""
+
+    rows: range
+    columns: range
+
+
+def structured_kernel(
+    linearization: Linearization,
+    rows: Reference,
+    columns: Reference | None,
+    *,
+    num_outputs: int,
+    memory_limit: int,
+    dtype: torch.dtype | None = None,
+    progress: bool = False,
+) -> Tensor:
+    """The kernel between two data sets, or of one with itself (half of it computed, the other half mirrored).
+
+    Parameters that a rule covers enter through the factors of their layer, all others through per-sample Jacobians.
+
+    Args:
+        linearization: The network.
+        rows: The first data set, N1 samples.
+        columns: The second one, N2 samples, or None for the first one again.
+        num_outputs: K.
+        memory_limit: Bytes for the factors. Where they do not fit, those of two blocks of samples are held at a time and
+            made again when they are needed again.
+        dtype: Type in which the products are summed. Default: that of the passes.
+        progress: Whether to show a progress bar.
+
+    Returns:
+        The kernel `(N1 K, N2 K)`, in `dtype`.
+
+    Warns:
+        UserWarning: If a rule disagrees with plain autograd; its parameters are then contracted.
+    """
+    try:
+        plan = make_plan(linearization, rows, columns)
+        return _assemble(linearization, rows, columns, plan, num_outputs, memory_limit, dtype, progress)
+    except PlanChangedError as reason:
+        warnings.warn(f"{reason} The whole kernel is computed by contraction instead.", stacklevel=3)
+    return contraction_kernel(
+        linearization, rows, columns, num_outputs=num_outputs, memory_limit=memory_limit, dtype=dtype, progress=progress
+    )
+
+
+def _assemble(
+    linearization: Linearization,
+    rows: Reference,
+    columns: Reference | None,
+    plan: Plan,
+    num_outputs: int,
+    memory_limit: int,
+    dtype: torch.dtype | None,
+    progress: bool,
+) -> Tensor:
+    symmetric = columns is None
+    columns = rows if columns is None else columns
+    dtype = dtype or linearization.dtype
+    kernel = torch.empty(len(rows) * num_outputs, len(columns) * num_outputs, dtype=dtype, device=linearization.device)
+    factor_bytes = plan.factor_bytes * dtype.itemsize // linearization.dtype.itemsize
+    pass_size = max(1, min(memory_limit // 4 // max(plan.pass_bytes, 1), _PASS_SAMPLES))
+    size = _block_size(len(rows), len(columns), symmetric, factor_bytes, memory_limit - memory_limit // 4)
+    pairs = [
+        (first, second)
+        for first in _ranges(0, len(rows), size)
+        for second in _ranges(0, len(columns), size)
+        if not symmetric or first.start <= second.start
+    ]
+    tile_rows = max(1, _TILE_ROWS // num_outputs)
+    if symmetric:
+        tile_rows = min(tile_rows, -(-len(rows) // _STRIPS))
+    tile_columns = max(1, _TILE_COLUMNS // num_outputs)
+    tiles = [(first, second, _tiles(first, second, symmetric, tile_rows, tile_columns)) for first, second in pairs]
+
+    def blocks() -> Iterator[tuple[Tile, Factors, Factors]]:
+        held: tuple[range, Factors] | None = None
+        for first, second, grid in tiles:
+            if held is None or held[0] != first:
+                held = None  # freed before the next block is made
+                held = (first, _factors(linearization, rows, first, plan, pass_size, dtype))
+            left = held[1]
+            right = (
+                left
+                if symmetric and first == second
+                else _factors(linearization, columns, second, plan, pass_size, dtype)
+            )
+            for tile in grid:
+                i, j = tile.rows.start - first.start, tile.columns.start - second.start
+                yield tile, left.narrow(i, i + len(tile.rows)), right.narrow(j, j + len(tile.columns))
+
+    # Memory that is used again is in the cache.
+    scratch = kernel.new_empty(tile_rows * tile_columns * num_outputs**2)
+    total = sum(len(grid) for *_, grid in tiles)
+    for tile, left, right in track(blocks(), "structured kernel", total=total, enabled=progress):
+        shape = (len(tile.rows), num_outputs, len(tile.columns), num_outputs)
+        block = scratch[: len(tile.rows) * len(tile.columns) * num_outputs**2].view(shape).zero_()
+        add_block(block, left, right)
+        _write(kernel, block, tile, symmetric)
+    return kernel
+
+
+def _block_size(rows: int, columns: int, symmetric: bool, factor_bytes: int, limit: int) -> int:
+    """Samples whose factors are held at a time: all of them, or blocks of which two fit."""
+    samples = rows if symmetric else rows + columns
+    if 2 * samples * factor_bytes <= limit:  # twice while they are joined
+        return max(rows, columns)
+    return max(1, limit // (3 * factor_bytes))
+
+
+def _factors(
+    linearization: Linearization, data: Reference, block: range, plan: Plan, pass_size: int, dtype: torch.dtype
+) -> Factors:
+    passes = _ranges(block.start, block.stop, pass_size)
+    return cat_factors([collect(linearization, data.read(p.start, p.stop).inputs, plan).to(dtype) for p in passes])
+
+
+def _ranges(start: int, stop: int, size: int) -> list[range]:
+    return [range(at, min(at + size, stop)) for at in range(start, stop, size)]
+
+
+def _tiles(first: range, second: range, symmetric: bool, rows: int, columns: int) -> list[Tile]:
+    """The tiles of a block; of a symmetric kernel those on and right of the diagonal."""
+    return [
+        Tile(strip, part)
+        for strip in _ranges(first.start, first.stop, rows)
+        for part in _ranges(max(second.start, strip.start) if symmetric else second.start, second.stop, columns)
+    ]
+
+
+def _write(kernel: Tensor, block: Tensor, tile: Tile, symmetric: bool) -> None:
+    outputs = block.shape[1]
+    matrix = block.flatten(2).flatten(0, 1)
+    rows = slice(tile.rows.start * outputs, tile.rows.stop * outputs)
+    columns = slice(tile.columns.start * outputs, tile.columns.stop * outputs)
+    kernel[rows, columns] = matrix
+    if symmetric and columns.stop > rows.stop:
+        mirrored = slice(max(columns.start, rows.stop), columns.stop)
+        kernel[mirrored, rows] = matrix[:, mirrored.start - columns.start :].T
