@@ -82,7 +82,7 @@ class LinearizedTraining:
         >>> inputs, target = torch.eye(2), torch.ones(2, 1)
         >>> training = LinearizedTraining(module, (inputs, target), lr=0.1, progress=False)
         >>> training.weights(None)  # the limit: one step at a time, or all at once
-        {'weight': tensor([[1., 1.]])}
+        {'weight': tensor([[1.0000, 1.0000]])}
         >>> round(training.max_learning_rate, 6)
         2.0
     """

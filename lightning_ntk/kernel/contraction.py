@@ -82,11 +82,11 @@ def _row_by_row(
     return {name: torch.stack([sample[name] for sample in samples]) for name in names}
 
 
-def contract(first: Tensors, second: Tensors) -> Tensor:
-    """J1 J2^T for Jacobians `(B1, K, *shape)` and `(B2, K, *shape)` of every parameter: `(B1 K, B2 K)`."""
+def contract(first: Tensors, second: Tensors, dtype: torch.dtype | None = None) -> Tensor:
+    """J1 J2^T, in `dtype`, for Jacobians `(B1, K, *shape)` and `(B2, K, *shape)` of every parameter: `(B1 K, B2 K)`."""
     total: Tensor | None = None
     for name, block in first.items():
-        rows, columns = block.flatten(0, 1).flatten(1), second[name].flatten(0, 1).flatten(1)
+        rows, columns = (jacobian.flatten(0, 1).flatten(1).to(dtype) for jacobian in (block, second[name]))
         total = rows @ columns.T if total is None else total.addmm_(rows, columns.T)
     assert total is not None
     return total
@@ -99,6 +99,7 @@ def contraction_kernel(
     *,
     num_outputs: int,
     memory_limit: int,
+    dtype: torch.dtype | None = None,
     progress: bool = False,
 ) -> Tensor:
     """The kernel between two data sets, or of one with itself (half of the blocks computed, the others mirrored).
@@ -109,18 +110,18 @@ def contraction_kernel(
         columns: The second one, N2 samples, or None for the first one again.
         num_outputs: K.
         memory_limit: Bytes for the Jacobians of two blocks of samples.
+        dtype: Type in which the products are summed. Default: that of the passes.
         progress: Whether to show a progress bar.
 
     Returns:
-        The kernel `(N1 K, N2 K)`, in the type of the passes.
+        The kernel `(N1 K, N2 K)`, in `dtype`.
     """
     symmetric = columns is None
     columns = rows if columns is None else columns
     jacobian_size = num_outputs * linearization.num_parameters * linearization.dtype.itemsize
     size = max(1, min(memory_limit // (2 * jacobian_size), len(rows), len(columns)))
-    kernel = torch.empty(
-        len(rows) * num_outputs, len(columns) * num_outputs, dtype=linearization.dtype, device=linearization.device
-    )
+    dtype = dtype or linearization.dtype
+    kernel = torch.empty(len(rows) * num_outputs, len(columns) * num_outputs, dtype=dtype, device=linearization.device)
     blocks = [
         (i, j) for i in range(0, len(rows), size) for j in range(0, len(columns), size) if not symmetric or i <= j
     ]
@@ -131,7 +132,7 @@ def contraction_kernel(
             held = (i, sample_jacobians(linearization, rows.read(i, i + size).inputs))
         first = held[1]
         second = first if symmetric and i == j else sample_jacobians(linearization, columns.read(j, j + size).inputs)
-        block = contract(first, second)
+        block = contract(first, second, dtype)
         at_row, at_column = i * num_outputs, j * num_outputs
         kernel[at_row : at_row + block.shape[0], at_column : at_column + block.shape[1]] = block
         if symmetric and i != j:

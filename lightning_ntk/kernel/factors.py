@@ -99,7 +99,13 @@ class Gram:
     def narrow(self, start: int, stop: int) -> "Gram":
         """The samples `start` to `stop`."""
         shared = self.gradients.dim() == 2
-        return Gram(tuple(x[start:stop] for x in self.inputs), self.gradients if shared else self.gradients[start:stop])
+        gradients = self.gradients if shared else self.gradients[start:stop]
+        return Gram(tuple(x[start:stop] for x in self.inputs), gradients)
+
+    def to(self, dtype: torch.dtype) -> "Gram":
+        """The factors in another floating-point type; the indices of one-hot inputs stay integers."""
+        inputs = tuple(x.to(dtype) if x.is_floating_point() else x for x in self.inputs)
+        return Gram(inputs, self.gradients.to(dtype))
 
 
 def gram_of(factors: Sequence[Outer], *, shared: bool) -> Gram:
@@ -157,6 +163,11 @@ class Factors:
         """The samples `start` to `stop`."""
         grams = tuple(gram.narrow(start, stop) for gram in self.grams)
         return Factors(grams, tuple(jacobian[start:stop] for jacobian in self.jacobians))
+
+    def to(self, dtype: torch.dtype) -> "Factors":
+        """The factors in another floating-point type."""
+        grams = tuple(gram.to(dtype) for gram in self.grams)
+        return Factors(grams, tuple(jacobian.to(dtype) for jacobian in self.jacobians))
 
 
 def cat_factors(parts: Sequence[Factors]) -> Factors:

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Literal
 
+import torch
 from torch import Tensor, nn
 
 from lightning_ntk.kernel.contraction import contraction_kernel
@@ -73,13 +74,14 @@ def compute_kernel(
     *,
     method: str = "auto",
     memory_limit: int | None = None,
+    dtype: torch.dtype | None = None,
     progress: bool = False,
 ) -> Tensor:
-    """`empirical_ntk` of a linearization, `(N1 K, N2 K)`."""
+    """`empirical_ntk` of a linearization, `(N1 K, N2 K)`, its products summed in `dtype`."""
     if method not in ("auto", "structured", "contraction"):
         raise ValueError(f'Expected argument `method` to be "auto", "structured" or "contraction" but got {method!r}.')
     num_outputs = linearization.predict(rows.read(0, 1).inputs).shape[1]
-    size = len(rows) * len(columns or rows) * num_outputs**2 * linearization.dtype.itemsize
+    size = len(rows) * len(columns or rows) * num_outputs**2 * (dtype or linearization.dtype).itemsize
     free = available_memory(linearization.device)
     if size > free:
         raise MemoryError(
@@ -88,4 +90,6 @@ def compute_kernel(
         )
     limit = int(_DEFAULT_MEMORY_SHARE * (free - size)) if memory_limit is None else memory_limit
     kernel = contraction_kernel if method == "contraction" else structured_kernel
-    return kernel(linearization, rows, columns, num_outputs=num_outputs, memory_limit=limit, progress=progress)
+    return kernel(
+        linearization, rows, columns, num_outputs=num_outputs, memory_limit=limit, dtype=dtype, progress=progress
+    )

@@ -20,7 +20,7 @@ from lightning_ntk.reference import Reference
 # Samples in one pass, at most, whatever memory allows: larger batches are not faster.
 _PASS_SAMPLES = 256
 # Rows and columns of the kernel in one tile, which stays in a CPU's cache from one Hadamard product to the next.
-_TILE_ROWS, _TILE_COLUMNS = 512, 1280
+_TILE_ROWS, _TILE_COLUMNS = 512, 2560
 # Strips of a symmetric kernel, at least: the squares on its diagonal are computed whole.
 _STRIPS = 8
 
@@ -39,6 +39,7 @@ def structured_kernel(
     *,
     num_outputs: int,
     memory_limit: int,
+    dtype: torch.dtype | None = None,
     progress: bool = False,
 ) -> Tensor:
     """The kernel between two data sets, or of one with itself (half of it computed, the other half mirrored).
@@ -52,21 +53,30 @@ def structured_kernel(
         num_outputs: K.
         memory_limit: Bytes for the factors. Where they do not fit, those of two blocks of samples are held at a time and
             made again when they are needed again.
+        dtype: Type in which the products are summed. Default: that of the passes.
         progress: Whether to show a progress bar.
 
     Returns:
-        The kernel `(N1 K, N2 K)`, in the type of the passes.
+        The kernel `(N1 K, N2 K)`, in `dtype`.
 
     Warns:
         UserWarning: If a rule disagrees with plain autograd; its parameters are then contracted.
     """
     try:
         plan = make_plan(linearization, rows, columns)
-        return _assemble(linearization, rows, columns, plan, num_outputs, memory_limit, progress)
+        return _assemble(
+            linearization, rows, columns, plan, num_outputs, memory_limit, dtype or linearization.dtype, progress
+        )
     except PlanChangedError as reason:
         warnings.warn(f"{reason} The whole kernel is computed by contraction instead.", stacklevel=3)
     return contraction_kernel(
-        linearization, rows, columns, num_outputs=num_outputs, memory_limit=memory_limit, progress=progress
+        linearization,
+        rows,
+        columns,
+        num_outputs=num_outputs,
+        memory_limit=memory_limit,
+        dtype=dtype,
+        progress=progress,
     )
 
 
@@ -77,15 +87,15 @@ def _assemble(
     plan: Plan,
     num_outputs: int,
     memory_limit: int,
+    dtype: torch.dtype,
     progress: bool,
 ) -> Tensor:
     symmetric = columns is None
     columns = rows if columns is None else columns
-    kernel = torch.empty(
-        len(rows) * num_outputs, len(columns) * num_outputs, dtype=linearization.dtype, device=linearization.device
-    )
+    kernel = torch.empty(len(rows) * num_outputs, len(columns) * num_outputs, dtype=dtype, device=linearization.device)
     pass_size = max(1, min(memory_limit // 4 // max(plan.pass_bytes, 1), _PASS_SAMPLES))
-    size = _block_size(len(rows), len(columns), symmetric, plan.factor_bytes, memory_limit - memory_limit // 4)
+    factor_bytes = plan.factor_bytes * dtype.itemsize // linearization.dtype.itemsize
+    size = _block_size(len(rows), len(columns), symmetric, factor_bytes, memory_limit - memory_limit // 4)
     pairs = [
         (first, second)
         for first in _ranges(0, len(rows), size)
@@ -103,9 +113,13 @@ def _assemble(
         for first, second, grid in tiles:
             if held is None or held[0] != first:
                 held = None  # freed before the next block is made
-                held = (first, _factors(linearization, rows, first, plan, pass_size))
+                held = (first, _factors(linearization, rows, first, plan, pass_size, dtype))
             left = held[1]
-            right = left if symmetric and first == second else _factors(linearization, columns, second, plan, pass_size)
+            right = (
+                left
+                if symmetric and first == second
+                else _factors(linearization, columns, second, plan, pass_size, dtype)
+            )
             for tile in grid:
                 i, j = tile.rows.start - first.start, tile.columns.start - second.start
                 yield tile, left.narrow(i, i + len(tile.rows)), right.narrow(j, j + len(tile.columns))
@@ -126,12 +140,14 @@ def _block_size(rows: int, columns: int, symmetric: bool, factor_bytes: int, lim
     samples = rows if symmetric else rows + columns
     if 2 * samples * factor_bytes <= limit:  # twice while they are joined
         return max(rows, columns)
-    return max(1, limit // (3 * factor_bytes))
+    return max(1, limit // (3 * max(factor_bytes, 1)))
 
 
-def _factors(linearization: Linearization, data: Reference, block: range, plan: Plan, pass_size: int) -> Factors:
+def _factors(
+    linearization: Linearization, data: Reference, block: range, plan: Plan, pass_size: int, dtype: torch.dtype
+) -> Factors:
     passes = _ranges(block.start, block.stop, pass_size)
-    return cat_factors([collect(linearization, data.read(p.start, p.stop).inputs, plan) for p in passes])
+    return cat_factors([collect(linearization, data.read(p.start, p.stop).inputs, plan).to(dtype) for p in passes])
 
 
 def _ranges(start: int, stop: int, size: int) -> list[range]:
