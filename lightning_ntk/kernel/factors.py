@@ -99,10 +99,11 @@ class Gram:
     def narrow(self, start: int, stop: int) -> "Gram":
         """The samples `start` to `stop`."""
         shared = self.gradients.dim() == 2
-        return Gram(tuple(x[start:stop] for x in self.inputs), self.gradients if shared else self.gradients[start:stop])
+        gradients = self.gradients if shared else self.gradients[start:stop]
+        return Gram(tuple(x[start:stop] for x in self.inputs), gradients)
 
     def to(self, dtype: torch.dtype) -> "Gram":
-        """The same numbers in another type; positions of ones stay integers."""
+        """The factors in another floating-point type; the indices of one-hot inputs stay integers."""
         inputs = tuple(x.to(dtype) if x.is_floating_point() else x for x in self.inputs)
         return Gram(inputs, self.gradients.to(dtype))
 
@@ -164,8 +165,9 @@ class Factors:
         return Factors(grams, tuple(jacobian[start:stop] for jacobian in self.jacobians))
 
     def to(self, dtype: torch.dtype) -> "Factors":
-        """The same numbers in another type, in which products are then summed."""
-        return Factors(tuple(gram.to(dtype) for gram in self.grams), tuple(j.to(dtype) for j in self.jacobians))
+        """The factors in another floating-point type."""
+        grams = tuple(gram.to(dtype) for gram in self.grams)
+        return Factors(grams, tuple(jacobian.to(dtype) for jacobian in self.jacobians))
 
 
 def cat_factors(parts: Sequence[Factors]) -> Factors:

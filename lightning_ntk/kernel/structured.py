@@ -20,7 +20,7 @@ from lightning_ntk.reference import Reference
 # Samples in one pass, at most, whatever memory allows: larger batches are not faster.
 _PASS_SAMPLES = 256
 # Rows and columns of the kernel in one tile, which stays in a CPU's cache from one Hadamard product to the next.
-_TILE_ROWS, _TILE_COLUMNS = 512, 1280
+_TILE_ROWS, _TILE_COLUMNS = 512, 2560
 # Strips of a symmetric kernel, at least: the squares on its diagonal are computed whole.
 _STRIPS = 8
 
@@ -64,11 +64,19 @@ def structured_kernel(
     """
     try:
         plan = make_plan(linearization, rows, columns)
-        return _assemble(linearization, rows, columns, plan, num_outputs, memory_limit, dtype, progress)
+        return _assemble(
+            linearization, rows, columns, plan, num_outputs, memory_limit, dtype or linearization.dtype, progress
+        )
     except PlanChangedError as reason:
         warnings.warn(f"{reason} The whole kernel is computed by contraction instead.", stacklevel=3)
     return contraction_kernel(
-        linearization, rows, columns, num_outputs=num_outputs, memory_limit=memory_limit, dtype=dtype, progress=progress
+        linearization,
+        rows,
+        columns,
+        num_outputs=num_outputs,
+        memory_limit=memory_limit,
+        dtype=dtype,
+        progress=progress,
     )
 
 
@@ -79,15 +87,14 @@ def _assemble(
     plan: Plan,
     num_outputs: int,
     memory_limit: int,
-    dtype: torch.dtype | None,
+    dtype: torch.dtype,
     progress: bool,
 ) -> Tensor:
     symmetric = columns is None
     columns = rows if columns is None else columns
-    dtype = dtype or linearization.dtype
     kernel = torch.empty(len(rows) * num_outputs, len(columns) * num_outputs, dtype=dtype, device=linearization.device)
-    factor_bytes = plan.factor_bytes * dtype.itemsize // linearization.dtype.itemsize
     pass_size = max(1, min(memory_limit // 4 // max(plan.pass_bytes, 1), _PASS_SAMPLES))
+    factor_bytes = plan.factor_bytes * dtype.itemsize // linearization.dtype.itemsize
     size = _block_size(len(rows), len(columns), symmetric, factor_bytes, memory_limit - memory_limit // 4)
     pairs = [
         (first, second)
@@ -133,7 +140,7 @@ def _block_size(rows: int, columns: int, symmetric: bool, factor_bytes: int, lim
     samples = rows if symmetric else rows + columns
     if 2 * samples * factor_bytes <= limit:  # twice while they are joined
         return max(rows, columns)
-    return max(1, limit // (3 * factor_bytes))
+    return max(1, limit // (3 * max(factor_bytes, 1)))
 
 
 def _factors(

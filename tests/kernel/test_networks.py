@@ -211,6 +211,17 @@ def test_two_data_sets_other_weights_and_one_sample():
         assert relative_error(*kernels) < 1e-8
 
 
+def test_products_summed_in_a_wider_type():
+    linearization, rows = Linearization(ResidualNetwork()), Reference(randn(6, 1, 6, 6))
+    kernels = [
+        compute_kernel(linearization, rows, method=m, memory_limit=ALL, dtype=torch.float64)
+        for m in ("structured", "contraction")
+    ]
+    assert {kernel.dtype for kernel in kernels} == {torch.float64}
+    assert relative_error(*kernels) < 1e-6  # the Jacobians are of float32
+    assert torch.linalg.eigvalsh(kernels[0])[0] > -1e-10 * kernels[0].norm()
+
+
 def test_module_is_left_as_it_was():
     network = ResidualNetwork().train()
     before = {name: value.clone() for name, value in network.state_dict().items()}
