@@ -14,6 +14,7 @@ from torch.utils import _pytree as pytree
 
 from lightning_ntk.isolation import isolated_pass
 from lightning_ntk.linearization import Linearization, Tensors
+from lightning_ntk.memory import empty_matrix
 from lightning_ntk.progress import track
 from lightning_ntk.reference import Reference
 
@@ -128,7 +129,7 @@ def contraction_kernel(
     jacobian_size = num_outputs * linearization.num_parameters * linearization.dtype.itemsize
     size = max(1, min(memory_limit // (2 * jacobian_size), len(rows), len(columns)))
     dtype = dtype or linearization.dtype
-    kernel = torch.empty(len(rows) * num_outputs, len(columns) * num_outputs, dtype=dtype, device=linearization.device)
+    kernel = empty_matrix(len(rows) * num_outputs, len(columns) * num_outputs, dtype=dtype, device=linearization.device)
     blocks = [
         (i, j) for i in range(0, len(rows), size) for j in range(0, len(columns), size) if not symmetric or i <= j
     ]

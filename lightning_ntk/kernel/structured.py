@@ -14,6 +14,7 @@ from lightning_ntk.kernel.contraction import contraction_kernel
 from lightning_ntk.kernel.factors import Factors, add_block, cat_factors
 from lightning_ntk.kernel.plan import Plan, PlanChangedError, collect, make_plan
 from lightning_ntk.linearization import Linearization
+from lightning_ntk.memory import empty_matrix
 from lightning_ntk.progress import track
 from lightning_ntk.reference import Reference
 
@@ -92,7 +93,7 @@ def _assemble(
 ) -> Tensor:
     symmetric = columns is None
     columns = rows if columns is None else columns
-    kernel = torch.empty(len(rows) * num_outputs, len(columns) * num_outputs, dtype=dtype, device=linearization.device)
+    kernel = empty_matrix(len(rows) * num_outputs, len(columns) * num_outputs, dtype=dtype, device=linearization.device)
     pass_size = max(1, min(memory_limit // 4 // max(plan.pass_bytes, 1), _PASS_SAMPLES))
     factor_bytes = plan.factor_bytes * dtype.itemsize // linearization.dtype.itemsize
     size = _block_size(len(rows), len(columns), symmetric, factor_bytes, memory_limit - memory_limit // 4)
