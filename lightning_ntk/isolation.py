@@ -82,7 +82,9 @@ def preserved_rng() -> Iterator[None]:
     python_state = random.getstate()
     numpy = sys.modules.get("numpy")
     numpy_state = numpy.random.get_state() if numpy is not None else None
-    with torch.random.fork_rng():
+    # All devices by name: left to itself, fork_rng warns where there are several. No GPU is woken up for it.
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()  # type: ignore[no-untyped-call]
+    with torch.random.fork_rng(devices):
         try:
             yield
         finally:
