@@ -100,6 +100,7 @@ class GradientFlow:
 
 
 def _divide(numerator: Tensor, eigenvalues: Tensor, limit: float) -> Tensor:
-    # Below the smallest normal number the quotient itself would round to something else than its limit.
-    positive = eigenvalues > torch.finfo(eigenvalues.dtype).tiny
-    return torch.where(positive, numerator / torch.where(positive, eigenvalues, 1), limit)
+    # The filter is limit * (1 - x/2 + ...) with x = limit * eigenvalue: the limit itself, to the last digit, for small x.
+    # The quotient loses digits where x underflows.
+    divisible = limit * eigenvalues > 1e-20
+    return torch.where(divisible, numerator / torch.where(divisible, eigenvalues, 1), limit)
