@@ -68,7 +68,7 @@ class LinearizationMonitor(Callback):
         name: Prefix of the logged tags.
         per_parameter: Whether to log the distance of every parameter tensor too.
         strict: Whether a failing measurement ends the run. Default: it is reported once and training goes on.
-        progress: Whether captures and measurements show a progress bar, if the Trainer shows one.
+        progress: Whether captures and measurements show a progress bar, where the Trainer shows its TQDM one.
 
     Raises:
         ValueError: If an argument has a value that it cannot have.

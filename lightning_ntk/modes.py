@@ -21,7 +21,7 @@ class Modes:
     residual: Tensor
 
     def coefficients(self, filtered: Tensor) -> Tensor:
-        """A = -U (phi * U^T r), `(N K,)` on the CPU: the linearised weights are `w0 + J^T a`."""
+        """The coefficients a = -U (phi * U^T r), `(N K,)` on the CPU: the linearised weights are `w0 + J^T a`."""
         return -self.expand(filtered * self.residual)
 
     def prediction_change(self, filtered: Tensor) -> Tensor:

@@ -43,7 +43,6 @@ class Reference:
         self._unpack = unpack or unpack_pair
         self._tensors: Any = None
         self._indices: Tensor | None = None
-        self._loader: DataLoader[Any] | None = None
         if isinstance(data, Tensor) or (isinstance(data, tuple) and len(data) == 2):
             self._tensors = data
         elif isinstance(data, DataLoader):

@@ -13,7 +13,7 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from sklearn.datasets import load_digits
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
-from torch.utils.data import DataLoader, Dataset, TensorDataset
+from torch.utils.data import DataLoader, Dataset, TensorDataset, WeightedRandomSampler
 
 from lightning_ntk import LinearizationMonitor, LinearizedTraining
 from tests.problems import ConvNet, LinearModel, flatten, mlp
@@ -289,6 +289,16 @@ def test_parameter_groups_and_parameters_left_out_are_said() -> None:
 
     with pytest.warns(UserWarning, match=r"different learning rates \(0.01, 0.1\).*leaves out body.2.bias"):
         fit(LinearizationMonitor(), Groups(), max_steps=3)
+
+
+def test_a_sampler_that_draws_otherwise_is_said() -> None:
+    loader = DataLoader(digits(), batch_size=11, sampler=WeightedRandomSampler([1.0] * 11, 11))
+    trainer = Trainer(
+        max_steps=2, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
+        callbacks=[LinearizationMonitor()],
+    )  # fmt: skip
+    with pytest.warns(UserWarning, match="draws its samples with WeightedRandomSampler"):
+        trainer.fit(make_module(), loader)
 
 
 def test_full_batch_gradient_descent_says_nothing() -> None:
