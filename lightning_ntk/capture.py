@@ -1,15 +1,102 @@
 """What is computed once, when the training of a network is captured."""
 
-import torch
-from torch import Tensor
+from collections.abc import Mapping
+from typing import Literal
 
-from lightning_ntk.checks import check_kernel
-from lightning_ntk.jacobian import Jacobian, StoredJacobian
+import torch
+from torch import Tensor, nn
+
+from lightning_ntk.checks import check_adjoint, check_determinism, check_kernel
+from lightning_ntk.isolation import preserved_rng
+from lightning_ntk.jacobian import Jacobian, StoredJacobian, StreamedJacobian, predict
 from lightning_ntk.kernel import compute_kernel
 from lightning_ntk.kernel.contraction import contract, sample_jacobians
-from lightning_ntk.linearization import Linearization
+from lightning_ntk.linearization import Linearization, Predict, Tensors
+from lightning_ntk.losses import Loss, Objective
 from lightning_ntk.progress import track
-from lightning_ntk.reference import Reference
+from lightning_ntk.reference import Data, Reference, Unpack
+
+JacobianStorage = Literal["streamed", "stored"]
+
+
+class Capture:
+    """A network at its initial weights w0 on a training set: what all linearised dynamics start from.
+
+    Args:
+        module: The network, left as it is.
+        data: The training set, as for `Reference`.
+        loss: Of outputs and targets. Default: `nn.MSELoss()`.
+        predict: As for `Linearization`.
+        unpack: As for `Reference`.
+        jacobian: "streamed" or "stored".
+        batch_size: Samples in one pass.
+        dtype: Type of the passes.
+        progress: Whether passes show a progress bar.
+
+    Attributes:
+        linearization: The network at w0.
+        reference: The training set in a fixed order.
+        predictions: f0, `(N, K)` in the type of the passes.
+        objective: The loss, with the targets of all samples.
+        jacobian: J of all samples.
+
+    Raises:
+        ValueError: If the data, the network or the loss cannot be used.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        data: Data,
+        *,
+        loss: Loss | None = None,
+        predict: Predict | None = None,
+        unpack: Unpack | None = None,
+        jacobian: JacobianStorage = "streamed",
+        batch_size: int = 256,
+        dtype: torch.dtype | None = None,
+        progress: bool = False,
+    ) -> None:
+        self.progress = progress
+        self.unpack = unpack
+        with preserved_rng():
+            self.linearization = Linearization(module, predict=predict, dtype=dtype)
+            self.reference = Reference(data, batch_size=batch_size, unpack=unpack)
+            self.predictions, targets = first_pass(self.linearization, self.reference, progress=progress)
+            check_determinism(self.linearization, self.reference, self.predictions)
+            self.objective = Objective(
+                nn.MSELoss() if loss is None else loss, self.predictions, targets, flat=self.linearization.flat
+            )
+            self.jacobian: Jacobian = (
+                store_jacobian(self.linearization, self.reference, progress=progress)
+                if jacobian == "stored"
+                else StreamedJacobian(self.linearization, self.reference, self.predictions, progress=progress)
+            )
+            check_adjoint(self.linearization, self.jacobian, self.predictions)
+
+    @property
+    def initial_weights(self) -> Tensors:
+        """w0: clones of the trainable parameters, under their names in `named_parameters()`."""
+        return self.linearization.params
+
+    def predict(self, weights: Mapping[str, Tensor]) -> Tensor:
+        """Outputs of the (non-linear) network at other weights, `(N, K)`: one forward pass over the training set."""
+        with preserved_rng():
+            return predict(self.linearization, self.reference, params=weights, progress=self.progress)
+
+    def push_forward(self, tangent: Mapping[str, Tensor]) -> Tensor:
+        """J v, `(N, K)` in float64."""
+        with preserved_rng():
+            return self.jacobian.jvp(tangent)
+
+    def pull_back(self, coefficients: Tensor) -> Tensors:
+        """J^T a for coefficients `(T, N, K)`: for every parameter `(T, *shape)` in float64."""
+        with preserved_rng():
+            return self.jacobian.vjp(coefficients)
+
+    def loss_of(self, predictions: Tensor) -> float:
+        """The loss of predictions `(N, K)` on the training set, in float64."""
+        return self.objective.value(predictions.detach().cpu(), self.objective.targets).item()
 
 
 def first_pass(linearization: Linearization, reference: Reference, *, progress: bool) -> tuple[Tensor, Tensor]:
@@ -37,22 +124,14 @@ def store_jacobian(linearization: Linearization, reference: Reference, *, progre
     return StoredJacobian({name: torch.cat([block[name] for block in blocks]) for name in blocks[0]})
 
 
-def training_kernel(
-    given: Tensor | None,
-    linearization: Linearization,
-    reference: Reference,
-    jacobian: Jacobian,
-    predictions: Tensor,
-    *,
-    dtype: torch.dtype,
-    progress: bool,
-) -> Tensor:
-    """The kernel of the data set with itself, summed in `dtype` or `given`, and verified.
+def training_kernel(given: Tensor | None, capture: Capture, *, dtype: torch.dtype) -> Tensor:
+    """The kernel of the training set with itself, `(N K, N K)`, summed in `dtype` or `given`, and verified.
 
     Raises:
         ValueError: If the given one is not of this network and data.
     """
-    size = predictions.numel()
+    linearization, jacobian = capture.linearization, capture.jacobian
+    size = capture.predictions.numel()
     if given is not None:
         if tuple(given.shape) != (size, size):
             raise ValueError(f"Expected argument `ntk` of shape {(size, size)} but got {tuple(given.shape)}.")
@@ -64,10 +143,10 @@ def training_kernel(
     elif isinstance(jacobian, StoredJacobian):
         kernel = contract(jacobian.blocks, jacobian.blocks, dtype)
     else:
-        kernel = compute_kernel(linearization, reference, dtype=dtype, progress=progress)
+        kernel = compute_kernel(linearization, capture.reference, dtype=dtype, progress=capture.progress)
     # A kernel computed earlier may come from float32 passes whatever its type is now.
     computed = linearization.dtype if given is None else torch.float32
-    check_kernel(jacobian, kernel, predictions, dtype=computed)
+    check_kernel(jacobian, kernel, capture.predictions, dtype=computed)
     return kernel
 
 

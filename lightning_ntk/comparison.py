@@ -5,7 +5,6 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from lightning_ntk.distances import difference, parameter_distances, root_mean_square, weight_distances
-from lightning_ntk.jacobian import predict
 from lightning_ntk.training import LinearizedState, LinearizedTraining
 
 
@@ -30,11 +29,11 @@ def compare(
     """
     displacement = difference(weights, training.initial_weights)
     linearized = training.displacement_of(state)
-    outputs = predict(training.linearization, training.reference, params=weights, progress=training.progress)
+    outputs = training.capture.predict(weights)
     scalars = weight_distances(displacement, linearized) | {
         "prediction_rmse": root_mean_square(outputs.cpu().double() - state.predictions),
-        "loss": training.loss_of(outputs),
-        "linearized_loss": training.loss_of(state.predictions),
+        "loss": training.capture.loss_of(outputs),
+        "linearized_loss": training.capture.loss_of(state.predictions),
     }
     if per_parameter:
         distances = parameter_distances(displacement, linearized)

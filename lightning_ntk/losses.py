@@ -38,8 +38,10 @@ class Objective:
         outputs, targets = outputs.detach().cpu(), targets.detach().cpu()
         self.factor: float | None = None
         self._reason: ValueError | None = None
+        self._matched = False
         try:
             matched = match_targets(targets, outputs, flat=flat)
+            self._matched = True
             self.factor = measure_loss_factor(self._loss_on(outputs.device), outputs, matched, flat=flat)
         except (ValueError, RuntimeError) as error:
             # RuntimeError: the loss takes labels and no rows, or computes in float32 only.
@@ -101,6 +103,8 @@ class Objective:
                 warnings.filterwarnings("error", message="Using a target size")
                 self._try(outputs, targets)
         except (ValueError, RuntimeError, TypeError, IndexError, UserWarning) as error:
+            if not self._matched:
+                raise self._reason from error
             raise ValueError(
                 f"Expected a loss of the outputs, of shape {tuple(own_shape)}, and the targets, of shape "
                 f"{tuple(targets.shape)} and type {targets.dtype}, but {self._loss!r} failed on them: {error}"

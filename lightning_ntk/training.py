@@ -4,23 +4,22 @@ import logging
 import math
 import warnings
 from collections.abc import Sequence
-from typing import Literal, NamedTuple, get_args
+from typing import NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
 
-from lightning_ntk.capture import first_pass, store_jacobian, training_kernel
-from lightning_ntk.checks import check_adjoint, check_determinism
+from lightning_ntk.capture import Capture, JacobianStorage, training_kernel
 from lightning_ntk.closed_form import ClosedForm, Dynamics, is_infinite
 from lightning_ntk.dynamics.sgd import GradientDescent
 from lightning_ntk.dynamics.spectral import GradientFlow
 from lightning_ntk.error_bounds import ErrorBound
 from lightning_ntk.isolation import preserved_rng
-from lightning_ntk.jacobian import Jacobian, StreamedJacobian, predict, wide_dtype
+from lightning_ntk.jacobian import StreamedJacobian, predict, wide_dtype
 from lightning_ntk.kernel import compute_kernel
 from lightning_ntk.lanczos import LanczosModes
 from lightning_ntk.linearization import Linearization, Predict, Tensors
-from lightning_ntk.losses import Loss, evaluate_loss, match_targets, measure_loss_factor
+from lightning_ntk.losses import Loss
 from lightning_ntk.memory import available_memory
 from lightning_ntk.modes import Modes, eigh_modes
 from lightning_ntk.reference import Data, Reference, Unpack
@@ -28,8 +27,6 @@ from lightning_ntk.refinement import LanczosRun, LanczosSolver, solve_by_lanczos
 from lightning_ntk.solvers import Problem, Solver, choose_solver
 
 _log = logging.getLogger(__name__)
-
-JacobianStorage = Literal["streamed", "stored"]
 
 
 class LinearizedState(NamedTuple):
@@ -123,54 +120,40 @@ class LinearizedTraining:
         if not 0 < tolerance < 1:
             raise ValueError(f"Expected argument `tolerance` to be between 0 and 1 but got {tolerance}.")
         self.lr = float(lr)
-        self.loss_function: Loss = nn.MSELoss() if loss is None else loss
         self.dynamics = dynamics
-        self.progress = progress
-        self._unpack = unpack
         self._solution: tuple[float | None, Tensors] | None = None
+        self.capture = Capture(
+            module, data, loss=loss, predict=predict, unpack=unpack, jacobian=jacobian, batch_size=batch_size,
+            dtype=dtype, progress=progress,
+        )  # fmt: skip
+        self.loss_factor = self.capture.objective.require_factor()
+        outputs = self.initial_predictions
+        problem = Problem(
+            samples=len(self.reference),
+            outputs=outputs.shape[1],
+            parameters=self.linearization.num_parameters,
+            itemsize=self.linearization.dtype.itemsize,
+            horizon=horizon,
+            kernel_given=ntk is not None,
+            jacobian_stored=jacobian == "stored",
+        )
+        free = min(available_memory(), available_memory(self.linearization.device))
+        choice = choose_solver(problem, solver=solver, matrix_free=matrix_free, free_memory=free)
+        self.solver_reason: str = choice.reason
+        _log.info("%s", choice.reason)
         with preserved_rng():
-            self.linearization = Linearization(module, predict=predict, dtype=dtype)
-            self.reference = Reference(data, batch_size=batch_size, unpack=unpack)
-            problem = Problem(
-                samples=len(self.reference),
-                outputs=self.linearization.predict(self.reference.read(0, 1).inputs).shape[1],
-                parameters=self.linearization.num_parameters,
-                itemsize=self.linearization.dtype.itemsize,
-                horizon=horizon,
-                kernel_given=ntk is not None,
-                jacobian_stored=jacobian == "stored",
-            )
-            free = min(available_memory(), available_memory(self.linearization.device))
-            choice = choose_solver(problem, solver=solver, matrix_free=matrix_free, free_memory=free)
-            self.solver_reason: str = choice.reason
-            _log.info("%s", choice.reason)
-            outputs, targets = first_pass(self.linearization, self.reference, progress=progress)
-            check_determinism(self.linearization, self.reference, outputs)
-            self.initial_predictions = outputs
-            self.targets = match_targets(targets, outputs, flat=self.linearization.flat).cpu()
-            self.loss_factor = measure_loss_factor(
-                self.loss_function, outputs.cpu(), self.targets, flat=self.linearization.flat
-            )
-            self.jacobian: Jacobian = (
-                store_jacobian(self.linearization, self.reference, progress=progress)
-                if jacobian == "stored"
-                else StreamedJacobian(self.linearization, self.reference, outputs, progress=progress)
-            )
-            check_adjoint(self.linearization, self.jacobian, outputs)
             self.ntk: Tensor | None = None
             if not choice.matrix_free:
                 # Summed in float32, the kernel puts the weights off by 2e-5 at eta * t * lambda_max = 1e4; in float64 by 3e-6.
                 # Lanczos is for kernels whose size matters more than that.
                 summed = wide_dtype(outputs.device) if choice.solver == "eigh" else self.linearization.dtype
-                self.ntk = training_kernel(
-                    ntk, self.linearization, self.reference, self.jacobian, outputs, dtype=summed, progress=progress
-                )
+                self.ntk = training_kernel(ntk, self.capture, dtype=summed)
             self._closed_form = ClosedForm(dynamics, self.lr * self.loss_factor, self.linearization.dtype)
             residual = outputs.cpu().double() - self.targets
             self._solver: LanczosSolver | None = None
             if choice.solver == "lanczos":
                 self._solver = solve_by_lanczos(
-                    self.jacobian, self.ntk, residual, tolerance=tolerance, max_products=choice.max_products
+                    self.capture.jacobian, self.ntk, residual, tolerance=tolerance, max_products=choice.max_products
                 )
             elif self.ntk is not None:
                 self._dense = eigh_modes(self.ntk, residual.flatten())
@@ -184,9 +167,29 @@ class LinearizedTraining:
             self._refine(None if horizon == math.inf else math.floor(horizon))
 
     @property
+    def linearization(self) -> Linearization:
+        """The network at w0."""
+        return self.capture.linearization
+
+    @property
+    def reference(self) -> Reference:
+        """The training set in a fixed order."""
+        return self.capture.reference
+
+    @property
     def initial_weights(self) -> Tensors:
         """w0: clones of the trainable parameters, under their names in `named_parameters()`."""
         return dict(self.linearization.params)
+
+    @property
+    def initial_predictions(self) -> Tensor:
+        """f0, `(N, K)` in the type of the passes."""
+        return self.capture.predictions
+
+    @property
+    def targets(self) -> Tensor:
+        """Y, `(N, K)` in float64 on the CPU, class labels as one-hot rows."""
+        return self.capture.objective.targets
 
     @property
     def eigenvalues(self) -> Tensor:
@@ -224,7 +227,7 @@ class LinearizedTraining:
     def weights_at(self, times: Sequence[float | None]) -> list[Tensors]:
         """`weights` at several times for one pass: one forward and `len(times)` backward passes, memory O(T P)."""
         coefficients = torch.stack([self.state(t).coefficients for t in times])
-        stacked = self._pull_back(coefficients)
+        stacked = self.capture.pull_back(coefficients)
         return [self._add_to_initial({n: value[i] for n, value in stacked.items()}) for i in range(len(times))]
 
     def displacement(self, t: float | None) -> Tensors:
@@ -250,20 +253,20 @@ class LinearizedTraining:
         if data is None:
             return state.predictions.to(self.initial_predictions)
         with preserved_rng():
-            other = Reference(data, batch_size=self.reference.batch_size, unpack=self._unpack)
-            outputs = predict(self.linearization, other, progress=self.progress)
+            other = Reference(data, batch_size=self.reference.batch_size, unpack=self.capture.unpack)
+            outputs = predict(self.linearization, other, progress=self.capture.progress)
             samples, classes = outputs.shape
             # In units of P: the kernel's products against a backward pass here and a forward-mode pass there.
             if samples * len(self.reference) * classes**2 < 3 * (samples + len(self.reference)):
-                kernel = compute_kernel(self.linearization, other, self.reference, progress=self.progress)
+                kernel = compute_kernel(self.linearization, other, self.reference, progress=self.capture.progress)
                 change = kernel.double() @ state.coefficients.flatten().to(kernel.device)
                 return outputs + change.reshape(samples, classes).to(outputs)
-            there = StreamedJacobian(self.linearization, other, outputs, progress=self.progress)
+            there = StreamedJacobian(self.linearization, other, outputs, progress=self.capture.progress)
             return outputs + there.jvp(self.displacement(t)).to(outputs)
 
     def loss(self, t: float | None) -> float:
         """The loss of the linearised network on the training set after `t` steps."""
-        return self.loss_of(self.state(t).predictions)
+        return self.capture.loss_of(self.state(t).predictions)
 
     def error_bound(self, t: float | None, *, relative: bool = False) -> float:
         r"""Bound on :math:`|w_k(t) - w_\text{lin}(t)|`, the error of `weights(t)` that the solver makes.
@@ -325,16 +328,7 @@ class LinearizedTraining:
 
     def displacement_of(self, state: LinearizedState) -> Tensors:
         """w_lin - w0 = J^T a of a state, in float64: one pass over the data."""
-        return {name: value[0] for name, value in self._pull_back(state.coefficients.unsqueeze(0)).items()}
-
-    def loss_of(self, predictions: Tensor) -> float:
-        """The loss of predictions `(N, K)` on the training set, in float64."""
-        outputs = predictions.detach().cpu().double()
-        return evaluate_loss(self.loss_function, outputs, self.targets, flat=self.linearization.flat).item()
-
-    def _pull_back(self, coefficients: Tensor) -> Tensors:
-        with preserved_rng():
-            return self.jacobian.vjp(coefficients)
+        return {name: value[0] for name, value in self.capture.pull_back(state.coefficients.unsqueeze(0)).items()}
 
     def _add_to_initial(self, displacement: Tensors) -> Tensors:
         return {name: (start + displacement[name]).to(start) for name, start in self.linearization.params.items()}
