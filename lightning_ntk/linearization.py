@@ -6,9 +6,11 @@ from typing import Any, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.forward_ad import dual_level, make_dual, unpack_dual
 from torch.func import functional_call, jvp
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils import _pytree as pytree
+from torch.utils.checkpoint import CheckpointError
 
 from lightning_ntk.isolation import isolated_pass, without_library_kernels
 
@@ -108,6 +110,7 @@ class Linearization:
         self.device = first.device
         self._predictor = _Predictor(module, predict or call_module)
         self._jvp_rung = 0
+        self._shares_forward = True
         with torch.inference_mode(False), torch.no_grad():
             self.params = {name: self._clone(p) for name, p in _matching(params, live).items()}
             self._frozen = {n: self._clone(p) for n, p in module.named_parameters() if not p.requires_grad}
@@ -195,6 +198,31 @@ class Linearization:
         with isolated_pass(self.module, self.device.type), torch.enable_grad():
             return self.apply(leaves, inputs, pull_back)
 
+    def predict_jvp_and_vjp(
+        self, tangent: Mapping[str, Tensor] | None, inputs: Any, cotangent_of: Callable[[Tensor, Tensor], Tensor]
+    ) -> Tensors:
+        """`J^T u` for a cotangent that depends on the outputs and on `J v`, in one forward and one backward pass.
+
+        Args:
+            tangent: v, with the names and shapes of `params`; None for zero, which costs nothing.
+            inputs: One batch.
+            cotangent_of: Maps the outputs and `J v`, both `(B, K)`, to the cotangent u, `(B, K)`.
+
+        Returns:
+            `J^T u`, with the names and shapes of `params`.
+        """
+        inputs = self.convert(inputs)
+        tangent = None if tangent is None else self._convert_all(tangent)
+        if tangent is None or (self._shares_forward and self._jvp_rung == 0):
+            try:
+                return self._shared_forward(tangent, inputs, cotangent_of)
+            except (NotImplementedError, RuntimeError) as error:
+                # Activation checkpointing refuses a forward that records more than its repetition.
+                if tangent is None or not (_lacks_forward_mode(error) or isinstance(error, CheckpointError)):
+                    raise
+                self._shares_forward = False
+        return self.predict_and_vjp([cotangent_of(*self.predict_and_jvp(tangent, inputs))], inputs)[1][0]
+
     def forward(self, params: Mapping[str, Tensor], inputs: Any) -> Tensor:
         """Outputs `(B, K)` at `params`: differentiable, for use under `torch.func` inside `isolated_pass`."""
         return self.apply(params, inputs, lambda outputs: outputs)
@@ -222,6 +250,31 @@ class Linearization:
 
         with torch.inference_mode(False):
             return pytree.tree_map(convert, inputs)
+
+    def _shared_forward(
+        self, tangent: Tensors | None, inputs: Any, cotangent_of: Callable[[Tensor, Tensor], Tensor]
+    ) -> Tensors:
+        leaves = {name: p.detach().requires_grad_() for name, p in self.params.items()}
+
+        def pull_back(outputs: Tensor) -> Tensors:
+            primal, derivative = unpack_dual(outputs) if tangent else (outputs, None)  # type: ignore[no-untyped-call]
+            derivative = torch.zeros_like(primal) if derivative is None else derivative.detach()
+            # Without the tangents, or the backward pass would differentiate itself along them.
+            duals.close()
+            cotangent = cotangent_of(primal.detach(), derivative).to(primal)
+            if not primal.requires_grad:
+                return {name: torch.zeros_like(p) for name, p in leaves.items()}
+            return _gradient(primal, leaves, cotangent)
+
+        with ExitStack() as stack, ExitStack() as duals:
+            stack.enter_context(isolated_pass(self.module, self.device.type))
+            stack.enter_context(torch.enable_grad())
+            if tangent is None:
+                return self.apply(leaves, inputs, pull_back)
+            stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+            duals.enter_context(dual_level())
+            params = {n: make_dual(leaf, tangent[n]) for n, leaf in leaves.items()}  # type: ignore[no-untyped-call]
+            return self.apply(params, inputs, pull_back)
 
     def _double_vjp(self, tangent: Tensors, inputs: Any) -> tuple[Tensor, Tensor]:
         leaves = {name: p.detach().requires_grad_() for name, p in self.params.items()}

@@ -1,6 +1,6 @@
 """Small networks and data sets, and the brute force that judges the package: the explicit linear model under torch.optim."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -143,6 +143,43 @@ class LinearModel:
             loss(self.predict(weights), targets).backward()
             optimizer.step()
         return weights.detach()
+
+    def fit(
+        self,
+        steps: Sequence[Sequence[Tensor]],
+        targets: Tensor,
+        loss: Callable[[Tensor, Tensor], Tensor],
+        make_optimizer: Callable[[dict[str, Tensor]], torch.optim.Optimizer],
+        *,
+        schedule: Callable[[torch.optim.Optimizer], torch.optim.lr_scheduler.LRScheduler] | None = None,
+        clip_norm: float | None = None,
+        clip_value: float | None = None,
+        unused: Sequence[str] = (),
+    ) -> Tensor:
+        """Weights after steps of any optimizer on the linear model's parameters, one tensor each.
+
+        A step is a sequence of index tensors, the rows of minibatches whose gradients are accumulated with weight
+        1/n. The schedule, if any, advances after every step. Gradients of `unused` parameters are None.
+        """
+        weights = {n: part.clone().requires_grad_() for n, part in self.unflatten(self.start).items()}
+        optimizer = make_optimizer(weights)
+        held = [weight for group in optimizer.param_groups for weight in group["params"]]
+        scheduler = schedule(optimizer) if schedule else None
+        for batches in steps:
+            optimizer.zero_grad()
+            for rows in batches:
+                outputs = self.predict(torch.cat([weight.flatten() for weight in weights.values()]))[rows]
+                (loss(outputs, targets[rows]) / len(batches)).backward()
+            for name in unused:
+                weights[name].grad = None
+            if clip_norm is not None:
+                nn.utils.clip_grad_norm_(held, clip_norm)
+            if clip_value is not None:
+                nn.utils.clip_grad_value_(held, clip_value)
+            optimizer.step()
+            if scheduler:
+                scheduler.step()
+        return flatten({name: weight.detach() for name, weight in weights.items()})
 
     def minimum_norm(self, targets: Tensor) -> Tensor:
         residual = (targets - self.outputs).flatten()
