@@ -72,6 +72,12 @@ class LinearSGD:
         self._optimizer.step()
         self._optimizer.zero_grad()
 
+    @property
+    def buffers(self) -> list[Tensor] | None:
+        """Momentum buffers of the values, None before the first step with momentum."""
+        buffers = [self._optimizer.state[value].get("momentum_buffer") for value in self.values]
+        return None if any(buffer is None for buffer in buffers) else buffers
+
 
 class GradientDescent:
     r"""Full-batch gradient descent, advanced step by step with the learning rates really used.
