@@ -22,7 +22,8 @@ from models import MODELS, digits
 from torch import nn
 
 from lightning_ntk import LinearizedTraining
-from lightning_ntk.comparison import compare
+from lightning_ntk.following import StepSettings
+from lightning_ntk.observation import Observation, Options
 
 
 def interleaved_medians(functions: dict[str, Callable[[], object]], repeats: int) -> dict[str, float]:
@@ -48,6 +49,19 @@ def measure(name: str, samples: int, batch_size: int, repeats: int) -> dict[str,
     state = training.state(1)
     stacked = state.coefficients.expand(4, -1, -1)
     weights = dict(module.named_parameters())
+    options = Options(
+        dynamics="gradient_descent", solver="lanczos", loss=nn.MSELoss(), batch_size=batch_size, taylor=False
+    )
+    observation = Observation(
+        module,
+        torch.optim.SGD(module.parameters(), lr=0.01),
+        options,
+        data=(inputs, targets),
+        differences=lambda *_: [],
+        horizon=1,
+    )
+    settings = StepSettings([{"lr": 0.01}])
+    observation.step(settings)
     tangent = training.displacement_of(state)
 
     def plain_epoch() -> None:
@@ -64,7 +78,7 @@ def measure(name: str, samples: int, batch_size: int, repeats: int) -> dict[str,
             "weights(t)": lambda: training.displacement_of(state),
             "weights at 4 times": lambda: training.capture.jacobian.vjp(stacked),
             "Jacobian-vector pass": lambda: training.capture.jacobian.jvp(tangent),
-            "measurement": lambda: compare(training, state, weights),
+            "measurement": lambda: observation.measure(weights),
         },
         repeats,
     )

@@ -8,22 +8,33 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import StochasticWeightAveraging, TQDMProgressBar, WeightAveraging
+from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.strategies import SingleDeviceStrategy
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader, Dataset
 
-from lightning_ntk.closed_form import Dynamics
-from lightning_ntk.comparison import compare
-from lightning_ntk.isolation import preserved_rng
-from lightning_ntk.linearization import trainable_parameters
+from lightning_ntk.arguments import require_choice, require_integer, require_steps
+from lightning_ntk.dynamics.twin import require_supported_optimizer
+from lightning_ntk.following import StepSettings
+from lightning_ntk.observation import FollowedDynamics, Observation, Options
 from lightning_ntk.plots import plot_history
 from lightning_ntk.reference import unpack_pair
-from lightning_ntk.run_differences import run_differences
-from lightning_ntk.training import LinearizedTraining, require_choice
+from lightning_ntk.run_differences import forward_differences, run_differences
+from lightning_ntk.trainer_view import (
+    callbacks_of,
+    horizon,
+    is_last_step,
+    momentum_buffers,
+    precision,
+    shows_progress,
+    single_optimizer,
+    step_settings,
+    training_data,
+)
+from lightning_ntk.training import LinearizedTraining
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -41,32 +52,46 @@ class LinearizationMonitor(Callback):
     after `fit` are bitwise those of a run without the callback.
 
     Logged to every logger of the Trainer, as `{name}/...` at `step=trainer.global_step`: `weight_distance`,
-    `relative_weight_distance`, `weight_cosine`, `weight_norm_ratio`, `displacement`, `prediction_rmse`, `loss`,
-    `linearized_loss` and, if asked for, `parameter/<name>`. The same values are in `trainer.callback_metrics`.
+    `relative_weight_distance`, `weight_cosine`, `weight_norm_ratio`, `displacement`; on the reference set `prediction_rmse`,
+    `loss`, `linearized_loss`, `taylor_gap` and, for classes, `accuracy`, `linearized_accuracy`, `taylor_accuracy`; the same on
+    the evaluation set as `evaluation/...`; and what is asked for. The same values are in `trainer.callback_metrics`.
 
-    The dynamics are those of full-batch gradient descent on a squared loss. For a run that they do not describe (momentum,
-    Adam, minibatches, ...) the comparison is with that idealised run, and this is said once.
+    The linearised network is trained as the run trains its own: with the learning rates, momentum, decay and clipping of
+    each step. What the dynamics do not describe is said once, in words, and so is a `training_step` whose gradient is not that of
+    `loss(predict(module, inputs), target)`, with the size of the mismatch.
 
-    Not supported: losses that are not squared, several optimizers, training on several devices, resuming from a
-    checkpoint. They raise a `MisconfigurationException` before training starts.
+    Not supported: several optimizers, training on several devices, resuming from a checkpoint. They raise a
+    `MisconfigurationException` before training starts.
 
     Args:
         reference: The training set in a fixed order: a map-style Dataset, a DataLoader (its data set and collate function
-            are used, not its sampler), or "train" for the Trainer's own training set.
+            are used, not its sampler), or "train" for the Trainer's own training set. None to compare weights only, which
+            the twin can do.
         steps: An integer n to measure every n optimizer steps, a list of steps, or "log" for roughly logarithmic steps.
             The first (0) and the last step are always measured.
-        dynamics: "gradient_descent" follows `torch.optim.SGD` with the learning rates of the run; "gradient_flow" is
-            continuous time, the sum of the learning rates; "auto" is gradient descent.
-        loss: A squared loss of outputs and targets, the one that the run minimises. Default: `nn.MSELoss()`.
+        dynamics: "gradient_descent" is full-batch `torch.optim.SGD` with the settings of the run; "gradient_flow" is
+            continuous time, the sum of the learning rates; "replay" is SGD on the run's own minibatches, with any loss, on the
+            kernel; "twin" trains the linearised network in lockstep, with any optimizer and loss, without a kernel. "auto"
+            takes the first that is exact for the run and affordable, and says which and why.
+        loss: Of outputs and targets, the one that the run minimises. Default: `nn.MSELoss()`; for a squared loss class labels
+            become one-hot rows.
         predict: Maps `(module, inputs)` to outputs `(B, K)`. Default: the LightningModule's `forward`.
-        unpack: Maps a batch of the reference to `(inputs, target)`. Default: batches that are such pairs.
+        unpack: Maps a batch of the data to `(inputs, target)`. Default: batches that are such pairs.
+        evaluation: Data on which functions are compared too, a validation set for example.
+        capture_at: The optimizer step at whose weights to linearise. Later than 0 as in studies of fine-tuning: the
+            linearised network starts there, with the optimizer's state.
         solver: How the modes of the kernel are found: "eigh" (all of them), "lanczos" (those that matter for the length of
             the run, with or without forming the kernel), or "auto" for the cheapest that fits into memory.
         jacobian: "streamed" or, for small models, "stored": see `LinearizedTraining`.
         batch_size: Samples in one pass.
         dtype: Type of the passes, as "float32" or "float64". Default: that of the parameters.
+        twin_every: Steps of the twin that share one gradient, that of the first of them. Above 1 the comparison is no longer
+            exact, which `twin_coverage`, its reciprocal, records.
         name: Prefix of the logged tags.
-        per_parameter: Whether to log the distance of every parameter tensor too.
+        per_parameter: Whether to log the distance of every parameter tensor, `parameter/<name>`.
+        taylor: Whether to expand the trained network after the fact, one forward-mode pass, for `taylor_gap`.
+        modes: For how many leading eigenvectors of the kernel to log `mode/<i>/residual` and `mode/<i>/linearized_residual`;
+            for gradient descent and flow.
         strict: Whether a failing measurement ends the run. Default: it is reported once and training goes on.
         progress: Whether captures and measurements show a progress bar, where the Trainer shows its TQDM one.
 
@@ -80,51 +105,82 @@ class LinearizationMonitor(Callback):
 
     history: list[dict[str, float]]
     """One row for each measurement: "step" and every logged scalar, without the prefix."""
-    training: LinearizedTraining | None
-    """The captured problem, from the start of fitting on."""
 
     def __init__(
         self,
-        reference: Dataset[Any] | DataLoader[Any] | Literal["train"] = "train",
+        reference: Dataset[Any] | DataLoader[Any] | Literal["train"] | None = "train",
         steps: int | Sequence[int] | Literal["log"] = "log",
-        dynamics: Literal["auto", "gradient_descent", "gradient_flow"] = "auto",
+        dynamics: Literal["auto", "gradient_descent", "gradient_flow", "replay", "twin"] = "auto",
         loss: Callable[[Tensor, Tensor], Tensor] | None = None,
         predict: Callable[[nn.Module, Any], Tensor] | None = None,
         unpack: Callable[[Any], tuple[Any, Tensor]] | None = None,
+        evaluation: Dataset[Any] | DataLoader[Any] | None = None,
+        capture_at: int = 0,
         solver: Literal["auto", "eigh", "lanczos"] = "auto",
         jacobian: Literal["streamed", "stored"] = "streamed",
         batch_size: int = 256,
         dtype: Literal["float32", "float64"] | None = None,
+        twin_every: int = 1,
         name: str = "ntk",
         per_parameter: bool = False,
+        taylor: bool = True,
+        modes: int = 0,
         strict: bool = False,
         progress: bool = True,
     ) -> None:
         super().__init__()
-        _validate(reference, steps, dynamics, dtype)
         self.reference = reference
         self.steps = steps
         self.dynamics = dynamics
         self.loss = loss
         self.predict = predict
         self.unpack = unpack
+        self.evaluation = evaluation
+        self.capture_at = capture_at
         self.solver = solver
         self.jacobian = jacobian
         self.batch_size = batch_size
         self.dtype = dtype
+        self.twin_every = twin_every
         self.name = name
         self.per_parameter = per_parameter
+        self.taylor = taylor
+        self.modes = modes
         self.strict = strict
         self.progress = progress
+        self._validate()
         self.seconds = {"capture": 0.0, "measurements": 0.0}
         self._reset()
 
+    def _validate(self) -> None:
+        if isinstance(self.reference, str) and self.reference != "train":
+            raise ValueError(
+                f'Expected argument `reference` to be a data set, a DataLoader, "train" or None but got {self.reference!r}.'
+            )
+        require_steps(self.steps)
+        require_choice("dynamics", self.dynamics, FollowedDynamics)
+        require_choice("dtype", self.dtype, Literal["float32", "float64", None])
+        require_integer("capture_at", self.capture_at, least=0)
+        require_integer("twin_every", self.twin_every, least=1)
+        require_integer("modes", self.modes, least=0)
+        if self.reference is None and self.dynamics not in ("auto", "twin"):
+            raise ValueError(
+                f'Expected a reference set for dynamics="{self.dynamics}" but got None: only "twin" goes without.'
+            )
+
     def _reset(self) -> None:
         self.history = []
-        self.training = None
+        self._observation: Observation | None = None
         self._step = 0
-        self._lr = 0.0
+        self._settings: StepSettings | None = None
+        self._first_gradient: dict[str, Tensor | None] | None = None
+        self._lost = False
         self._reported: set[str] = set()
+
+    @property
+    def training(self) -> LinearizedTraining | None:
+        """The captured problem, once it is captured; None for a replay and the twin."""
+        return None if self._observation is None else self._observation.training
 
     @property
     def state_key(self) -> str:
@@ -132,7 +188,7 @@ class LinearizationMonitor(Callback):
         return self._generate_state_key(name=self.name)
 
     def should_measure(self, step: int) -> bool:
-        """Whether to measure after optimizer step `step`; override for a schedule of your own."""
+        """Whether to measure `step` optimizer steps after the capture; override for a schedule of your own."""
         if isinstance(self.steps, int):
             return step % self.steps == 0
         if self.steps == "log":
@@ -153,7 +209,7 @@ class LinearizationMonitor(Callback):
                 f"LinearizationMonitor expects training on a single device but got {type(trainer.strategy).__name__}. "
                 "Use Trainer(devices=1)."
             )
-        if sum(isinstance(c, LinearizationMonitor) and c.name == self.name for c in _callbacks(trainer)) > 1:
+        if sum(isinstance(c, LinearizationMonitor) and c.name == self.name for c in callbacks_of(trainer)) > 1:
             raise MisconfigurationException(
                 f"Two LinearizationMonitor callbacks have the name {self.name!r} and would log the same tags. "
                 "Give each one its own `name`."
@@ -168,84 +224,153 @@ class LinearizationMonitor(Callback):
             )
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Captures the linearised problem and makes the first measurement."""
+        """Captures the linearised problem and makes the first measurement, unless it is to come later."""
         self._reset()
-        self._step = trainer.global_step  # above 0 in a second fit of the same Trainer
-        started = time.perf_counter()
-        optimizer = _single_optimizer(trainer)
-        unpack = self.unpack or unpack_pair
-
-        def to_device(batch: Any) -> tuple[Any, Tensor | None]:
-            # With the hooks of the LightningModule and the datamodule, so that the reference is what training sees.
-            return unpack(trainer.strategy.batch_to_device(batch))
-
+        self._step = self._start = trainer.global_step  # above 0 in a second fit of the same Trainer
+        optimizer = single_optimizer(trainer)
         try:
-            self.training = LinearizedTraining(
-                pl_module,
-                self._reference_data(trainer),
-                lr=_learning_rate(optimizer),
-                loss=self.loss,
-                dynamics="gradient_flow" if self.dynamics == "gradient_flow" else "gradient_descent",
-                solver=self.solver,
-                horizon=_horizon(trainer),
-                jacobian=self.jacobian,
-                predict=self.predict,
-                unpack=to_device,
-                batch_size=self.batch_size,
-                dtype=None if self.dtype is None else getattr(torch, self.dtype),
-                progress=self._shows_progress(trainer),
-            )
+            require_supported_optimizer(optimizer)
+            if self.capture_at == 0:
+                self._capture(trainer, pl_module, optimizer)
         except (ValueError, TypeError, MemoryError) as error:
             raise MisconfigurationException(f"LinearizationMonitor cannot capture this run. {error}") from error
-        self._online = self.training.follow()
-        self._say_what_is_not_described(trainer, pl_module, optimizer)
-        self.seconds = {"capture": time.perf_counter() - started, "measurements": 0.0}
-        self._measure(trainer, pl_module)
+        if self.capture_at == 0:
+            self._measure(trainer, pl_module)
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Looks at the first batch, whether the training set holds it."""
+        if self._observation is None or self._observation.steps > 0 or self._lost:
+            return
+        try:
+            reason = self._observation.check_batch(*self._unpack(batch))
+        except ValueError as error:
+            raise MisconfigurationException(f"LinearizationMonitor cannot replay this run. {error}") from error
+        if reason is not None:
+            self._report_once("dynamics", f"LinearizationMonitor follows the run with the linearised twin. {reason}")
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
-        """Reads the learning rate of the coming step; at the end of the batch the scheduler has moved on."""
-        self._lr = _learning_rate(optimizer)
+        """Reads what the coming step depends on; at the end of the batch the scheduler has moved on."""
+        if self._observation is None or self._lost:
+            return
+        parameters = dict(pl_module.named_parameters())
+        names = list(self._observation.initial_weights)
+        self._settings = step_settings(trainer, optimizer, {name: parameters[name] for name in names})
+        if self._observation.steps == 0:
+            gradients = {name: parameters[name].grad for name in names}
+            self._first_gradient = {n: None if g is None else g.detach().clone() for n, g in gradients.items()}
+        thawed = [
+            name for name, p in parameters.items() if p.requires_grad and name not in self._observation.initial_weights
+        ]
+        if thawed:
+            self._report_once(
+                "thawed",
+                f"From step {self._step + 1} on the run trains {_some(thawed)}, which was frozen when the network was "
+                "linearised: the linearised network keeps them as they were then, and they are in no distance.",
+            )
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Advances the linearised network if the optimizer stepped, and measures if it is time."""
-        if self.training is None or trainer.global_step == self._step:
+        stepped, self._step = trainer.global_step != self._step, trainer.global_step
+        if self._observation is None:
+            if self.capture_at == self._step - self._start:
+                self._capture_late(trainer, pl_module)
             return
-        self._step = trainer.global_step
-        self._online.step(self._lr)
-        if self._lr > self.training.max_learning_rate:
-            self._report_once(
-                "unstable",
-                f"At step {self._step} the learning rate {self._lr:.4g} is above {self.training.max_learning_rate:.4g}, the "
-                "largest for which the linearised network is stable: it diverges while the run may not.",
+        if self._lost:
+            return
+        try:
+            if outputs is not None:  # None where training_step returned None, so that there was no backward pass
+                self._observation.see(*self._unpack(batch), 1 / trainer.accumulate_grad_batches)
+            if stepped:
+                self._follow_step(trainer, pl_module)
+        except Exception as error:
+            self._fail(
+                error, f"The linearised network is lost in step {self._step}, and measurements end; training goes on."
             )
-        if self.should_measure(self._step) or _is_last_step(trainer):
+            self._lost = True
+            return
+        if stepped and (self.should_measure(self._observation.steps) or is_last_step(trainer)):
             self._measure(trainer, pl_module)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Measures the last step of a run that another callback stopped early."""
         # Averaging callbacks have replaced the weights of the last step by now.
-        averaged = any(isinstance(c, StochasticWeightAveraging | WeightAveraging) for c in _callbacks(trainer))
-        if self.history and self.history[-1]["step"] != self._step and not averaged:
+        averaged = any(isinstance(c, StochasticWeightAveraging | WeightAveraging) for c in callbacks_of(trainer))
+        if self.history and self.history[-1]["step"] != self._step and not averaged and not self._lost:
             self._measure(trainer, pl_module)
 
-    def _measure(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        assert self.training is not None
+    def _capture(self, trainer: Trainer, module: LightningModule, optimizer: Optimizer) -> None:
+        started = time.perf_counter()
+        options = Options(
+            dynamics=self.dynamics,
+            loss=self.loss,
+            predict=self.predict,
+            # With the hooks of the LightningModule and the datamodule, so that the reference is what training sees.
+            unpack=lambda batch: self._unpack(trainer.strategy.batch_to_device(batch)),
+            solver=self.solver,
+            jacobian=self.jacobian,
+            batch_size=self.batch_size,
+            dtype=None if self.dtype is None else getattr(torch, self.dtype),
+            twin_every=self.twin_every,
+            per_parameter=self.per_parameter,
+            taylor=self.taylor,
+            modes=self.modes,
+            progress=self.progress and shows_progress(trainer),
+        )
+        remaining = horizon(trainer)
+        self._observation = observation = Observation(
+            module,
+            optimizer,
+            options,
+            data=training_data(trainer) if self.reference == "train" else self.reference,
+            evaluation=self.evaluation,
+            differences=lambda dynamics, size: run_differences(trainer, module, optimizer, dynamics, size),
+            horizon=None if remaining is None else remaining - self.capture_at,
+            momentum=momentum_buffers(module, optimizer),
+        )
+        if observation.reason:
+            rank_zero_info(f"LinearizationMonitor: {observation.reason}")
+        differences = run_differences(trainer, module, optimizer, observation.dynamics, observation.num_samples)
+        differences += forward_differences(module, optimizer)
+        if differences:
+            self._report_once(
+                "differences",
+                f"LinearizationMonitor compares this run with {observation.dynamics.replace('_', ' ')}, which does not "
+                f"describe all of it, so that a part of every distance is due to the difference: {'; '.join(differences)}.",
+            )
+        self.seconds = {"capture": time.perf_counter() - started, "measurements": 0.0}
+
+    def _capture_late(self, trainer: Trainer, module: LightningModule) -> None:
+        try:
+            self._capture(trainer, module, single_optimizer(trainer))
+        except Exception as error:
+            self._fail(error, f"The capture at step {self._step} failed and nothing is measured; training goes on.")
+            self._lost = True
+            return
+        self._measure(trainer, module)
+
+    def _follow_step(self, trainer: Trainer, module: LightningModule) -> None:
+        assert self._observation is not None
+        assert self._settings is not None
+        if self._first_gradient is not None:
+            mismatch = self._observation.check_first_gradient(self._first_gradient, precision(trainer, module))
+            self._first_gradient = None
+            if mismatch is not None:
+                self._report_once(
+                    "gradient", f"LinearizationMonitor does not follow the loss of this run. {mismatch.describe()}"
+                )
+        self._observation.step(self._settings)
+        for kind, sentence in self._observation.warnings(self._settings):
+            self._report_once(kind, f"At step {self._step} {sentence}")
+
+    def _measure(self, trainer: Trainer, module: LightningModule) -> None:
+        assert self._observation is not None
         started = time.perf_counter()
         try:
-            with preserved_rng():
-                state = self.training.state_of(self._online.filter)
-                weights = trainable_parameters(pl_module)
-                scalars = compare(self.training, state, weights, per_parameter=self.per_parameter)
+            scalars = self._observation.measure(dict(module.named_parameters()))
         except Exception as error:
-            if self.strict:
-                raise
-            self._report_once(
-                "failure",
-                f"The measurement at step {self._step} failed, and so may later ones; training goes on. "
-                f"{type(error).__name__}: {error}",
-            )
+            self._fail(error, f"The measurement at step {self._step} failed, and so may later ones; training goes on.")
             return
         self.history.append({"step": float(self._step), **scalars})
         tagged = {f"{self.name}/{tag}": value for tag, value in scalars.items()}
@@ -254,30 +379,13 @@ class LinearizationMonitor(Callback):
         trainer.callback_metrics.update({tag: torch.tensor(value) for tag, value in tagged.items()})
         self.seconds["measurements"] += time.perf_counter() - started
 
-    def _reference_data(self, trainer: Trainer) -> Any:
-        if self.reference != "train":
-            return self.reference
-        loaders = trainer.train_dataloader
-        if not isinstance(loaders, DataLoader):
-            raise ValueError(
-                f'Expected one training DataLoader for reference="train" but got {type(loaders).__name__}. '
-                "Give the reference data set itself."
-            )
-        return loaders
+    def _unpack(self, batch: Any) -> tuple[Any, Any]:
+        return (self.unpack or unpack_pair)(batch)
 
-    def _shows_progress(self, trainer: Trainer) -> bool:
-        bar = trainer.progress_bar_callback
-        return self.progress and isinstance(bar, TQDMProgressBar) and bar.is_enabled
-
-    def _say_what_is_not_described(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
-        assert self.training is not None
-        differences = list(run_differences(trainer, pl_module, optimizer, len(self.training.reference)))
-        if differences:
-            self._report_once(
-                "differences",
-                f"LinearizationMonitor compares this run with full-batch {self.training.dynamics.replace('_', ' ')}, which "
-                f"it is not, so that a part of every distance is due to the difference: {'; '.join(differences)}.",
-            )
+    def _fail(self, error: Exception, sentence: str) -> None:
+        if self.strict:
+            raise error
+        self._report_once("failure", f"{sentence} {type(error).__name__}: {error}")
 
     def _report_once(self, kind: str, message: str) -> None:
         if kind not in self._reported:
@@ -285,47 +393,5 @@ class LinearizationMonitor(Callback):
             rank_zero_warn(message)
 
 
-def _validate(reference: Any, steps: Any, dynamics: Any, dtype: Any) -> None:
-    if isinstance(reference, str) and reference != "train":
-        raise ValueError(
-            f'Expected argument `reference` to be a data set, a DataLoader or "train" but got {reference!r}.'
-        )
-    whole = (
-        isinstance(steps, Sequence) and not isinstance(steps, str) and all(isinstance(s, int) and s >= 0 for s in steps)
-    )
-    if not (steps == "log" or whole or (isinstance(steps, int) and not isinstance(steps, bool) and steps > 0)):
-        raise ValueError(
-            f'Expected argument `steps` to be a positive integer, a list of steps or "log" but got {steps!r}.'
-        )
-    require_choice("dynamics", dynamics, Literal["auto", Dynamics])
-    require_choice("dtype", dtype, Literal["float32", "float64", None])
-
-
-def _single_optimizer(trainer: Trainer) -> Optimizer:
-    if len(trainer.optimizers) != 1:
-        raise MisconfigurationException(
-            f"LinearizationMonitor expects a LightningModule with one optimizer but it has {len(trainer.optimizers)}. "
-            "Linearised training is defined for one optimizer that minimises one loss."
-        )
-    return trainer.optimizers[0]
-
-
-def _learning_rate(optimizer: Optimizer) -> float:
-    return float(optimizer.param_groups[0]["lr"])
-
-
-def _horizon(trainer: Trainer) -> float | None:
-    """Optimizer steps of the run, or None if they have no end in sight."""
-    steps = float(trainer.estimated_stepping_batches)
-    return steps if math.isfinite(steps) else None
-
-
-def _is_last_step(trainer: Trainer) -> bool:
-    if trainer.max_steps != -1 and trainer.global_step >= trainer.max_steps:
-        return True
-    last_epoch = trainer.max_epochs is not None and trainer.current_epoch + 1 == trainer.max_epochs
-    return trainer.should_stop or (trainer.is_last_batch and last_epoch)
-
-
-def _callbacks(trainer: Trainer) -> list[Callback]:
-    return list(getattr(trainer, "callbacks", []))
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:3]) + (" and others" if names[3:] else "")

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_ntk.checks import check_adjoint, check_determinism, check_kernel
+from lightning_ntk.classes import Classes
 from lightning_ntk.isolation import preserved_rng
 from lightning_ntk.jacobian import Jacobian, StoredJacobian, StreamedJacobian, predict
 from lightning_ntk.kernel import compute_kernel
@@ -39,6 +40,7 @@ class Capture:
         predictions: f0, `(N, K)` in the type of the passes.
         objective: The loss, with the targets of all samples.
         jacobian: J of all samples.
+        classes: The classes that the targets stand for, or None.
 
     Raises:
         ValueError: If the data, the network or the loss cannot be used.
@@ -73,6 +75,8 @@ class Capture:
                 else StreamedJacobian(self.linearization, self.reference, self.predictions, progress=progress)
             )
             check_adjoint(self.linearization, self.jacobian, self.predictions)
+        squared = self.objective.factor is not None
+        self.classes = Classes.of(self.objective.targets, self.predictions.shape[1], squared=squared)
 
     @property
     def initial_weights(self) -> Tensors:

@@ -8,7 +8,7 @@ from torch.utils import _pytree as pytree
 
 from lightning_ntk.jacobian import Jacobian, close
 from lightning_ntk.linearization import Linearization
-from lightning_ntk.reference import Reference
+from lightning_ntk.reference import NoFixedOrderError, Reference
 
 # Relative tolerance of the random-probe checks, in roundings of the type of the passes.
 _PROBE_ROUNDINGS = 1e4
@@ -28,7 +28,7 @@ def check_determinism(linearization: Linearization, reference: Reference, predic
     batch = reference.read(0, reference.batch_size)
     again = reference.read(0, reference.batch_size)
     if not _equal((batch.inputs, batch.target), (again.inputs, again.target)):
-        raise ValueError(
+        raise NoFixedOrderError(
             "Expected the reference data to be the same whenever it is read but two reads of its first samples differ: "
             "random augmentation or shuffling is active. Give a reference without it."
         )
@@ -39,7 +39,7 @@ def check_determinism(linearization: Linearization, reference: Reference, predic
             "numbers, for example through F.dropout without training=self.training. Make it deterministic in eval mode."
         )
     if not close(outputs, predictions[batch.rows]):
-        raise ValueError(
+        raise NoFixedOrderError(
             "Expected the reference data to be in a fixed order but its first samples gave other outputs in a complete pass: "
             "the data set returns other samples, or transforms them differently, in worker processes."
         )

@@ -1,41 +1,96 @@
-"""The scalars that compare a trained network with its linearised twin at one time."""
+"""The scalars that compare a trained network with its linearised one at one time."""
 
 from collections.abc import Mapping
 
 from torch import Tensor
 
-from lightning_ntk.distances import difference, parameter_distances, root_mean_square, weight_distances
-from lightning_ntk.training import LinearizedState, LinearizedTraining
+from lightning_ntk.capture import Capture
+from lightning_ntk.distances import parameter_distances, ratio, root_mean_square, weight_distances
+from lightning_ntk.following import LinearizedNetwork
+from lightning_ntk.linearization import Tensors
+from lightning_ntk.training import LinearizedTraining
 
 
-def compare(
-    training: LinearizedTraining, state: LinearizedState, weights: Mapping[str, Tensor], *, per_parameter: bool = False
-) -> dict[str, float]:
-    r"""Distances in weight and function space between trained weights and the linearised network.
+def compare_weights(displacement: Tensors, linearized: Tensors, *, per_parameter: bool = False) -> dict[str, float]:
+    r"""Distances in weight space.
 
     The linearised weights are formed, by one pass :math:`J^\top a`, and subtracted in float64. The shortcut
     :math:`|w_\text{lin} - w_t|^2 = \sum_i \lambda_i a_i^2 - 2 a^\top J \Delta + |\Delta|^2` cancels: at a relative distance of
     1e-3 float32 leaves no correct digit of it.
 
     Args:
-        training: The captured problem.
-        state: The linearised network at the time of comparison.
-        weights: The trained weights w_t, with the names of `training.initial_weights`.
+        displacement: w_t - w_0 of the trained network, by parameter name, in float64.
+        linearized: w_lin(t) - w_0.
         per_parameter: Whether to add `parameter/<name>`, the relative distance of each tensor.
 
     Returns:
-        The weight distances of `weight_distances`, then `prediction_rmse`, the root mean square of
-        :math:`f(X; w_t) - f_\text{lin}(X; t)`, `loss` and `linearized_loss`, on the training set, at the buffers of the capture.
+        The scalars of `weight_distances`, and those of each parameter.
     """
-    displacement = difference(weights, training.initial_weights)
-    linearized = training.displacement_of(state)
-    outputs = training.capture.predict(weights)
-    scalars = weight_distances(displacement, linearized) | {
-        "prediction_rmse": root_mean_square(outputs.cpu().double() - state.predictions),
-        "loss": training.capture.loss_of(outputs),
-        "linearized_loss": training.capture.loss_of(state.predictions),
-    }
+    scalars = weight_distances(displacement, linearized)
     if per_parameter:
         distances = parameter_distances(displacement, linearized)
         scalars |= {f"parameter/{name}": value for name, value in distances.items()}
+    return scalars
+
+
+def compare_functions(
+    data: Capture, weights: Mapping[str, Tensor], network: LinearizedNetwork, pushed: Tensor | None
+) -> dict[str, float]:
+    r"""Distances in function space, on one data set.
+
+    Three networks are compared: the trained one, f_t; the one whose training was linearised, f_lin; and the first-order
+    expansion of the trained one after the fact, :math:`f_0 + J (w_t - w_0)`. All at the buffers of the capture.
+
+    Args:
+        data: The data set, captured at w_0.
+        weights: The trained weights w_t.
+        network: The linearised network. Its predictions, if it has any, must be those on this data set.
+        pushed: J (w_t - w_0), `(N, K)`, or None to leave the expansion out.
+
+    Returns:
+        `prediction_rmse`, the root mean square of :math:`f_t - f_\text{lin}`; `loss` and `linearized_loss`;
+        `taylor_gap` :math:`|f_t - f_0 - J (w_t - w_0)| / |f_t - f_0|`; for classes `accuracy`, `linearized_accuracy` and
+        `taylor_accuracy`.
+    """
+    start = data.predictions.cpu().double()
+    trained = data.predict(weights).cpu().double()
+    linearized = network.predictions
+    if linearized is None:
+        linearized = start + data.push_forward(network.displacement).cpu()
+    outputs = {"": trained, "linearized_": linearized}
+    scalars = {
+        "prediction_rmse": root_mean_square(trained - linearized),
+        "loss": data.loss_of(trained),
+        "linearized_loss": data.loss_of(linearized),
+    }
+    if pushed is not None:
+        outputs["taylor_"] = start + pushed
+        scalars["taylor_gap"] = ratio((trained - outputs["taylor_"]).norm().item(), (trained - start).norm().item())
+    if data.classes is not None:
+        scalars |= {f"{kind}accuracy": data.classes.accuracy(values) for kind, values in outputs.items()}
+    return scalars
+
+
+def compare_modes(
+    training: LinearizedTraining, weights: Mapping[str, Tensor], network: LinearizedNetwork, count: int
+) -> dict[str, float]:
+    r"""The residuals of both networks along the leading eigenvectors u_i of the kernel.
+
+    Args:
+        training: The captured problem.
+        weights: The trained weights w_t.
+        network: The linearised network, with predictions on the training set.
+        count: How many modes.
+
+    Returns:
+        For i = 1, 2, ..., the largest eigenvalue first, `mode/i/residual` :math:`u_i^\top (f_t - Y)` and
+        `mode/i/linearized_residual` :math:`u_i^\top (f_\text{lin} - Y)`.
+    """
+    assert network.predictions is not None
+    trained = training.capture.predict(weights).cpu().double()
+    basis = training.modes.basis[:, -count:].flip(1).cpu()
+    scalars: dict[str, float] = {}
+    for kind, outputs in (("residual", trained), ("linearized_residual", network.predictions)):
+        residuals = basis.T @ (outputs - training.targets).flatten()
+        scalars |= {f"mode/{i}/{kind}": value for i, value in enumerate(residuals.tolist(), 1)}
     return scalars

@@ -13,6 +13,10 @@ Data: TypeAlias = Dataset[Any] | DataLoader[Any] | Tensor | tuple[Any, Tensor]
 Unpack: TypeAlias = Callable[[Any], tuple[Any, Tensor | None]]
 
 
+class NoFixedOrderError(ValueError):
+    """The data cannot be read again and again in one order with one content."""
+
+
 class Batch(NamedTuple):
     """Consecutive samples of a reference: their rows, inputs and target."""
 
@@ -62,12 +66,12 @@ class Reference:
         self, dataset: Any, collate: Callable[[Any], Any], workers: int, *, ready_made: bool = False
     ) -> None:
         if isinstance(dataset, IterableDataset) or not isinstance(dataset, Sized):
-            raise ValueError(
+            raise NoFixedOrderError(
                 f"Expected a data set in a fixed order but {type(dataset).__name__} can only be iterated. "
                 "Give a map-style data set, with __getitem__ and __len__, as the reference."
             )
         if ready_made:
-            raise ValueError(
+            raise NoFixedOrderError(
                 "Expected a DataLoader that batches samples but got one with batch_size=None, whose data set makes the "
                 "batches itself. Give a data set of single samples as the reference."
             )

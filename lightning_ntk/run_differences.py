@@ -1,50 +1,100 @@
-"""What a run does that full-batch gradient descent on its training set does not, in words."""
+"""What a run does that linearised dynamics do not describe, in words, and the first dynamics that describe all of it."""
 
 from collections.abc import Iterable, Sized
+from typing import Literal
 
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import nn
 from torch.optim import SGD, Optimizer
-from torch.utils.data import BatchSampler, DataLoader, RandomSampler, SequentialSampler
+from torch.utils.data import BatchSampler, DataLoader, IterableDataset, RandomSampler, SequentialSampler
+
+Exact = Literal["gradient_descent", "replay", "twin"]
+_SGD_OPTIONS = ("lr", "momentum", "dampening", "nesterov", "weight_decay", "maximize")
 
 
 def run_differences(
-    trainer: Trainer, module: LightningModule, optimizer: Optimizer, reference_size: int
-) -> Iterable[str]:
-    """Phrases, one for each respect in which the run is not full-batch gradient descent on the reference set.
+    trainer: Trainer, module: LightningModule, optimizer: Optimizer, dynamics: str, reference_size: int | None
+) -> list[str]:
+    """Phrases, one for each respect in which the optimisation of a run is not that of the dynamics.
 
     Args:
         trainer: The Trainer, at the start of training.
-        module: The module that it trains, in the modes in which it is trained.
+        module: The module that it trains.
         optimizer: Its only optimizer.
-        reference_size: Samples in the reference set.
+        dynamics: "gradient_descent", "gradient_flow", "replay" or "twin".
+        reference_size: Samples in the reference set; None if there is none.
 
-    Yields:
-        Phrases such as "it uses momentum 0.9".
+    Returns:
+        Phrases such as "its optimizer is Adam".
     """
-    yield from _of_optimizer(optimizer)
-    if trainer.gradient_clip_val:
-        yield f"it clips gradients at {trainer.gradient_clip_val}"
-    yield from _of_batches(trainer, reference_size)
-    yield from _of_module(module, optimizer)
+    phrases = list(_of_training_step(trainer, module))
+    if dynamics != "twin":
+        phrases += _of_optimizer(optimizer, dynamics)
+        if trainer.gradient_clip_val and (dynamics != "replay" or trainer.gradient_clip_algorithm == "value"):
+            by = " by value" if trainer.gradient_clip_algorithm == "value" else ""
+            phrases.append(f"it clips gradients{by} at {trainer.gradient_clip_val}")
+    if dynamics == "replay":
+        phrases += _of_data(trainer, reference_size)
+    elif dynamics != "twin":
+        phrases += _of_batches(trainer, reference_size)
+    return phrases
 
 
-def _of_optimizer(optimizer: Optimizer) -> Iterable[str]:
+def forward_differences(module: LightningModule, optimizer: Optimizer) -> list[str]:
+    """Phrases for what the forward passes of the run do and those of every linearised network do not."""
+    modes = {
+        "batch statistics in BatchNorm": nn.modules.batchnorm._BatchNorm,
+        "dropout": nn.modules.dropout._DropoutNd,
+    }
+    phrases = [
+        f"it trains with {phrase}, where the linearised network is in eval mode"
+        for phrase, kind in modes.items()
+        if any(isinstance(m, kind) and m.training and getattr(m, "p", 1) > 0 for m in module.modules())
+    ]
+    optimized = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    left_out = [name for name, p in module.named_parameters() if p.requires_grad and id(p) not in optimized]
+    if left_out:
+        phrases.append(f"its optimizer leaves out {', '.join(left_out[:3])}{' and others' if left_out[3:] else ''}")
+    return phrases
+
+
+def _of_training_step(trainer: Trainer, module: LightningModule) -> Iterable[str]:
+    if not module.automatic_optimization:
+        yield "it optimises manually"
+    for hook in ("configure_gradient_clipping", "optimizer_step", "backward"):
+        if is_overridden(hook, module):
+            yield f"it has a `{hook}` of its own"
+
+
+def _of_optimizer(optimizer: Optimizer, dynamics: str) -> Iterable[str]:
     if type(optimizer) is not SGD:
         yield f"its optimizer is {type(optimizer).__name__}"
         return
-    for option in ("momentum", "weight_decay"):
-        values = {group[option] for group in optimizer.param_groups}
-        if values != {0}:
-            yield f"it uses {option.replace('_', ' ')} {', '.join(map(str, sorted(values)))}"
-    if any(group["maximize"] for group in optimizer.param_groups):
-        yield "it maximises its loss"
-    rates = {float(group["lr"]) for group in optimizer.param_groups}
-    if len(rates) > 1:
-        yield f"its parameter groups have different learning rates ({', '.join(f'{rate:g}' for rate in sorted(rates))})"
+    groups = optimizer.param_groups
+    if dynamics == "gradient_flow":
+        for option in ("momentum", "weight_decay"):
+            values = {group[option] for group in groups}
+            if values != {0}:
+                yield f"it uses {option.replace('_', ' ')} {', '.join(map(str, sorted(values)))}"
+        if any(group["maximize"] for group in groups):
+            yield "it maximises its loss"
+    for option in _SGD_OPTIONS:
+        values = {float(group[option]) for group in groups}
+        if len(values) > 1:
+            name = "learning rates" if option == "lr" else f"values of {option.replace('_', ' ')}"
+            yield f"its parameter groups have different {name} ({', '.join(f'{value:g}' for value in sorted(values))})"
 
 
-def _of_batches(trainer: Trainer, reference_size: int) -> Iterable[str]:
+def _of_data(trainer: Trainer, reference_size: int | None) -> Iterable[str]:
+    loader = trainer.train_dataloader
+    if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset):
+        yield "its training data is no data set in a fixed order"
+    elif isinstance(loader.dataset, Sized) and len(loader.dataset) != reference_size:
+        yield f"it trains on {len(loader.dataset)} samples while the reference has {reference_size}"
+
+
+def _of_batches(trainer: Trainer, reference_size: int | None) -> Iterable[str]:
     loader = trainer.train_dataloader
     if not isinstance(loader, DataLoader) or not isinstance(loader.dataset, Sized):
         yield "its training data is no data set of known size"
@@ -65,17 +115,3 @@ def _of_batches(trainer: Trainer, reference_size: int) -> Iterable[str]:
         yield f"it divides gradients by {trainer.accumulate_grad_batches} though an epoch has {micro_batches} batches"
     elif micro_batches > 1 and samples % micro_batches:
         yield "it accumulates over batches of unequal size"
-
-
-def _of_module(module: LightningModule, optimizer: Optimizer) -> Iterable[str]:
-    modes = {
-        "batch statistics in BatchNorm": nn.modules.batchnorm._BatchNorm,
-        "dropout": nn.modules.dropout._DropoutNd,
-    }
-    for phrase, kind in modes.items():
-        if any(isinstance(m, kind) and m.training and getattr(m, "p", 1) > 0 for m in module.modules()):
-            yield f"it trains with {phrase}, where the linearised network is in eval mode"
-    optimized = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    left_out = [name for name, p in module.named_parameters() if p.requires_grad and id(p) not in optimized]
-    if left_out:
-        yield f"its optimizer leaves out {', '.join(left_out[:3])}{' and others' if left_out[3:] else ''}"

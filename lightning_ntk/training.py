@@ -4,18 +4,19 @@ import logging
 import math
 import warnings
 from collections.abc import Sequence
-from typing import NamedTuple, get_args
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from lightning_ntk.arguments import require_choice
 from lightning_ntk.capture import Capture, JacobianStorage, training_kernel
 from lightning_ntk.closed_form import ClosedForm, Dynamics, is_infinite
 from lightning_ntk.dynamics.sgd import GradientDescent
 from lightning_ntk.dynamics.spectral import GradientFlow
 from lightning_ntk.error_bounds import ErrorBound
 from lightning_ntk.isolation import preserved_rng
-from lightning_ntk.jacobian import StreamedJacobian, predict, wide_dtype
+from lightning_ntk.jacobian import StoredJacobian, StreamedJacobian, predict, wide_dtype
 from lightning_ntk.kernel import compute_kernel
 from lightning_ntk.lanczos import LanczosModes
 from lightning_ntk.linearization import Linearization, Predict, Tensors
@@ -53,7 +54,8 @@ class LinearizedTraining:
     gradients, modes, random state.
 
     Args:
-        module: The network, with outputs `(B, K)` or `(B,)`.
+        module: The network, with outputs `(B, K)` or `(B,)`; or a `Capture` of it, made already, in the place of `data`, `loss`,
+            `jacobian`, `predict`, `unpack`, `batch_size`, `dtype` and `progress`.
         data: The training set, read in its own order: a map-style Dataset, a DataLoader (whose sampler is not used) or a
             tuple `(inputs, target)`. Integer class labels `(N,)` become one-hot rows.
         lr: Learning rate of the optimizer, as `torch.optim.SGD` takes it.
@@ -92,8 +94,8 @@ class LinearizedTraining:
 
     def __init__(
         self,
-        module: nn.Module,
-        data: Data,
+        module: nn.Module | Capture,
+        data: Data | None = None,
         *,
         lr: float,
         loss: Loss | None = None,
@@ -122,10 +124,15 @@ class LinearizedTraining:
         self.lr = float(lr)
         self.dynamics = dynamics
         self._solution: tuple[float | None, Tensors] | None = None
-        self.capture = Capture(
-            module, data, loss=loss, predict=predict, unpack=unpack, jacobian=jacobian, batch_size=batch_size,
-            dtype=dtype, progress=progress,
-        )  # fmt: skip
+        if isinstance(module, Capture):
+            self.capture = module
+        elif data is None:
+            raise ValueError("Expected argument `data` to be the training set but got None.")
+        else:
+            self.capture = Capture(
+                module, data, loss=loss, predict=predict, unpack=unpack, jacobian=jacobian, batch_size=batch_size,
+                dtype=dtype, progress=progress,
+            )  # fmt: skip
         self.loss_factor = self.capture.objective.require_factor()
         outputs = self.initial_predictions
         problem = Problem(
@@ -135,7 +142,7 @@ class LinearizedTraining:
             itemsize=self.linearization.dtype.itemsize,
             horizon=horizon,
             kernel_given=ntk is not None,
-            jacobian_stored=jacobian == "stored",
+            jacobian_stored=isinstance(self.capture.jacobian, StoredJacobian),
         )
         free = min(available_memory(), available_memory(self.linearization.device))
         choice = choose_solver(problem, solver=solver, matrix_free=matrix_free, free_memory=free)
@@ -190,6 +197,11 @@ class LinearizedTraining:
     def targets(self) -> Tensor:
         """Y, `(N, K)` in float64 on the CPU, class labels as one-hot rows."""
         return self.capture.objective.targets
+
+    @property
+    def modes(self) -> Modes:
+        """The modes of the kernel: all N K, or Ritz pairs in their place."""
+        return self._modes
 
     @property
     def eigenvalues(self) -> Tensor:
@@ -350,10 +362,3 @@ class LinearizedTraining:
         if self._solver is None:
             return ErrorBound(0.0, 0.0, 0.0)
         return self._solver.refine(lambda modes: self._closed_form.bound(modes, t))
-
-
-def require_choice(name: str, value: object, choices: object) -> None:
-    """Raises a ValueError if a string argument is none of the values of a Literal."""
-    allowed = [v for c in get_args(choices) for v in (get_args(c) or [c])]
-    if value not in allowed:
-        raise ValueError(f"Expected argument `{name}` to be one of {', '.join(map(repr, allowed))} but got {value!r}.")

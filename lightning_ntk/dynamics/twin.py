@@ -26,7 +26,7 @@ class Twin:
         linearization: The network at w0. The twin's weights have its type.
         optimizer: The optimizer of the run, before its step, with the state that it has when the weights are w0.
         parameters: The live parameters that the optimizer steps, under the names of `linearization.params`.
-        objective: The loss of a batch in its outputs.
+        objective: The loss of a batch in its outputs. It may be set later, before the first batch.
         start: Weights that the twin starts from, with the names and shapes of `linearization.params`. Default: w0.
 
     Raises:
@@ -40,7 +40,7 @@ class Twin:
         linearization: Linearization,
         optimizer: Optimizer,
         parameters: Mapping[str, Tensor],
-        objective: Objective,
+        objective: Objective | None = None,
         start: Mapping[str, Tensor] | None = None,
     ) -> None:
         require_supported_optimizer(optimizer)
@@ -48,7 +48,7 @@ class Twin:
         _require_names(parameters, linearization.params, "parameters")
         _require_names(start or linearization.params, linearization.params, "start")
         self._linearization = linearization
-        self._objective = objective
+        self.objective = objective
         self._names = {id(parameter): name for name, parameter in parameters.items()}
         self._live = {id(parameter): parameter for parameter in parameters.values()}  # keeps their ids theirs
         with torch.inference_mode(False), torch.no_grad():
@@ -78,6 +78,11 @@ class Twin:
             name: torch.zeros_like(weight) if weight.grad is None else weight.grad.clone()
             for name, weight in self._weights.items()
         }
+
+    @gradients.setter
+    def gradients(self, values: Mapping[str, Tensor]) -> None:
+        for name, weight in self._weights.items():
+            weight.grad = values[name].clone()
 
     def accumulate(self, inputs: Any, target: Tensor, *, scale: float = 1.0) -> None:
         """Adds the gradient of the loss on one batch, at the weights of the linearised network, to its gradients.
@@ -172,9 +177,10 @@ class Twin:
         self.steps = state["steps"]
 
     def _loss_gradient(self, predictions: Tensor, target: Tensor) -> Tensor:
-        prepared = self._objective.prepare(target, predictions)
+        assert self.objective is not None
+        prepared = self.objective.prepare(target, predictions)
         try:
-            return self._objective.gradient(predictions, prepared)
+            return self.objective.gradient(predictions, prepared)
         except RuntimeError as error:
             raise ValueError(
                 "Expected a loss that takes any outputs, because those of the linearised network leave the range of "

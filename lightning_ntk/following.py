@@ -1,0 +1,186 @@
+"""Linearised training that follows a run: what it is told of every batch and step, and the network that it holds then."""
+
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any, NamedTuple, Protocol
+
+from torch import Tensor
+from torch.optim import Optimizer
+
+from lightning_ntk.capture import Capture, training_kernel
+from lightning_ntk.dynamics.replay import Replay
+from lightning_ntk.dynamics.sgd import SGDSettings
+from lightning_ntk.dynamics.twin import Twin
+from lightning_ntk.linearization import Linearization, Tensors
+from lightning_ntk.losses import Loss, Objective
+from lightning_ntk.sample_index import SampleIndex
+from lightning_ntk.training import LinearizedTraining
+
+
+class LinearizedNetwork(NamedTuple):
+    """The linearised network at one time.
+
+    Attributes:
+        displacement: w_lin - w0, float64.
+        predictions: Outputs on the training set, `(N, K)` in float64 on the CPU, where the dynamics know them.
+    """
+
+    displacement: Tensors
+    predictions: Tensor | None = None
+
+
+class StepSettings(NamedTuple):
+    """What an optimizer step of the run depended on, besides its gradient.
+
+    Attributes:
+        groups: The optimizer's parameter groups as they were when it stepped.
+        clip_norm: Largest norm of the gradient, or None.
+        clip_value: Largest element of the gradient, or None.
+        frozen: Names of the parameters that had no gradient.
+    """
+
+    groups: Sequence[Mapping[str, Any]]
+    clip_norm: float | None = None
+    clip_value: float | None = None
+    frozen: Collection[str] = ()
+
+
+class Follower(Protocol):
+    """Linearised training in step with a run."""
+
+    def see(self, inputs: Any, target: Tensor, scale: float) -> None:
+        """One micro-batch of the run, whose loss it multiplied by `scale` before the backward pass."""
+
+    def step(self, settings: StepSettings) -> None:
+        """One optimizer step, with the micro-batches seen since the last one."""
+
+    def network(self) -> LinearizedNetwork:
+        """The linearised network after the steps so far."""
+
+
+class ModesFollower:
+    """Full-batch gradient descent or flow on the modes of the kernel: O(m) a step.
+
+    Args:
+        training: The captured problem.
+    """
+
+    def __init__(self, training: LinearizedTraining) -> None:
+        self._training = training
+        self._run = training.follow()
+
+    def see(self, inputs: Any, target: Tensor, scale: float) -> None:
+        """Nothing: these dynamics see the whole training set in every step."""
+
+    def step(self, settings: StepSettings) -> None:
+        """One step with the settings of the first parameter group."""
+        self._run.step(SGDSettings.of(settings.groups[0]).lr)
+
+    def network(self) -> LinearizedNetwork:
+        """One pass over the training set."""
+        state = self._training.state_of(self._run.filter)
+        return LinearizedNetwork(self._training.displacement_of(state), state.predictions)
+
+
+class ReplayFollower:
+    """The run's own minibatches replayed on the kernel.
+
+    Args:
+        capture: The network on its training set.
+        decays: Whether the run has weight decay, so that w0 itself shrinks.
+        momentum: The optimizer's momentum buffer at capture, by parameter name, if it had one.
+    """
+
+    def __init__(self, capture: Capture, *, decays: bool = False, momentum: Tensors | None = None) -> None:
+        self._capture = capture
+        self._momentum = momentum
+        self._index = SampleIndex(capture.reference)
+        self._replay = Replay(
+            training_kernel(None, capture, dtype=capture.linearization.dtype),
+            capture.predictions,
+            capture.objective,
+            initial_image=capture.push_forward(capture.initial_weights) if decays else None,
+            momentum_image=None if momentum is None else capture.push_forward(momentum),
+        )
+
+    def see(self, inputs: Any, target: Tensor, scale: float) -> None:
+        """Adds the loss gradient of the batch, whose samples are found in the training set by their content."""
+        self._replay.accumulate(self.rows(inputs, target), target, scale=scale)
+
+    def rows(self, inputs: Any, target: Tensor) -> Tensor:
+        """The rows of a batch's samples in the training set, `(b,)`.
+
+        Raises:
+            UnknownSamplesError: If it has samples that are not there.
+        """
+        return self._index.rows(inputs, target)
+
+    def step(self, settings: StepSettings) -> None:
+        """One step with the settings of the first parameter group."""
+        self._replay.step(
+            SGDSettings.of(settings.groups[0]), clip_norm=settings.clip_norm, clip_value=settings.clip_value
+        )
+
+    def network(self) -> LinearizedNetwork:
+        """One pass over the training set."""
+        coefficients = self._replay.coefficients.unsqueeze(0)
+        displacement = {name: value[0] for name, value in self._capture.pull_back(coefficients).items()}
+        carried = [(self._replay.initial_scale, self._capture.initial_weights)]
+        if self._momentum is not None:
+            carried.append((self._replay.momentum_scale, self._momentum))
+        for scale, vector in carried:
+            for name, value in displacement.items():
+                value.add_(vector[name].to(value), alpha=scale)
+        return LinearizedNetwork(displacement, self._replay.predictions.cpu())
+
+
+class TwinFollower:
+    """The linearised network trained in lockstep, by an optimizer of the same class.
+
+    Args:
+        linearization: The network at w0.
+        optimizer: The optimizer of the run, in the state that it has at w0.
+        parameters: The live parameters, with the names of `linearization.params`.
+        loss: Of outputs and targets.
+        every: Steps that share one gradient, that of the first of them; 1 is exact.
+    """
+
+    def __init__(
+        self,
+        linearization: Linearization,
+        optimizer: Optimizer,
+        parameters: Mapping[str, Tensor],
+        loss: Loss,
+        *,
+        every: int = 1,
+    ) -> None:
+        self._linearization = linearization
+        self._loss = loss
+        self._every = every
+        self._steps = 0
+        self._kept: Tensors | None = None
+        self._twin = Twin(linearization, optimizer, parameters)
+
+    def see(self, inputs: Any, target: Tensor, scale: float) -> None:
+        """Adds the loss gradient of the batch at the outputs of the linearised network."""
+        if self._steps % self._every:
+            return
+        if self._twin.objective is None:
+            outputs = self._linearization.predict(inputs)
+            self._twin.objective = Objective(self._loss, outputs, target, flat=self._linearization.flat)
+        self._twin.accumulate(inputs, target, scale=scale)
+
+    def step(self, settings: StepSettings) -> None:
+        """One step of the twin's optimizer."""
+        if self._every > 1:
+            if self._kept is not None and self._steps % self._every:
+                self._twin.gradients = self._kept
+            else:
+                self._kept = self._twin.gradients
+        self._twin.step(
+            settings.groups, clip_norm=settings.clip_norm, clip_value=settings.clip_value, frozen=settings.frozen
+        )
+        self._steps += 1
+
+    def network(self) -> LinearizedNetwork:
+        """No pass."""
+        return LinearizedNetwork(self._twin.displacement)

@@ -1,0 +1,272 @@
+"""A run compared with its linearised network: told of every batch and step, asked for scalars. It knows no Lightning."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lightning_ntk.capture import Capture, JacobianStorage
+from lightning_ntk.comparison import compare_functions, compare_modes, compare_weights
+from lightning_ntk.distances import difference
+from lightning_ntk.dynamics_choice import choose_dynamics
+from lightning_ntk.following import Follower, ModesFollower, ReplayFollower, StepSettings, TwinFollower
+from lightning_ntk.gradient_check import GradientMismatch, check_gradient
+from lightning_ntk.isolation import preserved_rng
+from lightning_ntk.linearization import Linearization, Predict, Tensors, trainable_parameters
+from lightning_ntk.losses import Loss, Objective
+from lightning_ntk.memory import available_memory
+from lightning_ntk.reference import Data, NoFixedOrderError, Unpack
+from lightning_ntk.sample_index import UnknownSamplesError
+from lightning_ntk.solvers import Solver
+from lightning_ntk.training import LinearizedTraining
+
+FollowedDynamics = Literal["auto", "gradient_descent", "gradient_flow", "replay", "twin"]
+
+
+@dataclass(frozen=True)
+class Options:
+    """How a run is observed; the arguments of `LinearizationMonitor` of these names."""
+
+    dynamics: FollowedDynamics = "auto"
+    loss: Loss | None = None
+    predict: Predict | None = None
+    unpack: Unpack | None = None
+    solver: Solver = "auto"
+    jacobian: JacobianStorage = "streamed"
+    batch_size: int = 256
+    dtype: torch.dtype | None = None
+    twin_every: int = 1
+    per_parameter: bool = False
+    taylor: bool = True
+    modes: int = 0
+    progress: bool = False
+
+
+class Observation:
+    """What is known of a run and its linearised network from the capture on.
+
+    Args:
+        module: The network, at the weights w0 at which to linearise.
+        optimizer: Its optimizer, in the state that it has there.
+        options: How to observe.
+        data: The training set in a fixed order; None for none, with the twin.
+        evaluation: Other data on which to compare functions.
+        differences: Phrases on what the run does that the named dynamics do not describe.
+        horizon: Optimizer steps still to come, if known.
+        momentum: The optimizer's momentum buffers, by parameter name.
+
+    Attributes:
+        dynamics: Those that are followed.
+        reason: Why, a sentence; empty if they were asked for.
+        training: The captured problem of gradient descent or flow; None for other dynamics.
+
+    Raises:
+        ValueError: If data, network, loss or optimizer cannot be used.
+        MemoryError: If the kernel does not fit.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        optimizer: Optimizer,
+        options: Options,
+        *,
+        data: Data | None,
+        evaluation: Data | None = None,
+        differences: Callable[[str, int | None], Sequence[str]],
+        horizon: float | None = None,
+        momentum: Tensors | None = None,
+    ) -> None:
+        self._options = options
+        self._optimizer = optimizer
+        self._momentum = momentum
+        self._horizon = horizon
+        self._parameters = trainable_parameters(module)
+        self._reference, no_kernel = self._capture_if_possible(module, data)
+        self._linearization = (
+            Linearization(module, predict=options.predict, dtype=options.dtype)
+            if self._reference is None
+            else self._reference.linearization
+        )
+        self._evaluation = None if evaluation is None else self._capture(module, evaluation)
+        size = None if self._reference is None else len(self._reference.reference)
+        self.dynamics, self.reason = self._choose(lambda dynamics: differences(dynamics, size), no_kernel)
+        self.training: LinearizedTraining | None = None
+        self._follower = self._follow()
+        self._expected: Tensors | None = None
+        self._objective = None if self._reference is None else self._reference.objective
+        self._first_frozen: set[str] | None = None
+        self.steps = 0
+
+    @property
+    def initial_weights(self) -> Tensors:
+        """w0 by parameter name."""
+        return self._linearization.params
+
+    @property
+    def num_samples(self) -> int | None:
+        """Samples of the reference, if there is one."""
+        return None if self._reference is None else len(self._reference.reference)
+
+    def check_batch(self, inputs: Any, target: Tensor) -> str | None:
+        """Looks whether the first batch of the run can be followed, before its step.
+
+        Returns:
+            None, or the reason for which the twin has taken over from a replay that was no choice of the user.
+
+        Raises:
+            UnknownSamplesError: If a replay was asked for and the batch has samples that the training set has not.
+        """
+        if self.steps > 0 or not isinstance(self._follower, ReplayFollower):
+            return None
+        try:
+            self._follower.rows(inputs, target)
+        except UnknownSamplesError as error:
+            if self._options.dynamics != "auto":
+                raise
+            self.dynamics = "twin"
+            self._follower = self._follow()
+            return str(error)
+        return None
+
+    def see(self, inputs: Any, target: Tensor, scale: float) -> None:
+        """One micro-batch, whose loss the run multiplied by `scale` before its backward pass."""
+        with preserved_rng():
+            if self.steps == 0:
+                self._add_expected_gradient(inputs, target, scale)
+            self._follower.see(inputs, target, scale)
+
+    def step(self, settings: StepSettings) -> None:
+        """One optimizer step, with the micro-batches seen since the last one.
+
+        Raises:
+            OverflowError: If the linearised network diverges beyond floating-point numbers.
+        """
+        with preserved_rng():
+            self._follower.step(settings)
+        self.steps += 1
+
+    def warnings(self, settings: StepSettings) -> Iterator[tuple[str, str]]:
+        """What the step that was just taken did and the dynamics do not describe: kinds, and ends of sentences."""
+        lr = float(settings.groups[0]["lr"])
+        if self.training is not None and lr > self.training.max_learning_rate:
+            yield (
+                "unstable",
+                f"the learning rate {lr:.4g} is above {self.training.max_learning_rate:.4g}, the largest for which the linearised "
+                "network is stable: it diverges while the run may not.",
+            )
+        self._first_frozen = set(settings.frozen) if self._first_frozen is None else self._first_frozen
+        changed = sorted(self._first_frozen ^ set(settings.frozen))
+        if changed and self.dynamics != "twin":
+            yield (
+                "frozen",
+                f"the run began or ceased to train {', '.join(changed[:3])}{' and others' if changed[3:] else ''}, which "
+                f'{self.dynamics.replace("_", " ")} does not follow: dynamics="twin" does.',
+            )
+
+    def check_first_gradient(
+        self, actual: Mapping[str, Tensor | None], precision: torch.dtype
+    ) -> GradientMismatch | None:
+        """Compares the gradient of the run's first step with that of the loss at w0, once its batches were seen.
+
+        Args:
+            actual: Gradients of the run's own backward passes, before clipping; None for parameters without one.
+            precision: The least precise type of these passes.
+
+        Returns:
+            None if they agree.
+        """
+        expected, self._expected = self._expected, None
+        assert expected is not None
+        return check_gradient(actual, expected, dtype=precision)
+
+    def measure(self, weights: Mapping[str, Tensor]) -> dict[str, float]:
+        """The scalars of trained weights w_t, with the names of `initial_weights`; others are ignored."""
+        options = self._options
+        weights = {name: weights[name] for name in self.initial_weights}
+        with preserved_rng():
+            network = self._follower.network()
+            displacement = difference(weights, self.initial_weights)
+            scalars = compare_weights(displacement, network.displacement, per_parameter=options.per_parameter)
+            if self._reference is not None:
+                pushed = self._reference.push_forward(displacement).cpu() if options.taylor else None
+                scalars |= compare_functions(self._reference, weights, network, pushed)
+                if self.training is not None and options.modes:
+                    scalars |= compare_modes(self.training, weights, network, options.modes)
+            if self._evaluation is not None:
+                pushed = self._evaluation.push_forward(displacement).cpu() if options.taylor else None
+                there = compare_functions(self._evaluation, weights, network._replace(predictions=None), pushed)
+                scalars |= {f"evaluation/{name}": value for name, value in there.items()}
+        if options.twin_every > 1 and self.dynamics == "twin":
+            scalars["twin_coverage"] = 1 / options.twin_every
+        return scalars
+
+    def _capture(self, module: nn.Module, data: Data) -> Capture:
+        options = self._options
+        return Capture(
+            module, data, loss=options.loss, predict=options.predict, unpack=options.unpack, jacobian=options.jacobian,
+            batch_size=options.batch_size, dtype=options.dtype, progress=options.progress,
+        )  # fmt: skip
+
+    def _capture_if_possible(self, module: nn.Module, data: Data | None) -> tuple[Capture | None, str | None]:
+        if data is None:
+            return None, "there is no reference set"
+        try:
+            return self._capture(module, data), None
+        except NoFixedOrderError as error:
+            if self._options.dynamics not in ("auto", "twin"):
+                raise
+            return None, f"the training data has no fixed order. {error}"
+
+    def _choose(self, differences: Callable[[str], Sequence[str]], no_kernel: str | None) -> tuple[str, str]:
+        options, reference = self._options, self._reference
+        if options.dynamics != "auto":
+            if reference is None and options.dynamics != "twin":
+                raise ValueError(
+                    f'Expected a reference set for dynamics="{options.dynamics}" but got None: only "twin" goes without.'
+                )
+            return options.dynamics, ""
+        rows = 0 if reference is None else reference.predictions.numel()
+        choice = choose_dynamics(
+            differences,
+            no_kernel=no_kernel,
+            not_squared=reference is not None and reference.objective.factor is None,
+            kernel_bytes=float(rows) ** 2 * self._linearization.dtype.itemsize,
+            free=min(available_memory(), available_memory(self._linearization.device)),
+        )
+        return choice.dynamics, choice.reason
+
+    def _follow(self) -> Follower:
+        options = self._options
+        if self.dynamics == "twin":
+            loss = options.loss or nn.MSELoss()
+            return TwinFollower(self._linearization, self._optimizer, self._parameters, loss, every=options.twin_every)
+        assert self._reference is not None
+        groups = self._optimizer.param_groups
+        decays = any(group.get("weight_decay", 0) != 0 for group in groups)
+        if self.dynamics == "replay":
+            return ReplayFollower(self._reference, decays=decays, momentum=self._momentum)
+        self.training = LinearizedTraining(
+            self._reference,
+            lr=float(groups[0]["lr"]),
+            dynamics="gradient_flow" if self.dynamics == "gradient_flow" else "gradient_descent",
+            solver=options.solver,
+            horizon=self._horizon,
+        )
+        return ModesFollower(self.training)
+
+    def _add_expected_gradient(self, inputs: Any, target: Tensor, scale: float) -> None:
+        linearization = self._linearization
+        outputs = linearization.predict(inputs)
+        if self._objective is None:
+            self._objective = Objective(self._options.loss or nn.MSELoss(), outputs, target, flat=linearization.flat)
+        cotangent = scale * self._objective.gradient(outputs, self._objective.prepare(target, outputs))
+        gradient = linearization.vjp(cotangent, inputs)
+        if self._expected is None:
+            self._expected = {name: value.clone() for name, value in gradient.items()}
+        else:
+            for name, value in gradient.items():
+                self._expected[name].add_(value)
