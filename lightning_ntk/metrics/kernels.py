@@ -56,7 +56,7 @@ class KernelDistance(_KernelMetric):
         tensor(0.2929, dtype=torch.float64)
     """
 
-    label = r"kernel distance  $1 - \cos(\Theta_0, \Theta_t)$"
+    label = "kernel distance\n" r"$1 - \cos(\Theta_0, \Theta_t)$"
 
     def compute(self) -> Tensor:
         """The distance, a scalar in float64."""
@@ -80,7 +80,7 @@ class KernelChange(_KernelMetric):
         tensor(1., dtype=torch.float64)
     """
 
-    label = r"kernel change  $\|\Theta_t - \Theta_0\| \,/\, \|\Theta_0\|$"
+    label = "kernel change\n" r"$\|\Theta_t - \Theta_0\| \,/\, \|\Theta_0\|$"
 
     def compute(self) -> Tensor:
         """The change, a scalar in float64."""
@@ -104,7 +104,7 @@ class KernelTargetAlignment(SummedMetric):
         tensor(0.5000, dtype=torch.float64)
     """
 
-    label = r"kernel-target alignment  $y^\top \Theta_t\, y \,/\, (\|\Theta_t\| \|y\|^2)$"
+    label = "kernel-target alignment\n" r"$y^\top \Theta_t\, y \,/\, (\|\Theta_t\| \|y\|^2)$"
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)

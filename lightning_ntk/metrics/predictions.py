@@ -26,7 +26,7 @@ class PredictionRMSE(SummedMetric):
         tensor(3.5355, dtype=torch.float64)
     """
 
-    label = r"prediction RMSE  $\mathrm{rms}\,(f_t - f_\mathrm{lin}(t))$"
+    label = "prediction RMSE\n" r"$\mathrm{rms}\,(f_t - f_\mathrm{lin}(t))$"
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
@@ -73,7 +73,7 @@ class TaylorGap(SummedMetric):
         tensor(0.2000, dtype=torch.float64)
     """
 
-    label = r"Taylor gap  $\|f_t - f_0 - J(w_t - w_0)\| \,/\, \|f_t - f_0\|$"
+    label = "Taylor gap\n" r"$\|f_t - f_0 - J(w_t - w_0)\| \,/\, \|f_t - f_0\|$"
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)

@@ -11,21 +11,14 @@ from lightning_ntk.metrics.base import SummedMetric
 
 
 class _WeightMetric(SummedMetric):
-    """Holds w0, as buffers that follow the metric to its device."""
+    """Holds w0 in the type in which it came, on the device of the weights that it is compared with."""
 
     def __init__(self, initial_weights: Mapping[str, Tensor], **kwargs: Any) -> None:
         super().__init__(**kwargs)
         if not initial_weights:
             raise ValueError("Expected argument `initial_weights` to hold at least one parameter but it is empty.")
-        self._names = list(initial_weights)
-        for index, value in enumerate(initial_weights.values()):
-            # Names of parameters have dots, which names of buffers cannot have.
-            self.register_buffer(f"_initial_{index}", value.detach().clone(), persistent=False)
-
-    @property
-    def initial_weights(self) -> dict[str, Tensor]:
-        """w0, by parameter name."""
-        return {name: getattr(self, f"_initial_{index}") for index, name in enumerate(self._names)}
+        # No buffers: they would take the type of a module that is cast, and w0 its rounding.
+        self.initial_weights = {name: value.detach().clone() for name, value in initial_weights.items()}
 
     def _displacement(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
         initial = self.initial_weights
@@ -37,7 +30,8 @@ class _WeightMetric(SummedMetric):
                 raise ValueError(
                     f"Expected `{name}` of shape {tuple(initial[name].shape)} but got {tuple(value.shape)}."
                 )
-        return difference({name: value.detach().to(initial[name].device) for name, value in weights.items()}, initial)
+            initial[name] = initial[name].to(value.device)
+        return difference({name: value.detach() for name, value in weights.items()}, initial)
 
 
 class _LinearizedWeightMetric(_WeightMetric):
@@ -107,9 +101,9 @@ class WeightDistance(_LinearizedWeightMetric):
             )
         self.normalization = normalization
         self.label = (
-            r"weight distance  $\|w_t - w_\mathrm{lin}(t)\|$"
+            "weight distance\n" r"$\|w_t - w_\mathrm{lin}(t)\|$"
             if normalization == "absolute"
-            else r"relative weight distance  $\|w_t - w_\mathrm{lin}(t)\| \,/\, \|w_t - w_0\|$"
+            else "relative weight distance\n" r"$\|w_t - w_\mathrm{lin}(t)\| \,/\, \|w_t - w_0\|$"
         )
 
     def compute(self) -> Tensor:
@@ -171,7 +165,7 @@ class WeightNormRatio(_LinearizedWeightMetric):
         tensor(0.6000, dtype=torch.float64)
     """
 
-    label = r"norm ratio  $\|w_\mathrm{lin}(t) - w_0\| \,/\, \|w_t - w_0\|$"
+    label = "norm ratio\n" r"$\|w_\mathrm{lin}(t) - w_0\| \,/\, \|w_t - w_0\|$"
 
     def compute(self) -> Tensor:
         """The ratio, a scalar in float64; 1 where neither network has moved."""
@@ -196,7 +190,7 @@ class Displacement(_WeightMetric):
         tensor(5., dtype=torch.float64)
     """
 
-    label = r"displacement  $\|w_t - w_0\|$"
+    label = "displacement\n" r"$\|w_t - w_0\|$"
 
     def __init__(self, initial_weights: Mapping[str, Tensor], **kwargs: Any) -> None:
         super().__init__(initial_weights, **kwargs)

@@ -8,7 +8,6 @@ from lightning_ntk.plots.style import (
     LINEARIZED_LINE,
     TAYLOR_LINE,
     TRAINED_LINE,
-    limit_below,
     panels,
     step_axis,
     tidy,
@@ -51,9 +50,8 @@ def plot_history(history: History, title: str | None = None) -> "tuple[Figure, A
         distance.set_ylabel(LABELS["relative_weight_distance"])
         distance.set_title("How far the weights leave the linearised path", fontsize=10)
         step_axis(distance, steps)
-        value_axis(distance, moved[1])
         # After one full-batch step the distance is zero to rounding.
-        limit_below(distance, moved[1], 1e-4)
+        value_axis(distance, moved[1], negligible=1e-4)
     if has_loss:
         _plot_pair(axes[-1], history, {"loss": "trained network", "linearized_loss": "linearised network"})
         axes[-1].set_ylabel(LABELS["loss"])
@@ -90,7 +88,7 @@ def plot_accuracies(history: History, title: str | None = None) -> "tuple[Figure
     ]
     _plot_pair(axis, percent, networks, logarithmic=False)
     axis.set_ylabel("accuracy on the reference set (%)")
-    axis.set_title(title or "Accuracy of both networks", fontsize=10)
+    axis.set_title(title or "How much is classified correctly", fontsize=10)
     axis.set_ylim(bottom=max(0.0, axis.get_ylim()[0]), top=min(101.0, axis.get_ylim()[1] + 1))
     return figure, axis
 
@@ -116,9 +114,8 @@ def plot_kernel(history: History, title: str | None = None) -> "tuple[Figure, An
         axis.plot(steps, values, **TRAINED_LINE)
         axis.set_ylabel(LABELS[key])
         axis.set_title(_KERNEL_TITLES[key], fontsize=10)
-        step_axis(axis, [row["step"] for row in history])
-        value_axis(axis, values)
-        limit_below(axis, values, 1e-8)
+        step_axis(axis, steps)
+        value_axis(axis, values, negligible=1e-8)
     if title:
         figure.suptitle(title, fontsize=11)
     return figure, axes
@@ -141,14 +138,13 @@ def plot_effective_time(history: History, title: str | None = None) -> "tuple[Fi
     """
     require_any(history, ["closest_time"])
     figure, (time, distance) = panels(2)
-    steps = [row["step"] for row in history]
     moved, closest = series(history, "closest_time", after_start=True)
     time.plot(moved, moved, color=GREY, linewidth=1, label="as fast as the linearised network")
     time.plot(moved, closest, **TRAINED_LINE, label="trained network")
     time.set_ylabel(LABELS["closest_time"])
     time.set_title("How far along the linearised path the run is", fontsize=10)
     time.legend(frameon=False)
-    step_axis(time, steps)
+    step_axis(time, moved)
     value_axis(time, closest)
     drawn: list[float] = []
     for key, label, line in (
@@ -163,9 +159,8 @@ def plot_effective_time(history: History, title: str | None = None) -> "tuple[Fi
     distance.set_ylabel("weight distance / displacement")
     distance.set_title("What of the distance is only a matter of time", fontsize=10)
     distance.legend(frameon=False)
-    step_axis(distance, steps)
-    value_axis(distance, drawn)
-    limit_below(distance, drawn, 1e-4)
+    step_axis(distance, moved)
+    value_axis(distance, drawn, negligible=1e-4)
     if title:
         figure.suptitle(title, fontsize=11)
     return figure, (time, distance)

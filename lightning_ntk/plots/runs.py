@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from lightning_ntk.plots.log import LABELS, History, require_any, series
-from lightning_ntk.plots.style import GREY, PALETTE, TRAINED, is_wide, limit_below, new_figure, step_axis, value_axis
+from lightning_ntk.plots.style import GREY, PALETTE, TRAINED, new_figure, step_axis, value_axis
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -54,18 +54,17 @@ def _overlay(runs: Sequence[tuple[str, History]], scalars: Sequence[str]) -> "tu
     lines = math.ceil(len(scalars) / columns)
     figure = new_figure(4.4 * columns, 3.6 * lines + 0.4)
     grid = figure.subplots(lines, columns, squeeze=False).flatten()
-    steps = [row["step"] for _, history in runs for row in history]
     for axis, key in zip(grid, scalars, strict=False):
-        drawn: list[float] = []
-        for (label, history), color, marker in zip(runs, PALETTE, _MARKERS, strict=False):
-            points = series(history, key, after_start=_starts_at_zero(key))
+        curves = [series(history, key, after_start=_starts_at_zero(key)) for _, history in runs]
+        for (label, _), points, color, marker in zip(runs, curves, PALETTE, _MARKERS, strict=False):
             axis.plot(*points, color=color, marker=marker, markersize=3.5, linewidth=1.4, label=label)
-            drawn += points[1]
-        _finish(axis, key, steps, drawn)
+        _finish(axis, key, curves)
     for axis in grid[len(scalars) :]:
         axis.set_visible(False)
     handles, labels = grid[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=len(runs), frameon=False, fontsize=9)
+    room = int(11 * figure.get_figwidth()) // (max(map(len, labels)) + 8)
+    ncols = max(1, min(room, len(runs)))
+    figure.legend(handles, labels, loc="outside lower center", ncols=ncols, frameon=False, fontsize=9)
     return figure, tuple(grid[: len(scalars)])
 
 
@@ -75,28 +74,25 @@ def _small_multiples(runs: Sequence[tuple[str, History]], key: str) -> "tuple[Fi
     figure = new_figure(2.4 * columns + 0.4, 2.0 * lines + 0.5)
     grid = figure.subplots(lines, columns, sharex=True, sharey=True, squeeze=False).flatten()
     curves = [series(history, key, after_start=_starts_at_zero(key)) for _, history in runs]
-    steps = [row["step"] for _, history in runs for row in history]
-    drawn = [value for _, values in curves for value in values]
     for axis, (label, _), own in zip(grid, runs, curves, strict=False):
         for other in curves:
             axis.plot(*other, color=GREY, linewidth=0.6, alpha=0.5)
         axis.plot(*own, color=TRAINED, linewidth=2)
         axis.set_title(label, fontsize=9)
-        _finish(axis, key, steps, drawn)
+        _finish(axis, key, curves)
         axis.set(xlabel=None, ylabel=None)
-    for axis in grid[len(runs) :]:
-        axis.set_visible(False)
+    for index in range(len(runs), len(grid)):
+        grid[index].set_visible(False)
+        grid[index - columns].tick_params(labelbottom=True)
     figure.supxlabel("optimizer step", fontsize=10)
     figure.supylabel(LABELS.get(key, key), fontsize=9)
     return figure, tuple(grid[: len(runs)])
 
 
-def _finish(axis: Any, key: str, steps: Sequence[float], values: Sequence[float]) -> None:
+def _finish(axis: Any, key: str, points: Sequence[tuple[Sequence[float], Sequence[float]]]) -> None:
     axis.set_ylabel(LABELS.get(key, key), fontsize=9)
-    step_axis(axis, steps)
-    value_axis(axis, values)
-    if is_wide(values):
-        limit_below(axis, values, 1e-4)
+    step_axis(axis, [step for steps, _ in points for step in steps])
+    value_axis(axis, [value for _, values in points for value in values], negligible=1e-4)
 
 
 def _starts_at_zero(key: str) -> bool:

@@ -62,25 +62,22 @@ def plot_spectrum(
     _keep_decades(energies, 1.0, decades=8)
     if len(ranks) > 20:
         energies.set_xscale("log")
+    spectrum.set_title(title or "Spectrum of the kernel, and where the residual lies", fontsize=10)
     if time is not None:
-        _mark_learned((spectrum, energies), eigenvalues, shares, time)
+        learned = _mark_learned((spectrum, energies), eigenvalues, shares, time)
+        spectrum.set_title(f"{spectrum.get_title()}\n{learned}", fontsize=10)
     energies.legend(frameon=False, loc="lower left")
     for axis in (spectrum, energies):
         tidy(axis)
-    spectrum.set_title(title or "Spectrum of the kernel, and where the residual lies", fontsize=10)
     return figure, (spectrum, energies)
 
 
-def _mark_learned(axes: Any, eigenvalues: Tensor, shares: Tensor, time: float) -> None:
+def _mark_learned(axes: Any, eigenvalues: Tensor, shares: Tensor, time: float) -> str:
     learned = int((eigenvalues * time > 1).sum())
     for axis in axes:
         axis.axvspan(0.8, learned + 0.5, color=GREY, alpha=0.18, linewidth=0)
     share = shares[:learned].sum().item()
-    axes[0].text(
-        0.98, 0.95,
-        f"shaded: {learned} of {len(eigenvalues)} modes learned, $\\lambda > 1/(\\eta t)$,\nwith {share:.1%} of the energy",
-        transform=axes[0].transAxes, ha="right", va="top", fontsize=8,
-    )  # fmt: skip
+    return f"shaded: {learned} of {len(eigenvalues)} modes learned, $\\lambda > 1/(\\eta t)$, with {share:.1%} of the energy"
 
 
 def _keep_decades(axis: Any, largest: float, decades: int = _DECADES) -> None:

@@ -1,7 +1,7 @@
 """Figures without pyplot, their colours and their axes."""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -19,6 +19,8 @@ LINEARIZED_LINE = {
 TAYLOR_LINE = {"color": TAYLOR, "linestyle": ":", "marker": "^", "markersize": 4, "markerfacecolor": "none"}
 # Largest over smallest value from which an axis is logarithmic.
 _WIDE = 5
+# Upper over lower limit up to which a logarithmic axis is labelled at 1, 2 and 5.
+_FEW_DECADES = 100
 
 
 def new_figure(width: float, height: float) -> "Figure":
@@ -43,22 +45,46 @@ def panels(count: int, *, width: float = 4.75, height: float = 3.8) -> "tuple[Fi
 
 
 def step_axis(axis: Any, steps: Iterable[float]) -> None:
-    """Optimizer steps on the horizontal axis: logarithmic above 20 of them, with a place for step 0."""
+    """Optimizer steps on the horizontal axis: logarithmic above 20 of them, with a place for step 0 if it is among them."""
     axis.set_xlabel("optimizer step")
-    last = max(steps, default=0.0)
-    if last > 20:
-        # Linear up to the first step, so that step 0 has a place.
+    steps = list(steps)
+    if max(steps, default=0.0) <= 20:
+        axis.locator_params(axis="x", integer=True)
+    elif min(steps) > 0:
+        axis.set_xscale("log")
+    else:
+        # Linear up to the first step.
         axis.set_xscale("symlog", linthresh=1, linscale=0.3)
         axis.set_xlim(left=0)
-    else:
-        axis.locator_params(axis="x", integer=True)
 
 
-def value_axis(axis: Any, values: Iterable[float]) -> None:
-    """A logarithmic vertical axis where the values span more than a factor of five."""
-    if is_wide(values):
+def value_axis(axis: Any, values: Iterable[float], *, negligible: float = 0.0) -> None:
+    """A vertical axis for these values, logarithmic where they span more than a factor of five.
+
+    Args:
+        axis: The axes, with everything drawn.
+        values: Those drawn.
+        negligible: Values below this fraction of the largest are zero to rounding and do not widen the axis.
+    """
+    positive = [value for value in values if value > 0 and math.isfinite(value)]
+    kept = [value for value in positive if value >= negligible * max(positive)]
+    if is_wide(positive):
         axis.set_yscale("log")
+        if len(kept) < len(positive):
+            axis.set_ylim(bottom=min(kept) / 2, top=max(kept) * 2)
+        low, high = axis.get_ylim()
+        if high < _FEW_DECADES * low:
+            # Powers of ten alone would be one or two labels.
+            axis.yaxis.set_major_locator(_log_locator())
+            axis.yaxis.set_major_formatter("{x:g}")
+            axis.yaxis.set_minor_formatter("")
     tidy(axis)
+
+
+def _log_locator() -> Any:
+    from matplotlib.ticker import LogLocator
+
+    return LogLocator(subs=(1, 2, 5))
 
 
 def is_wide(values: Iterable[float]) -> bool:
@@ -71,11 +97,3 @@ def tidy(axis: Any) -> None:
     """A faint grid and no frame above and on the right."""
     axis.grid(alpha=0.25, which="both", linewidth=0.5)
     axis.spines[["top", "right"]].set_visible(False)
-
-
-def limit_below(axis: Any, values: Sequence[float], ratio: float) -> None:
-    """Keeps values far below the largest, zero to rounding, from taking most of the axis."""
-    finite = [value for value in values if math.isfinite(value)]
-    largest = max(finite, default=0.0)
-    if largest > 0:
-        axis.set_ylim(bottom=max(axis.get_ylim()[0], ratio * largest))
