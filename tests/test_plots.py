@@ -184,13 +184,28 @@ def test_many_parameters_with_long_names_stay_readable(tmp_path: Path) -> None:
     figure, axis = plot_parameters(history)
     assert figure.get_figheight() <= 14
     labels = [label.get_text() for label in axis.get_yticklabels()]
-    assert len(labels) <= 48
+    assert len(labels) <= 90
+    assert labels[0] == "…0.attention.projection.weight"
     assert len(set(labels)) == len(labels)
     assert all(len(label) <= 36 for label in labels)
     assert len(axis.get_xticklabels()) <= 14
     assert "60" in [label.get_text() for label in axis.get_xticklabels()]
     assert axis.collections[0].get_array().mask[7, 5]
     save(figure, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("names", "labels"),
+    [
+        (["a.weight", "a.bias"], ["a.weight", "a.bias"]),
+        ([f"encoder.{'x' * 30}.weight"], ["…weight"]),
+        (["a" * 40, "a" * 40 + "b"], ["…" + "a" * 35, "…" + "a" * 34 + "b"]),
+        ([f"model.{'x' * 40}.weight", "model.head"], ["…" + "x" * 28 + ".weight", "…head"]),
+    ],
+)
+def test_long_names_lose_what_they_share(names: list[str], labels: list[str]) -> None:
+    _, axis = plot_parameters([{"step": 1.0} | {f"parameter/{name}": 0.5 for name in names}])
+    assert [label.get_text() for label in axis.get_yticklabels()] == labels
 
 
 def test_spectrum(tmp_path: Path) -> None:

@@ -13,6 +13,8 @@ _PREFIX = "parameter/"
 # Values below this fraction of the largest are drawn as if they were it: after one step distances are zero to rounding.
 _DYNAMIC_RANGE = 1e-3
 _NAME_LENGTH = 36
+_MOST_LABELS = 90
+_MOST_OUTLINED = 30
 
 
 def plot_parameters(history: History, title: str | None = None) -> "tuple[Figure, Any]":
@@ -23,7 +25,8 @@ def plot_parameters(history: History, title: str | None = None) -> "tuple[Figure
         title: Written above the figure.
 
     Returns:
-        The figure and its axes; rows are in the order of the network, from the top. Cells that were not measured are white.
+        The figure and its axes; rows are in the order of the network, from the top. Cells not measured or not
+        finite are white.
 
     Raises:
         ValueError: If the history has no distances of parameters after the first step.
@@ -48,9 +51,11 @@ def plot_parameters(history: History, title: str | None = None) -> "tuple[Figure
         smallest = largest / 10
     # On a log scale a zero has no colour: it gets that of the smallest.
     shown = [[max(value, smallest) if math.isfinite(value) else value for value in line] for line in cells]
-    image = axis.pcolormesh(shown, cmap="cividis", norm=LogNorm(smallest, largest), edgecolors="white", linewidth=0.4)
+    # Lines between many cells would be most of what is seen.
+    grid: dict[str, Any] = {"edgecolors": "white", "linewidth": 0.4} if len(names) <= _MOST_OUTLINED else {}
+    image = axis.pcolormesh(shown, cmap="cividis", norm=LogNorm(smallest, largest), **grid)
     axis.invert_yaxis()
-    stride = max(1, math.ceil(len(names) / 48))
+    stride = max(1, math.ceil(len(names) / _MOST_LABELS))
     labels = _shorten([name.removeprefix(_PREFIX) for name in names])
     axis.set_yticks([row + 0.5 for row in range(0, len(names), stride)], labels[::stride], fontsize=8)
     # The last step always has its label.
@@ -62,12 +67,20 @@ def plot_parameters(history: History, title: str | None = None) -> "tuple[Figure
     axis.spines[:].set_visible(False)
     axis.set_xlabel("optimizer step")
     axis.set_title(title or "How far each parameter leaves its linearised path", fontsize=10)
-    bar = figure.colorbar(image, ax=axis, extend="min" if min(finite, default=1.0) < smallest else "neither", pad=0.02)
+    bar = figure.colorbar(
+        image, ax=axis, extend="min" if min(finite, default=1.0) < smallest else "neither", pad=0.02, aspect=30
+    )
     bar.set_label("relative weight distance", fontsize=9)
     bar.outline.set_visible(False)
     return figure, axis
 
 
 def _shorten(names: list[str]) -> list[str]:
-    """The ends of long names, which tell them apart."""
+    """Long names without the modules that all have in common, and if they are still long their ends."""
+    if max(map(len, names)) > _NAME_LENGTH:
+        paths = [name.split(".") for name in names]
+        common = 0
+        while len({tuple(path[: common + 1]) for path in paths}) == 1 and all(len(path) > common + 1 for path in paths):
+            common += 1
+        names = [("…" if common else "") + ".".join(path[common:]) for path in paths]
     return [name if len(name) <= _NAME_LENGTH else "…" + name[1 - _NAME_LENGTH :] for name in names]
