@@ -43,8 +43,8 @@ def weight_distances(displacement: Mapping[str, Tensor], linearized: Mapping[str
         linearized: w_lin(t) - w_0 of the linearised one.
 
     Returns:
-        `weight_distance` :math:`|w_t - w_\\text{lin}|`, `relative_weight_distance` (the same over :math:`|w_t - w_0|`),
-        `weight_cosine` of the two displacements, `weight_norm_ratio` :math:`|w_\\text{lin} - w_0| / |w_t - w_0|` and
+        `weight_distance` :math:`|w_t - w_\text{lin}|`, `relative_weight_distance` (the same over :math:`|w_t - w_0|`),
+        `weight_cosine` of the two displacements, `weight_norm_ratio` :math:`|w_\text{lin} - w_0| / |w_t - w_0|` and
         `displacement` :math:`|w_t - w_0|`. Where neither network has moved, the two agree: distance 0, cosine and ratio 1.
     """
     moved, expected = norm(displacement), norm(linearized)
@@ -70,3 +70,39 @@ def parameter_distances(displacement: Mapping[str, Tensor], linearized: Mapping[
 def root_mean_square(difference: Tensor) -> float:
     """The root mean square of all elements."""
     return difference.double().square().mean().sqrt().item()
+
+
+def taylor_gap(outputs: Tensor, taylor_outputs: Tensor, initial_outputs: Tensor) -> float:
+    r"""The part of the change of the outputs that the first-order expansion at the same weights misses.
+
+    .. math:: \frac{\|f_t - f_0 - J (w_t - w_0)\|}{\|f_t - f_0\|}
+
+    Args:
+        outputs: :math:`f_t`, of the network at the trained weights, `(N, K)`.
+        taylor_outputs: :math:`f_0 + J (w_t - w_0)`, of its linearisation at the same weights, `(N, K)`.
+        initial_outputs: :math:`f_0`, `(N, K)`.
+
+    Returns:
+        The gap, at least 0; it is 0 where the outputs have not changed and the expansion says so too.
+
+    Raises:
+        ValueError: If the shapes differ.
+
+    Example:
+        >>> taylor_gap(torch.tensor([[3.0, 4.0]]), torch.tensor([[3.0, 3.0]]), torch.zeros(1, 2))
+        0.2
+    """
+    require_same_shape(outputs=outputs, taylor_outputs=taylor_outputs, initial_outputs=initial_outputs)
+    gap = (outputs.double() - taylor_outputs.double()).norm().item()
+    return ratio(gap, (outputs.double() - initial_outputs.double()).norm().item())
+
+
+def require_same_shape(**tensors: Tensor) -> None:
+    """Refuses tensors of different shapes, which would be broadcast to plausible nonsense.
+
+    Raises:
+        ValueError: With the name and shape of each.
+    """
+    if len({tensor.shape for tensor in tensors.values()}) > 1:
+        shapes = ", ".join(f"`{name}` {tuple(tensor.shape)}" for name, tensor in tensors.items())
+        raise ValueError(f"Expected tensors of one shape but got {shapes}.")

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
+from copy import copy
 from typing import Any, TypeAlias, TypeVar
 
 import torch
@@ -130,6 +131,20 @@ class Linearization:
     def num_parameters(self) -> int:
         """P, the number of trainable weights."""
         return sum(p.numel() for p in self.params.values())
+
+    def at(self, params: Mapping[str, Tensor]) -> "Linearization":
+        """The expansion of the same network around other weights, with the captured buffers and frozen weights.
+
+        Args:
+            params: Weights with the names and shapes of `params`; they are cloned.
+
+        Raises:
+            ValueError: If names or shapes differ.
+        """
+        other = copy(self)
+        with torch.inference_mode(False), torch.no_grad():
+            other.params = {name: value.clone() for name, value in self._convert_all(params).items()}
+        return other
 
     def predict(self, inputs: Any) -> Tensor:
         """Outputs of the network at the captured weights, `(B, K)`."""

@@ -1,6 +1,7 @@
 """A data set as batches in a fixed order, whatever it came as."""
 
-from collections.abc import Callable, Iterator, Sized
+from collections.abc import Callable, Iterator, Sequence, Sized
+from copy import copy
 from typing import Any, NamedTuple, TypeAlias, cast
 
 import torch
@@ -137,6 +138,23 @@ class Reference:
     def _slice(self, rows: slice) -> Any:
         index = rows if self._indices is None else self._indices[rows]
         return pytree.tree_map_only(Tensor, lambda tensor: tensor[index], self._tensors)
+
+    def subset(self, rows: Sequence[int]) -> "Reference":
+        """The samples `rows` alone, in that order, read as they are here.
+
+        Raises:
+            ValueError: If there are none, or if a row is not among the samples.
+        """
+        if not rows or not all(0 <= row < self.num_samples for row in rows):
+            raise ValueError(f"Expected rows from 0 to {self.num_samples - 1} but got {list(rows)}.")
+        other = copy(self)
+        other.num_samples = len(rows)
+        if self._tensors is not None:
+            index = torch.as_tensor(list(rows), dtype=torch.long)
+            other._indices = index if self._indices is None else self._indices[index]
+        else:
+            other._dataset = Subset(cast("Dataset[Any]", self._dataset), rows)
+        return other
 
     @property
     def num_batches(self) -> int:

@@ -1,0 +1,105 @@
+"""Histories: rows of scalars, from a monitor or from a log on disk."""
+
+import csv
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TypeAlias
+
+History: TypeAlias = Sequence[Mapping[str, float]]
+
+# What is logged is described where the callback and `weight_distances` are; these are the words on axes.
+LABELS = {
+    "weight_distance": "weight distance\n" r"$\|w_t - w_\mathrm{lin}(t)\|$",
+    "relative_weight_distance": "relative weight distance\n" r"$\|w_t - w_\mathrm{lin}(t)\| \,/\, \|w_t - w_0\|$",
+    "weight_cosine": r"cosine of $w_t - w_0$ and $w_\mathrm{lin}(t) - w_0$",
+    "weight_norm_ratio": "norm ratio\n" r"$\|w_\mathrm{lin}(t) - w_0\| \,/\, \|w_t - w_0\|$",
+    "displacement": "displacement\n" r"$\|w_t - w_0\|$",
+    "prediction_rmse": "prediction RMSE\n" r"$\mathrm{rms}\,(f_t - f_\mathrm{lin}(t))$",
+    "loss": "loss on the reference set",
+    "linearized_loss": "loss of the linearised network",
+    "taylor_gap": "Taylor gap\n" r"$\|f_t - f_0 - J(w_t - w_0)\| \,/\, \|f_t - f_0\|$",
+    "accuracy": "accuracy on the reference set",
+    "linearized_accuracy": "accuracy of the linearised network",
+    "taylor_accuracy": "accuracy of the expansion at the trained weights",
+    "kernel_distance": "kernel distance\n" r"$1 - \cos(\Theta_0, \Theta_t)$",
+    "kernel_change": "kernel change\n" r"$\|\Theta_t - \Theta_0\| \,/\, \|\Theta_0\|$",
+    "kernel_velocity": "kernel velocity (per step)\n" r"$(1 - \cos(\Theta_s, \Theta_t)) \,/\, (t - s)$",
+    "closest_time": "closest time of the linearised network (steps)",
+    "closest_distance": "relative weight distance at the closest time",
+    "distance_floor": "smallest relative weight distance at any time",
+}
+
+
+def read_history(path: str | Path, name: str = "ntk") -> list[dict[str, float]]:
+    """The history of a monitor, from the log that Lightning's CSVLogger wrote.
+
+    Args:
+        path: The file `metrics.csv`, or the directory that holds it (`logger.log_dir`).
+        name: The monitor's `name`, the prefix of its columns.
+
+    Returns:
+        One row for each step with a measurement, in the order of the log: "step" and the scalars measured, without the prefix.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If it has no "step" or no column of this monitor.
+    """
+    path = Path(path)
+    path = path / "metrics.csv" if path.is_dir() else path
+    if not path.is_file():
+        raise FileNotFoundError(f"Expected a log of the CSVLogger but there is no file {path}.")
+    with path.open(newline="") as file:
+        reader = csv.DictReader(file)
+        columns = reader.fieldnames or []
+        prefix = f"{name}/"
+        if "step" not in columns or not any(column.startswith(prefix) for column in columns):
+            raise ValueError(
+                f'Expected columns "step" and "{prefix}..." in {path} but it has {list(columns)}. '
+                "Give the monitor's `name`, and a log of a run with a LinearizationMonitor."
+            )
+        rows: dict[float, dict[str, float]] = {}
+        for line in reader:
+            scalars = {
+                key[len(prefix) :]: float(value) for key, value in line.items() if value and key.startswith(prefix)
+            }
+            if scalars:
+                step = float(line["step"])
+                rows.setdefault(step, {"step": step}).update(scalars)
+    return list(rows.values())
+
+
+def series(history: History, key: str, *, after_start: bool = False) -> tuple[list[float], list[float]]:
+    """Steps and values of one scalar where it was measured and is finite.
+
+    Args:
+        history: Rows with "step".
+        key: The scalar.
+        after_start: Whether to leave out step 0, where distances are zero by definition.
+    """
+    points = [
+        (row["step"], row[key])
+        for row in history
+        if math.isfinite(row.get(key, math.nan)) and (row["step"] > 0 or not after_start)
+    ]
+    return [step for step, _ in points], [value for _, value in points]
+
+
+def require_any(history: History, keys: Sequence[str], option: str = "") -> list[str]:
+    """Those of `keys` that the history has.
+
+    Args:
+        history: Rows with "step".
+        keys: Scalars, of which one is enough.
+        option: How to have them measured, for the error.
+
+    Raises:
+        ValueError: If the history is empty or has none of them.
+    """
+    if not history:
+        raise ValueError("Expected a history with at least one measurement but it is empty: plot after training.")
+    present = [key for key in keys if any(key in row for row in history)]
+    if not present:
+        found = sorted({key for row in history for key in row if not key.startswith("parameter/")})
+        raise ValueError(f"Expected a history with {' or '.join(keys)} but it has {found}. {option}".rstrip())
+    return present

@@ -1,0 +1,81 @@
+"""The outputs of the linearised network against those of the trained one."""
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from lightning_ntk.distances import require_same_shape, root_mean_square
+from lightning_ntk.plots.style import GREY, TRAINED, new_figure, tidy
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+# Outputs up to which each has a panel of its own.
+_MOST_PANELS = 12
+# Points of one panel from which they are drawn as a density.
+_MANY_POINTS = 3000
+
+
+def plot_predictions(
+    outputs: Tensor, linearized_outputs: Tensor, *, names: Sequence[str] | None = None, title: str | None = None
+) -> "tuple[Figure, Any]":
+    """Outputs of the linearised network against those of the trained one; on the diagonal they agree.
+
+    Args:
+        outputs: Of the trained network, `(N, K)`.
+        linearized_outputs: Of the linearised network at the same time, `(N, K)`.
+        names: Of the K outputs. Default: their numbers.
+        title: Written above the figure.
+
+    Returns:
+        The figure and its axes: one panel for each output, or a single one for all of them if there are more than twelve. The
+        root mean square difference is written in each.
+
+    Raises:
+        ValueError: If the shapes differ or are not `(N, K)`, or if there are not K names.
+        ModuleNotFoundError: If matplotlib is not installed.
+    """
+    require_same_shape(outputs=outputs, linearized_outputs=linearized_outputs)
+    if outputs.dim() != 2 or outputs.numel() == 0:
+        raise ValueError(f"Expected outputs of shape (N, K) but got {tuple(outputs.shape)}.")
+    real, predicted = outputs.detach().cpu().double(), linearized_outputs.detach().cpu().double()
+    count = real.shape[1]
+    if names is not None and len(names) != count:
+        raise ValueError(f"Expected {count} names, one for each output, but got {len(names)}.")
+    if count > _MOST_PANELS:
+        real, predicted, labels = real.reshape(-1, 1), predicted.reshape(-1, 1), [f"all {count} outputs"]
+    else:
+        labels = list(names) if names is not None else [f"output {k}" for k in range(count)] if count > 1 else [""]
+    columns = min(len(labels), 5 if len(labels) > 8 else 4)
+    rows = math.ceil(len(labels) / columns)
+    size = 4.4 if len(labels) == 1 else 2.1
+    figure = new_figure(size * columns + 0.4, size * rows + 0.6)
+    grid = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).flatten()
+    finite = real.isfinite() & predicted.isfinite()
+    values = real[finite].tolist() + predicted[finite].tolist()
+    low, high = min(values, default=0.0), max(values, default=1.0)
+    margin = 0.04 * (high - low) or 0.5
+    for k, (axis, label) in enumerate(zip(grid, labels, strict=False)):
+        axis.axline((0, 0), slope=1, color=GREY, linewidth=1)
+        _draw(axis, real[:, k], predicted[:, k], (low - margin, high + margin))
+        axis.set(xlim=(low - margin, high + margin), ylim=(low - margin, high + margin), aspect="equal")
+        rms = root_mean_square(real[:, k] - predicted[:, k])
+        axis.set_title(f"{label}  rms {rms:.2g}".strip(), fontsize=9)
+        tidy(axis)
+    for axis in grid[len(labels) :]:
+        axis.set_visible(False)
+    figure.supxlabel("output of the trained network", fontsize=10)
+    figure.supylabel("output of the linearised network", fontsize=10)
+    figure.suptitle(title or "Linearised against trained network", fontsize=11)
+    return figure, tuple(grid[: len(labels)])
+
+
+def _draw(axis: Any, real: Tensor, predicted: Tensor, limits: tuple[float, float]) -> None:
+    if len(real) > _MANY_POINTS:
+        extent = (*limits, *limits)
+        axis.hexbin(real, predicted, gridsize=70, bins="log", mincnt=1, cmap="cividis_r", linewidths=0, extent=extent)
+    else:
+        alpha = max(0.15, min(0.8, 100 / len(real)))
+        axis.plot(real, predicted, "o", color=TRAINED, markersize=2.5, alpha=alpha, markeredgewidth=0, rasterized=True)

@@ -1,0 +1,84 @@
+"""The kernel's eigenvalues, and how much of the residual lies along each of its modes."""
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from lightning_ntk.plots.style import GREY, LINEARIZED, TRAINED, new_figure, tidy
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+# Decades below the largest value that are drawn; what is further below is rounding.
+_DECADES = 12
+
+
+def plot_spectrum(
+    eigenvalues: Tensor, residual: Tensor, *, time: float | None = None, title: str | None = None
+) -> "tuple[Figure, Any]":
+    r"""The eigenvalues of the kernel, and the share of the residual's energy in each mode.
+
+    Modes with large eigenvalues are learned first: at kernel time :math:`\eta t` those with :math:`\lambda > 1 / (\eta t)`.
+
+    Args:
+        eigenvalues: :math:`\lambda`, `(m,)` in any order.
+        residual: Coefficients of the initial residual f0 - Y along the modes, `(m,)` in the same order.
+        time: The kernel time :math:`\eta t`, learning rate times factor of the loss times steps, at which to mark what has been
+            learned. Default: no mark.
+        title: Written above the figure.
+
+    Returns:
+        The figure and its two axes: eigenvalues above, shares of the energy (points) and their sum from the largest eigenvalue
+        on (line) below, both over the rank of the mode.
+
+    Raises:
+        ValueError: If the two are not vectors of one length, or if there is no residual or no positive eigenvalue.
+        ModuleNotFoundError: If matplotlib is not installed.
+    """
+    if eigenvalues.dim() != 1 or eigenvalues.shape != residual.shape or len(eigenvalues) == 0:
+        raise ValueError(
+            f"Expected eigenvalues and residual coefficients of one shape (m,) but got {tuple(eigenvalues.shape)} "
+            f"and {tuple(residual.shape)}."
+        )
+    eigenvalues, order = eigenvalues.detach().cpu().double().sort(descending=True)
+    energy = residual.detach().cpu().double()[order].square()
+    if not (eigenvalues[0] > 0 and energy.sum() > 0):
+        raise ValueError("Expected a positive eigenvalue and a residual that is not zero: there is nothing to learn.")
+    shares = energy / energy.sum()
+    ranks = torch.arange(1, len(eigenvalues) + 1)
+    figure = new_figure(6.2, 5.6)
+    spectrum, energies = figure.subplots(2, 1, sharex=True)
+    positive = eigenvalues > 0
+    spectrum.plot(ranks[positive], eigenvalues[positive], "o", color=TRAINED, markersize=3, rasterized=True)
+    spectrum.set_yscale("log")
+    spectrum.set_ylabel(r"eigenvalue $\lambda$ of the kernel")
+    _keep_decades(spectrum, eigenvalues[0].item())
+    energies.plot(ranks, shares, "o", color=TRAINED, markersize=3, alpha=0.7, rasterized=True, label="of one mode")
+    energies.plot(ranks, shares.cumsum(0), "-", color=LINEARIZED, linewidth=2, label="of it and all larger ones")
+    energies.set_yscale("log")
+    energies.set_ylabel("share of the residual's energy")
+    energies.set_xlabel("rank of the mode, by eigenvalue")
+    _keep_decades(energies, 1.0, decades=8)
+    if len(ranks) > 20:
+        energies.set_xscale("log")
+    spectrum.set_title(title or "Spectrum of the kernel, and where the residual lies", fontsize=10)
+    if time is not None:
+        learned = _mark_learned((spectrum, energies), eigenvalues, shares, time)
+        spectrum.set_title(f"{spectrum.get_title()}\n{learned}", fontsize=10)
+    energies.legend(frameon=False, loc="lower left")
+    for axis in (spectrum, energies):
+        tidy(axis)
+    return figure, (spectrum, energies)
+
+
+def _mark_learned(axes: Any, eigenvalues: Tensor, shares: Tensor, time: float) -> str:
+    learned = int((eigenvalues * time > 1).sum())
+    for axis in axes:
+        axis.axvspan(0.8, learned + 0.5, color=GREY, alpha=0.18, linewidth=0)
+    share = shares[:learned].sum().item()
+    return f"shaded: {learned} of {len(eigenvalues)} modes learned, $\\lambda > 1/(\\eta t)$, with {share:.1%} of the energy"
+
+
+def _keep_decades(axis: Any, largest: float, decades: int = _DECADES) -> None:
+    axis.set_ylim(bottom=max(axis.get_ylim()[0], largest * 10.0**-decades), top=largest * 3)
