@@ -168,7 +168,7 @@ class Twin:
                 weight.copy_(state["weights"][name])
                 gradient = state["gradients"].get(name)
                 weight.grad = None if gradient is None else gradient.to(weight, copy=True)
-        self._optimizer.load_state_dict(state["optimizer"])
+        self._optimizer.load_state_dict(copy.deepcopy(state["optimizer"]))  # which would share its tensors
         self.steps = state["steps"]
 
     def _loss_gradient(self, predictions: Tensor, target: Tensor) -> Tensor:
