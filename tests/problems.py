@@ -166,7 +166,8 @@ class LinearModel:
         held = [weight for group in optimizer.param_groups for weight in group["params"]]
         scheduler = schedule(optimizer) if schedule else None
         for batches in steps:
-            optimizer.zero_grad()
+            for weight in weights.values():
+                weight.grad = None
             for rows in batches:
                 outputs = self.predict(torch.cat([weight.flatten() for weight in weights.values()]))[rows]
                 (loss(outputs, targets[rows]) / len(batches)).backward()

@@ -110,6 +110,13 @@ def test_products_equal_the_explicit_jacobian(network: str) -> None:
     torch.testing.assert_close(linearization.predict(inputs), model.outputs)
     moved = {name: p + tangent[name] for name, p in linearization.params.items()}
     torch.testing.assert_close(linearization(moved, inputs), model.outputs + pushed)
+    combined = linearization.predict_jvp_and_vjp(tangent, inputs, lambda f, jv: (f + jv).sin())
+    pulled = model.jacobian.T @ (model.outputs + pushed).sin().flatten()
+    torch.testing.assert_close(flatten(combined), pulled, rtol=1e-12, atol=1e-13)
+    without = linearization.predict_jvp_and_vjp(None, inputs, lambda f, jv: (f + jv).sin())
+    torch.testing.assert_close(
+        flatten(without), model.jacobian.T @ model.outputs.sin().flatten(), rtol=1e-12, atol=1e-13
+    )
 
 
 @pytest.mark.parametrize("network", [Attention, Encoder, Recurrent, Manual, Checkpointed])
@@ -128,6 +135,30 @@ def test_operations_without_forward_mode_or_that_run_twice(network: type[nn.Modu
     for _ in range(2):  # what the first call learned about forward mode must hold for the second
         torch.testing.assert_close(linearization.jvp(tangent, inputs), pushed, rtol=1e-6, atol=1e-7)
         torch.testing.assert_close(flatten(linearization.vjp(cotangent, inputs)), pulled, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("network", [Attention, Encoder, Recurrent, Manual, Checkpointed])
+def test_the_combined_pass_of_such_operations_equals_the_separate_ones(network: type[nn.Module]) -> None:
+    torch.manual_seed(0)
+    module, inputs = network().double(), torch.randn(4, 6).double()
+    linearization, separate = Linearization(module), Linearization(module)
+    with torch.no_grad():
+        for p in module.parameters():
+            p.add_(1)
+    tangent = random_like(linearization.params)
+    outputs, pushed = separate.predict_and_jvp(tangent, inputs)
+    expected = separate.vjp((outputs * pushed).sin(), inputs)
+    for _ in range(2):
+        combined = linearization.predict_jvp_and_vjp(tangent, inputs, lambda f, jv: (f * jv).sin())
+        torch.testing.assert_close(combined, expected, rtol=1e-10, atol=1e-12)
+
+
+def test_the_combined_pass_runs_the_network_once() -> None:
+    module, inputs, _ = make("mlp")
+    calls = []
+    linearization = Linearization(module, predict=lambda m, x: calls.append(1) or m(x))
+    linearization.predict_jvp_and_vjp(random_like(linearization.params), inputs, lambda f, jv: f + jv)
+    assert len(calls) == 1
 
 
 def test_errors_of_the_network_are_not_taken_for_missing_forward_mode() -> None:
