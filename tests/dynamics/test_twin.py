@@ -112,7 +112,8 @@ def warm_up_and_cosine(optimizer: torch.optim.Optimizer) -> LambdaLR:
 
 
 def one_cycle(optimizer: torch.optim.Optimizer) -> OneCycleLR:
-    return OneCycleLR(optimizer, max_lr=0.05, total_steps=40)
+    cycled = "momentum" in optimizer.defaults or "betas" in optimizer.defaults
+    return OneCycleLR(optimizer, max_lr=0.05, total_steps=40, cycle_momentum=cycled)
 
 
 def compare(make_optimizer: Make, loss: str, *, network: str = "mlp", accumulate: int = 1, schedule=None, **clipping):
@@ -140,8 +141,6 @@ def test_equals_the_optimizer_on_the_explicit_linear_model(optimizer: str, loss:
 @pytest.mark.parametrize("schedule", [warm_up_and_cosine, one_cycle])
 @pytest.mark.parametrize("clipping", [{}, {"clip_norm": 0.1}, {"clip_value": 0.02}], ids=["", "norm", "value"])
 def test_accumulation_clipping_and_schedules(optimizer: str, loss: str, schedule, clipping) -> None:
-    if schedule is one_cycle and optimizer == "adagrad":
-        pytest.skip("OneCycleLR cycles momentum, which Adagrad lacks")
     compare(OPTIMIZERS[optimizer], loss, accumulate=3, schedule=schedule, **clipping)
 
 
@@ -323,6 +322,21 @@ def test_groups_added_during_the_run() -> None:
     assert run.error(model.fit(steps, targets, nn.MSELoss(), growing)) < 1e-13
 
 
+def test_named_groups_added_during_the_run_in_part_frozen() -> None:
+    module, inputs, targets = make("frozen")
+
+    def head(_: dict[str, Tensor]) -> torch.optim.Optimizer:
+        return torch.optim.Adam([("4.weight", module[4].weight)], lr=0.01)
+
+    run = Run(module, inputs, targets, nn.MSELoss(), head)
+    run.train(minibatches(steps=2))
+    names = ["0.weight", "2.weight", "2.bias"]
+    run.optimizer.add_param_group({"params": [(name, module.get_parameter(name)) for name in names]})
+    run.train(minibatches(steps=2))
+    moved = {name for name, value in run.twin.displacement.items() if value.any()}
+    assert moved == {"4.weight", "2.weight", "2.bias"}
+
+
 def test_parameters_unfrozen_during_the_run_are_refused() -> None:
     module, inputs, targets = make("frozen")
     run = Run(module, inputs, targets, nn.MSELoss(), OPTIMIZERS["adam"])
@@ -337,7 +351,7 @@ def test_a_frozen_parameter_that_the_optimizer_holds_has_no_copy() -> None:
     module, inputs, targets = make("frozen")
 
     def everything(_: dict[str, Tensor]) -> torch.optim.Optimizer:
-        return torch.optim.AdamW(module.parameters(), lr=0.01)
+        return torch.optim.AdamW(module.named_parameters(), lr=0.01)
 
     model = LinearModel(module, inputs)
     run = Run(module, inputs, targets, nn.MSELoss(), everything)
@@ -448,7 +462,7 @@ def test_optimizers_that_do_not_step_from_gradients_are_refused(kind, reason: st
 @pytest.mark.parametrize("make_optimizer", OPTIMIZERS.values(), ids=OPTIMIZERS)
 def test_optimizers_that_do_are_not_refused_under_a_scheduler(make_optimizer: Make) -> None:
     optimizer = make_optimizer({"weight": nn.Parameter(torch.ones(2, 2))})
-    one_cycle(optimizer) if "momentum" in optimizer.defaults or "betas" in optimizer.defaults else None
+    one_cycle(optimizer)
     require_supported_optimizer(optimizer)
     with pytest.raises(TypeError, match=r"torch.optim.Optimizer but got Linear"):
         require_supported_optimizer(nn.Linear(1, 1))
