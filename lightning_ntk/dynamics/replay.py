@@ -25,6 +25,7 @@ DecayToward = Literal["zero", "initial"]
 _DIRECT_NUMBERS = (
     8192  # from this many numbers a sample on, reading them where they lie beats gathering them (measured)
 )
+_SUMMED_SAMPLES = 8  # in the kernel's own type, before float64 takes over: fewer passes over the result
 _GATHERED_BYTES = {"cpu": 2**20, "cuda": 2**28}  # what stays in a processor's cache; what keeps a GPU busy
 
 
@@ -268,20 +269,23 @@ class _KernelProducts:
     def image(self, rows: Tensor, gradients: Tensor) -> Tensor:
         """Sum over i of Theta[:, rows[i]] gradients[i], `(N, K)` in float64.
 
-        A sample's product is computed in the type of the kernel where its rows are long, and in float64 where they are
-        gathered first; the sum over samples is in float64 always.
+        Where a sample's rows are long they are multiplied where they lie, in the kernel's own type, and the sums over few samples
+        are summed in float64: for a float32 kernel that is several times faster, with errors below those of its entries. Short
+        rows are gathered and multiplied in float64.
         """
         result = gradients.new_zeros(self._blocks.shape[2])
-        with full_precision(result.device.type):
-            if self._views:
-                own = gradients.to(self._blocks.dtype).unbind(0)
-                for row, gradient in zip(rows.tolist(), own, strict=True):
-                    result += self._views[row] @ gradient
-            else:
-                index = rows.to(self._blocks.device, non_blocking=True)
-                for part, gradient in zip(
-                    torch.split(index, self._chunk), torch.split(gradients, self._chunk), strict=True
-                ):
-                    block = self._blocks.index_select(0, part).flatten(0, 1).double()
-                    result.addmv_(block.T, gradient.flatten())
+        if self._views:
+            pairs = list(zip(rows.tolist(), gradients.to(self._blocks.dtype).unbind(0), strict=True))
+            with full_precision("cpu"):
+                for start in range(0, len(pairs), _SUMMED_SAMPLES):
+                    partial = torch.zeros_like(result, dtype=self._blocks.dtype)
+                    for row, gradient in pairs[start : start + _SUMMED_SAMPLES]:
+                        partial.addmv_(self._views[row], gradient)
+                    result += partial
+        else:
+            index = rows.to(self._blocks.device, non_blocking=True)
+            parts = zip(torch.split(index, self._chunk), torch.split(gradients, self._chunk), strict=True)
+            for part, gradient in parts:
+                block = self._blocks.index_select(0, part).flatten(0, 1).double()
+                result.addmv_(block.T, gradient.flatten())
         return result.reshape(-1, gradients.shape[1])
