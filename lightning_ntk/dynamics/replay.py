@@ -32,7 +32,8 @@ _GATHERED_BYTES = {"cpu": 2**20, "cuda": 2**28}  # what stays in a processor's c
 class Replay:
     r"""SGD on the linearised network, one call for each batch and one for each optimizer step of the run.
 
-    All state is in float64 on the kernel's device, and nothing waits for that device before a result is read.
+    All state is in float64 on the kernel's device, and nothing waits for that device before a result is read. It is made of plain
+    tensors also inside `torch.inference_mode`, so that a replay may be used inside and outside of it.
 
     Args:
         kernel: Theta, `(N K, N K)`, symmetric, rows in sample-major order; read in its own type and never copied as a whole.
@@ -55,6 +56,7 @@ class Replay:
         tensor([0.5000, 0.0000, 1.5000], dtype=torch.float64)
     """
 
+    @torch.inference_mode(False)
     def __init__(
         self,
         kernel: Tensor,
@@ -97,7 +99,7 @@ class Replay:
         image = double(initial_image, "initial_image")
         self._offset = double(predictions, "predictions") - image
         coefficients = torch.zeros_like(image)
-        scales = image.new_tensor([float(self._carries_initial), 0.0])  # q, s
+        scales = image.new_tensor([1.0, 0.0])  # q, s
         buffers = None
         if momentum_image is not None:
             buffers = [torch.zeros_like(image), double(momentum_image, "momentum_image"), image.new_tensor([0.0, 1.0])]
@@ -107,6 +109,7 @@ class Replay:
         self._gradients: list[Tensor] = []
         self.steps = 0
 
+    @torch.inference_mode(False)
     def accumulate(self, rows: Tensor, target: Tensor, *, scale: float = 1.0) -> None:
         """Adds the gradient of a batch's loss at the linearised predictions to the gradient of the next step.
 
@@ -138,6 +141,7 @@ class Replay:
         self._rows.append(rows.to(torch.int64))
         self._gradients.append(gradient.mul_(scale))
 
+    @torch.inference_mode(False)
     def step(self, settings: SGDSettings, *, clip_norm: float | None = None, clip_value: float | None = None) -> None:
         r"""One optimizer step along the accumulated gradient, which is then forgotten.
 
@@ -229,6 +233,7 @@ class Replay:
             "steps": self.steps,
         }
 
+    @torch.inference_mode(False)
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Takes over a state of a replay of the same samples; what was accumulated here is forgotten.
 

@@ -238,9 +238,10 @@ def test_a_saved_state_continues_exactly(optimizer: str) -> None:
     whole, first, second = (problem.replay("coupled") for _ in range(3))
     run(problem, whole, batches, options)
     run(problem, first, batches[:5], options[:5])
+    state = first.state_dict()
+    run(problem, first, batches[5:], options[5:])  # must not reach into the state
     file = io.BytesIO()
-    torch.save(first.state_dict(), file)
-    run(problem, first, batches[5:], options[5:])  # must not reach into the saved state
+    torch.save(state, file)
     file.seek(0)
     second.accumulate(torch.tensor([0]), problem.targets[:1])  # is forgotten
     second.load_state_dict(torch.load(file, weights_only=True))
@@ -250,6 +251,22 @@ def test_a_saved_state_continues_exactly(optimizer: str) -> None:
         assert torch.equal(replay.predictions, whole.predictions)
         assert replay.initial_scale == whole.initial_scale
         assert replay.steps == steps
+
+
+def test_inference_mode_may_come_and_go() -> None:
+    problem = Problem()
+    batches, options = problem.batches(9), settings_of("momentum", "coupled", "cosine", 9)
+    expected = problem.replay("coupled")
+    run(problem, expected, batches, options)
+    with torch.inference_mode():
+        replay = problem.replay("coupled")
+        run(problem, replay, batches[:3], options[:3])
+    run(problem, replay, batches[3:6], options[3:6])
+    with torch.inference_mode():
+        replay.load_state_dict(replay.state_dict())
+        run(problem, replay, batches[6:8], options[6:8])
+    run(problem, replay, batches[8:], options[8:])
+    assert torch.equal(replay.coefficients, expected.coefficients)
 
 
 def test_state_of_another_data_set_is_refused() -> None:
