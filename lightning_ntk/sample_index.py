@@ -130,9 +130,7 @@ def _comparable(layout: Layout, expected: Layout) -> bool:
 
 def _bytes(leaf: Tensor) -> Tensor:
     """The values of each sample as bytes, `(b, n)`."""
-    if leaf.is_complex():
-        leaf = torch.view_as_real(leaf.resolve_conj())
-    if leaf.is_floating_point():
+    if leaf.is_floating_point() or leaf.is_complex():
         leaf = leaf + 0.0  # -0.0 becomes 0.0
     return leaf.reshape(len(leaf), math.prod(leaf.shape[1:])).contiguous().view(torch.uint8)
 

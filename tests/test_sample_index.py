@@ -107,6 +107,8 @@ def test_duplicates_are_found_as_the_first() -> None:
 def test_negative_zero_is_zero_and_nan_is_itself() -> None:
     values = torch.tensor([[0.0, 1.0], [float("nan"), 1.0], [float("inf"), 1.0]])
     index = index_of(values)
+    complex_values = torch.complex(values[:, 0], values[:, 1])
+    assert index_of(complex_values).rows(torch.complex(torch.tensor([-0.0]), torch.tensor([1.0])), None).tolist() == [0]
     assert index.rows(torch.tensor([[float("inf"), 1.0], [-0.0, 1.0], [float("nan"), 1.0]]), None).tolist() == [2, 0, 1]
 
 

@@ -153,7 +153,7 @@ def test_replay_equals_sgd_on_the_linear_model(
     moved = problem.train(batches, options, decay=decay, clip_norm=clip_norm)
     replay = problem.replay(decay)
     run(problem, replay, batches, options, clip_norm)
-    assert_same(problem, replay, moved, 1e-11)
+    assert_same(problem, replay, moved, 1e-13)
 
 
 @pytest.mark.parametrize("decay", DECAYS)
@@ -166,7 +166,7 @@ def test_a_late_start_continues_the_momentum_buffer(optimizer: str, decay: str) 
     replay = problem.replay(decay, buffer)
     run(problem, replay, batches, options, clip_norm=0.5)
     assert abs(replay.momentum_scale) > 0.1
-    assert_same(problem, replay, moved, 1e-11, buffer)
+    assert_same(problem, replay, moved, 1e-13, buffer)
 
 
 def test_settings_may_change_during_the_run() -> None:
@@ -177,7 +177,7 @@ def test_settings_may_change_during_the_run() -> None:
     moved = problem.train(batches, options)
     replay = problem.replay("coupled")
     run(problem, replay, batches, options)
-    assert_same(problem, replay, moved, 1e-11)
+    assert_same(problem, replay, moved, 1e-13)
 
 
 def test_samples_may_repeat_within_a_batch_and_within_a_step() -> None:
@@ -208,7 +208,7 @@ def test_full_batches_of_a_squared_loss_give_the_gradient_descent_of_the_modes()
 @pytest.mark.parametrize(
     ("direct", "gathered"), [(10**9, 2**20), (10**9, 500), (1, 0)], ids=["one", "chunks", "in place"]
 )
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5)])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-13), (torch.float32, 1e-5)])
 def test_every_way_to_read_the_kernel(
     direct: int, gathered: int, dtype: torch.dtype, tolerance: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -238,9 +238,10 @@ def test_a_saved_state_continues_exactly(optimizer: str) -> None:
     whole, first, second = (problem.replay("coupled") for _ in range(3))
     run(problem, whole, batches, options)
     run(problem, first, batches[:5], options[:5])
+    state = first.state_dict()
+    run(problem, first, batches[5:], options[5:])  # must not reach into the state
     file = io.BytesIO()
-    torch.save(first.state_dict(), file)
-    run(problem, first, batches[5:], options[5:])  # must not reach into the saved state
+    torch.save(state, file)
     file.seek(0)
     second.accumulate(torch.tensor([0]), problem.targets[:1])  # is forgotten
     second.load_state_dict(torch.load(file, weights_only=True))
@@ -250,6 +251,22 @@ def test_a_saved_state_continues_exactly(optimizer: str) -> None:
         assert torch.equal(replay.predictions, whole.predictions)
         assert replay.initial_scale == whole.initial_scale
         assert replay.steps == steps
+
+
+def test_inference_mode_may_come_and_go() -> None:
+    problem = Problem()
+    batches, options = problem.batches(9), settings_of("momentum", "coupled", "cosine", 9)
+    expected = problem.replay("coupled")
+    run(problem, expected, batches, options)
+    with torch.inference_mode():
+        replay = problem.replay("coupled")
+        run(problem, replay, batches[:3], options[:3])
+    run(problem, replay, batches[3:6], options[3:6])
+    with torch.inference_mode():
+        replay.load_state_dict(replay.state_dict())
+        run(problem, replay, batches[6:8], options[6:8])
+    run(problem, replay, batches[8:], options[8:])
+    assert torch.equal(replay.coefficients, expected.coefficients)
 
 
 def test_state_of_another_data_set_is_refused() -> None:
