@@ -45,6 +45,12 @@ class Options:
     progress: bool = False
 
 
+def hyperparameters(group: Mapping[str, Any]) -> dict[str, float]:
+    """The numbers in a parameter group that SGD depends on, 0 for those that it has not."""
+    names = ("lr", "momentum", "dampening", "nesterov", "weight_decay", "maximize")
+    return {name: float(group.get(name) or 0) for name in names}
+
+
 class Observation:
     """What is known of a run and its linearised network from the capture on.
 
@@ -57,6 +63,7 @@ class Observation:
         differences: Phrases on what the run does that the named dynamics do not describe.
         horizon: Optimizer steps still to come, if known.
         momentum: The optimizer's momentum buffers, by parameter name.
+        state: What `state_dict` returned in an earlier part of the run, to go on from.
 
     Attributes:
         dynamics: Those that are followed.
@@ -79,27 +86,49 @@ class Observation:
         differences: Callable[[str, int | None], Sequence[str]],
         horizon: float | None = None,
         momentum: Tensors | None = None,
+        state: Mapping[str, Any] | None = None,
     ) -> None:
         self._options = options
+        self._start = None if state is None else state["start"]
         self._optimizer = optimizer
-        self._momentum = momentum
-        self._horizon = horizon
+        self._momentum = momentum if state is None else state["momentum"]
+        self._horizon = horizon if state is None else state["horizon"]
+        self._settings = [hyperparameters(g) for g in optimizer.param_groups] if state is None else state["settings"]
         self._parameters = trainable_parameters(module)
         self._reference, no_kernel = self._capture_if_possible(module, data)
-        self._linearization = (
-            Linearization(module, predict=options.predict, dtype=options.dtype)
-            if self._reference is None
-            else self._reference.linearization
-        )
+        self._linearization = self._linearize(module) if self._reference is None else self._reference.linearization
         self._evaluation = None if evaluation is None else self._capture(module, evaluation)
         size = None if self._reference is None else len(self._reference.reference)
-        self.dynamics, self.reason = self._choose(lambda dynamics: differences(dynamics, size), no_kernel)
+        if state is None:
+            self.dynamics, self.reason = self._choose(lambda dynamics: differences(dynamics, size), no_kernel)
+        else:
+            self._require_same_data(state["data"])
+            self.dynamics, self.reason = state["dynamics"], ""
         self.training: LinearizedTraining | None = None
         self._follower = self._follow()
         self._expected: Tensors | None = None
         self._objective = None if self._reference is None else self._reference.objective
         self._first_frozen: set[str] | None = None
         self.steps = 0
+        if state is not None:
+            self._follower.load_state_dict(state["follower"])
+            self.steps = int(state["steps"])
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that the measurements to come depend on, as tensors, numbers, strings, dicts and lists.
+
+        The kernel and its modes are not in it: they follow from the rest.
+        """
+        return {
+            "start": self._linearization.state_dict(),
+            "momentum": self._momentum,
+            "horizon": self._horizon,
+            "settings": self._settings,
+            "dynamics": self.dynamics,
+            "data": self._fingerprints,
+            "follower": self._follower.state_dict(),
+            "steps": self.steps,
+        }
 
     @property
     def initial_weights(self) -> Tensors:
@@ -204,11 +233,31 @@ class Observation:
             scalars["twin_coverage"] = 1 / options.twin_every
         return scalars
 
+    @property
+    def _fingerprints(self) -> dict[str, str]:
+        captures = {"reference": self._reference, "evaluation": self._evaluation}
+        return {name: capture.fingerprint for name, capture in captures.items() if capture is not None}
+
+    def _require_same_data(self, expected: Mapping[str, str]) -> None:
+        own = self._fingerprints
+        for name in sorted(expected.keys() | own.keys()):
+            if expected.get(name) != own.get(name):
+                raise ValueError(
+                    f"Expected the {name} set with which the run began but its content, order or existence is another: "
+                    "distances to the linearised network are defined on one set. Give the same data."
+                )
+
+    def _linearize(self, module: nn.Module) -> Linearization:
+        linearization = Linearization(module, predict=self._options.predict, dtype=self._options.dtype)
+        if self._start is not None:
+            linearization.load_state_dict(self._start)
+        return linearization
+
     def _capture(self, module: nn.Module, data: Data) -> Capture:
         options = self._options
         return Capture(
             module, data, loss=options.loss, predict=options.predict, unpack=options.unpack, jacobian=options.jacobian,
-            batch_size=options.batch_size, dtype=options.dtype, progress=options.progress,
+            batch_size=options.batch_size, dtype=options.dtype, progress=options.progress, start=self._start,
         )  # fmt: skip
 
     def _capture_if_possible(self, module: nn.Module, data: Data | None) -> tuple[Capture | None, str | None]:
@@ -245,18 +294,29 @@ class Observation:
             loss = options.loss or nn.MSELoss()
             return TwinFollower(self._linearization, self._optimizer, self._parameters, loss, every=options.twin_every)
         assert self._reference is not None
-        groups = self._optimizer.param_groups
-        decays = any(group.get("weight_decay", 0) != 0 for group in groups)
         if self.dynamics == "replay":
-            return ReplayFollower(self._reference, decays=decays, momentum=self._momentum)
+            decaying = self._decaying_weights() if any(g["weight_decay"] for g in self._settings) else None
+            return ReplayFollower(self._reference, decaying=decaying, momentum=self._momentum)
+        settings = self._settings[0]
+        flow = self.dynamics == "gradient_flow"
         self.training = LinearizedTraining(
             self._reference,
-            lr=float(groups[0]["lr"]),
-            dynamics="gradient_flow" if self.dynamics == "gradient_flow" else "gradient_descent",
+            lr=settings["lr"],
+            dynamics="gradient_flow" if flow else "gradient_descent",
             solver=options.solver,
             horizon=self._horizon,
         )
         return ModesFollower(self.training)
+
+    def _decaying_weights(self) -> Tensors:
+        """w0 where the optimizer holds a parameter that has a gradient, zero elsewhere: it leaves the others alone."""
+        assert self._reference is not None
+        held = {id(p) for group in self._optimizer.param_groups for p in group["params"]}
+        unused = self._linearization.unused(self._reference.reference.read(0, 1).inputs)
+        return {
+            name: torch.zeros_like(value) if name in unused or id(self._parameters[name]) not in held else value
+            for name, value in self.initial_weights.items()
+        }
 
     def _add_expected_gradient(self, inputs: Any, target: Tensor, scale: float) -> None:
         linearization = self._linearization
