@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from lightning_ntk.closed_form import Dynamics
 from lightning_ntk.comparison import compare
+from lightning_ntk.dynamics.sgd import SGDSettings
 from lightning_ntk.isolation import preserved_rng
 from lightning_ntk.linearization import trainable_parameters
 from lightning_ntk.plots import plot_history
@@ -213,7 +214,7 @@ class LinearizationMonitor(Callback):
         if self.training is None or trainer.global_step == self._step:
             return
         self._step = trainer.global_step
-        self._online.step(self._lr)
+        self._online.step(SGDSettings(self._lr))
         if self._lr > self.training.max_learning_rate:
             self._report_once(
                 "unstable",
@@ -235,7 +236,7 @@ class LinearizationMonitor(Callback):
         started = time.perf_counter()
         try:
             with preserved_rng():
-                state = self.training.state_of(self._online.filter)
+                state = self._online.state
                 weights = trainable_parameters(pl_module)
                 scalars = compare(self.training, state, weights, per_parameter=self.per_parameter)
         except Exception as error:

@@ -1,6 +1,7 @@
 """The first-order expansion of a network around its weights at construction, one batch at a time."""
 
-from collections.abc import Callable, Mapping
+import copy
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any, TypeAlias, TypeVar
 
@@ -127,6 +128,13 @@ class Linearization:
     def num_parameters(self) -> int:
         """P, the number of trainable weights."""
         return sum(p.numel() for p in self.params.values())
+
+    def restricted(self, names: Sequence[str]) -> "Linearization":
+        """The same network with only these parameters as variables, the others as constants."""
+        other = copy.copy(self)
+        other.params = {name: p for name, p in self.params.items() if name in names}
+        other._frozen = self._frozen | {name: p for name, p in self.params.items() if name not in names}
+        return other
 
     def predict(self, inputs: Any) -> Tensor:
         """Outputs of the network at the captured weights, `(B, K)`."""

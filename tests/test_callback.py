@@ -252,7 +252,7 @@ def test_gradient_flow_and_float64_passes() -> None:
     assert monitor.training.initial_predictions.dtype == torch.float64
     torch.testing.assert_close(
         monitor.training.displacement(30)["body.0.weight"],
-        monitor.training.displacement_of(monitor.training.state_of(monitor._online.filter))["body.0.weight"],
+        monitor.training.displacement_of(monitor._online.state)["body.0.weight"],
     )
 
 
@@ -388,7 +388,7 @@ def test_training_on_several_devices_is_refused() -> None:
 
 
 def test_more_memory_than_there_is_ends_the_run_before_training(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lightning_ntk.training.available_memory", lambda *_: 1000)
+    monkeypatch.setattr("lightning_ntk.solution.available_memory", lambda *_: 1000)
     with pytest.raises(MisconfigurationException, match="Use at most"):
         fit(LinearizationMonitor(), Untouched())
 
