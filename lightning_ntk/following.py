@@ -8,12 +8,14 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_ntk.capture import Capture, training_kernel
+from lightning_ntk.carried import decaying_weights
 from lightning_ntk.dynamics.replay import Replay
 from lightning_ntk.dynamics.sgd import SGDSettings
 from lightning_ntk.dynamics.twin import Twin
 from lightning_ntk.linearization import Linearization, Tensors
 from lightning_ntk.losses import Loss, Objective
 from lightning_ntk.sample_index import SampleIndex
+from lightning_ntk.scaling import Scaling
 from lightning_ntk.training import LinearizedTraining
 
 
@@ -108,22 +110,42 @@ class ReplayFollower:
 
     Args:
         capture: The network on its training set.
-        decaying: w0 where weight decay shrinks it, and zero elsewhere; None for no weight decay.
-        momentum: The optimizer's momentum buffer at capture, by parameter name, if it had one.
+        decays: Whether the run has weight decay, so that w0 itself shrinks.
+        momentum: The optimizer's momentum buffers at capture, by parameter name, if it had any.
+        multiples: By parameter, the multiple of the learning rate that it is trained with; None where all have 1.
     """
 
-    def __init__(self, capture: Capture, *, decaying: Tensors | None = None, momentum: Tensors | None = None) -> None:
-        self._capture = capture
-        self._decaying = decaying
-        self._momentum = momentum
+    def __init__(
+        self,
+        capture: Capture,
+        *,
+        decays: bool = False,
+        momentum: Tensors | None = None,
+        multiples: Mapping[str, float] | None = None,
+    ) -> None:
+        self._scaling = None if multiples is None else Scaling(capture, multiples)
+        self._capture = capture if self._scaling is None else self._scaling.capture
+        if self._scaling is not None:
+            self._scaling.require_commuting(float(decays))
+        dtype = capture.linearization.dtype
         self._index = SampleIndex(capture.reference)
+        self._decaying = self._in_coordinates(decaying_weights(capture) if decays else None)
+        self._momentum = self._in_coordinates(momentum)
         self._replay = Replay(
-            training_kernel(None, capture, dtype=capture.linearization.dtype),
+            training_kernel(None, capture, dtype=dtype)
+            if self._scaling is None
+            else self._scaling.kernel(None, dtype=dtype),
             capture.predictions,
             capture.objective,
-            initial_image=None if decaying is None else capture.push_forward(decaying),
-            momentum_image=None if momentum is None else capture.push_forward(momentum),
+            initial_image=self._image(self._decaying),
+            momentum_image=self._image(self._momentum),
         )
+
+    def _in_coordinates(self, vector: Tensors | None) -> Tensors | None:
+        return vector if vector is None or self._scaling is None else self._scaling.of_gradients(vector)
+
+    def _image(self, vector: Tensors | None) -> Tensor | None:
+        return None if vector is None else self._capture.push_forward(vector)
 
     def see(self, inputs: Any, target: Tensor, scale: float) -> None:
         """Adds the loss gradient of the batch, whose samples are found in the training set by their content."""
@@ -155,6 +177,8 @@ class ReplayFollower:
             if vector is not None:
                 for name, value in displacement.items():
                     value.add_(vector[name].to(value), alpha=scale)
+        if self._scaling is not None:
+            displacement = self._scaling.to_weights(displacement)
         return LinearizedNetwork(displacement, self._replay.predictions.cpu())
 
     def state_dict(self) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """The first-order expansion of a network around its weights at construction, one batch at a time."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from copy import copy
 from typing import Any, TypeAlias, TypeVar
@@ -174,6 +174,13 @@ class Linearization:
 
         with isolated_pass(self.module, self.device.type), torch.enable_grad():
             return self.apply(leaves, self.convert(inputs), find)
+
+    def restricted(self, names: Sequence[str]) -> "Linearization":
+        """The same network with only these parameters as variables, the others as constants."""
+        other = copy(self)
+        other.params = {name: p for name, p in self.params.items() if name in names}
+        other._frozen = self._frozen | {name: p for name, p in self.params.items() if name not in names}
+        return other
 
     def predict(self, inputs: Any) -> Tensor:
         """Outputs of the network at the captured weights, `(B, K)`."""

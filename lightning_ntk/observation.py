@@ -47,8 +47,10 @@ class Options:
 
 def hyperparameters(group: Mapping[str, Any]) -> dict[str, float]:
     """The numbers in a parameter group that SGD depends on, 0 for those that it has not."""
-    names = ("lr", "momentum", "dampening", "nesterov", "weight_decay", "maximize")
-    return {name: float(group.get(name) or 0) for name in names}
+    names = ("momentum", "dampening", "nesterov", "weight_decay", "maximize")
+    # A warm-up begins with a rate of nothing: schedules note their base rate, and the largest, in the group.
+    rate = max(float(group.get(name) or 0) for name in ("lr", "initial_lr", "max_lr"))
+    return {"lr": rate} | {name: float(group.get(name) or 0) for name in names}
 
 
 class Observation:
@@ -184,8 +186,16 @@ class Observation:
         if self.training is not None and lr > self.training.max_learning_rate:
             yield (
                 "unstable",
-                f"the learning rate {lr:.4g} is above {self.training.max_learning_rate:.4g}, the largest for which the linearised "
-                "network is stable: it diverges while the run may not.",
+                f"the learning rate {lr:.4g} is above {self.training.max_learning_rate:.4g}, the largest for which the "
+                "linearised network is stable: it diverges while the run may not.",
+            )
+        rates = [float(group["lr"]) * self._settings[0]["lr"] for group in settings.groups]
+        scaled = [lr * own["lr"] for own in self._settings]
+        if self.dynamics != "twin" and any(abs(a - b) > 1e-9 * max(a, b) for a, b in zip(rates, scaled, strict=False)):
+            yield (
+                "rates",
+                "the ratio of the learning rates of the parameter groups is no longer that of the capture, which "
+                f'{self.dynamics.replace("_", " ")} goes on with: dynamics="twin" follows it.',
             )
         self._first_frozen = set(settings.frozen) if self._first_frozen is None else self._first_frozen
         changed = sorted(self._first_frozen ^ set(settings.frozen))
@@ -294,29 +304,31 @@ class Observation:
             loss = options.loss or nn.MSELoss()
             return TwinFollower(self._linearization, self._optimizer, self._parameters, loss, every=options.twin_every)
         assert self._reference is not None
+        settings, multiples = self._settings[0], self._multiples()
+        momentum = self._momentum if settings["momentum"] else None
         if self.dynamics == "replay":
-            decaying = self._decaying_weights() if any(g["weight_decay"] for g in self._settings) else None
-            return ReplayFollower(self._reference, decaying=decaying, momentum=self._momentum)
-        settings = self._settings[0]
-        flow = self.dynamics == "gradient_flow"
+            decays = settings["weight_decay"] != 0
+            return ReplayFollower(self._reference, decays=decays, momentum=momentum, multiples=multiples)
+        if self.dynamics == "gradient_flow":
+            described: dict[str, Any] = {"lr": settings["lr"], "dynamics": "gradient_flow"}
+        else:
+            described = dict(settings) | {name: bool(settings[name]) for name in ("nesterov", "maximize")}
+            described["momentum_buffers"] = momentum
         self.training = LinearizedTraining(
-            self._reference,
-            lr=settings["lr"],
-            dynamics="gradient_flow" if flow else "gradient_descent",
-            solver=options.solver,
-            horizon=self._horizon,
+            self._reference, solver=options.solver, horizon=self._horizon, lr_scales=multiples, **described
         )
         return ModesFollower(self.training)
 
-    def _decaying_weights(self) -> Tensors:
-        """w0 where the optimizer holds a parameter that has a gradient, zero elsewhere: it leaves the others alone."""
-        assert self._reference is not None
-        held = {id(p) for group in self._optimizer.param_groups for p in group["params"]}
-        unused = self._linearization.unused(self._reference.reference.read(0, 1).inputs)
-        return {
-            name: torch.zeros_like(value) if name in unused or id(self._parameters[name]) not in held else value
-            for name, value in self.initial_weights.items()
-        }
+    def _multiples(self) -> dict[str, float] | None:
+        """By parameter, the learning rate in units of that of the first group, 0 for those that the optimizer leaves out."""
+        groups = {id(p): n for n, group in enumerate(self._optimizer.param_groups) for p in group["params"]}
+        first = self._settings[0]["lr"]
+        multiples = {}
+        for name, parameter in self._parameters.items():
+            number = groups.get(id(parameter))
+            rate = 0.0 if number is None else self._settings[number]["lr"]
+            multiples[name] = rate / first if first and number is not None else float(number is not None)
+        return None if set(multiples.values()) == {1.0} else multiples
 
     def _add_expected_gradient(self, inputs: Any, target: Tensor, scale: float) -> None:
         linearization = self._linearization
