@@ -273,7 +273,7 @@ class LinearizationMonitor(Callback):
                 self._capture(trainer, pl_module, optimizer, resumed)
         except (ValueError, TypeError, MemoryError) as error:
             raise MisconfigurationException(f"LinearizationMonitor cannot capture this run. {error}") from error
-        if self._observation is not None and not any(row["step"] == self._step for row in self.history):
+        if self._observation is not None and resumed is None:
             self._measure(trainer, pl_module)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
