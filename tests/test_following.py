@@ -1,4 +1,4 @@
-"""Runs as people really do them, followed through the Trainer by replay, the twin and the modes, against each other and brute force."""
+"""Runs as people really do them, followed by the modes, replay and the twin: against each other and brute force."""
 
 import math
 import warnings
@@ -240,7 +240,7 @@ def test_data_without_a_fixed_order_is_for_the_twin_alone(data: Dataset) -> None
         }  # fmt: skip
         assert 0 < monitor.history[-1]["relative_weight_distance"] < 1
         for dynamics in ("gradient_descent", "replay"):
-            with pytest.raises(MisconfigurationException, match="Expected .* fixed order|two reads"):
+            with pytest.raises(MisconfigurationException, match=r"Expected .* fixed order|two reads"):
                 run(dynamics)
 
 
@@ -259,7 +259,7 @@ def test_samples_that_are_changed_in_training_only_are_noticed_on_the_first_batc
     assert monitor._observation is not None
     assert monitor._observation.dynamics == "twin"
     assert monitor.history[-1]["step"] == 5
-    with pytest.raises(MisconfigurationException, match="cannot replay this run.*11 of its 11 samples"):
+    with pytest.raises(MisconfigurationException, match=r"cannot replay this run.*11 of its 11 samples"):
         fit(LinearizationMonitor(dynamics="replay", reference=other), make_module(), max_steps=5)
 
 

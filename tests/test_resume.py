@@ -81,16 +81,16 @@ def test_what_cannot_be_resumed_is_refused(tmp_path: Path) -> None:
         loader = DataLoader(digits() if data is None else data, batch_size=11)
         trainer(monitor, enable_checkpointing=False).fit(module, loader, ckpt_path=checkpoint, weights_only=True)
 
-    first, module = fit(None, make_module(), max_steps=2, precision="64-true")
+    first, _ = fit(None, make_module(), max_steps=2, precision="64-true")
     first.save_checkpoint(checkpoint)
     with pytest.raises(MisconfigurationException, match="does not hold the weights at which to linearise"):
         resume(LinearizationMonitor())
-    first, module = fit(LinearizationMonitor(save_state=False), make_module(), max_steps=2, precision="64-true")
+    first, _ = fit(LinearizationMonitor(save_state=False), make_module(), max_steps=2, precision="64-true")
     first.save_checkpoint(checkpoint)
     assert "lightning_ntk" not in torch.load(checkpoint, weights_only=True)
     with pytest.raises(MisconfigurationException, match="save_state=True"):
         resume(LinearizationMonitor())
-    first, module = fit(LinearizationMonitor(), make_module(), max_steps=2, precision="64-true")
+    first, _ = fit(LinearizationMonitor(), make_module(), max_steps=2, precision="64-true")
     first.save_checkpoint(checkpoint)
     inputs, targets = digits().tensors
     with pytest.raises(MisconfigurationException, match="reference set with which the run began"):
