@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from lightning_ntk import LinearizedTraining
 from lightning_ntk.dynamics.filters import Start
-from lightning_ntk.dynamics.sgd import ModalSGD, SGDSettings
-from lightning_ntk.dynamics.stability import growth, max_learning_rate
+from lightning_ntk.dynamics.sgd import LinearSGD, ModalSGD, SGDSettings
+from lightning_ntk.dynamics.stability import credited_decay, growth, max_learning_rate
 from tests.problems import LinearModel, flatten, make, relative_error
 
 STEPS = 200
@@ -277,6 +277,25 @@ def test_nothing_bounds_the_rate_of_what_never_moves() -> None:
     assert max_learning_rate(held, 1.0) == 1.0
     assert max_learning_rate(held, 3.0) == 0.0
     assert growth(SGDSettings(0.1, maximize=True), 3.0) == pytest.approx(1.3)
+
+
+@pytest.mark.parametrize("settings", STEP_SETTINGS, ids=str)
+@pytest.mark.parametrize("fraction", [0.003, 0.05, 0.4, 0.9, 0.999])
+def test_no_mode_responds_more_than_one_without_curvature(settings: SGDSettings, fraction: float) -> None:
+    def zeros(size: int) -> Tensor:
+        return torch.zeros(size, dtype=torch.float64)
+
+    curvatures = torch.linspace(0, 1, 201, dtype=torch.float64)
+    settings = settings._replace(lr=fraction * max_learning_rate(settings, 1.0))
+    # With buffers, so that dampening acts on the impulse.
+    modes, bound = LinearSGD([zeros(201)], [zeros(201)]), LinearSGD([zeros(1)], [zeros(1)])
+    credited = settings._replace(weight_decay=credited_decay(settings, 1.0))
+    for step in range(150):
+        impulse = 1.0 if step == 0 else 0.0
+        modes.step([curvatures * modes.values[0] - impulse], settings)
+        bound.step([zeros(1) - impulse], credited)
+        allowed = bound.values[0].item() * (1.1 if settings.nesterov and settings.weight_decay else 1 + 1e-9)
+        assert modes.values[0].abs().max().item() <= allowed + 1e-14
 
 
 @pytest.mark.parametrize("options", [o for o in OPTIMIZERS if o["momentum"] or o["weight_decay"]], ids=str)
