@@ -318,6 +318,23 @@ def test_lanczos_stays_within_its_bound(options: dict, schedule: str, fraction: 
             assert training.error_bound(t, relative=True) <= 1.01 * tolerance
 
 
+@pytest.mark.parametrize("way", [{"matrix_free": False}, {"matrix_free": True}, {"jacobian": "stored"}], ids=str)
+def test_krylov_spaces_of_all_carried_vectors_are_bounded(way: dict) -> None:
+    module, inputs, targets = make("conv", 3, samples=21)
+    model = LinearModel(module, inputs)
+    buffers = torch.randn(len(model.start), generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    options = {"momentum": 0.8, "weight_decay": 0.05, "momentum_buffers": model.unflatten(10 * buffers)}
+    exact = linearized(module, inputs, targets, solver="eigh", **options)
+    for tolerance in (1e-2, 1e-5):
+        training = linearized(module, inputs, targets, solver="lanczos", tolerance=tolerance, **options, **way)
+        for t in (30, 200, None):
+            expected = flatten(exact.displacement(t))
+            error = (flatten(training.displacement(t)) - expected).norm().item()
+            assert 1e-9 * tolerance < error <= training.error_bound(t) + 1e-11 * expected.norm().item()
+            assert training.error_bound(t, relative=True) <= 1.01 * tolerance
+        assert training._modal.solver.num_products < 63  # not by exhausting the spaces
+
+
 def test_later_times_go_on_from_earlier_ones() -> None:
     module, inputs, targets = make("mlp")
     model, calls = LinearModel(module, inputs), []
