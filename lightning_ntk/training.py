@@ -17,7 +17,7 @@ from lightning_ntk.dynamics.spectral import GradientFlow
 from lightning_ntk.error_bounds import ErrorBound
 from lightning_ntk.isolation import preserved_rng
 from lightning_ntk.jacobian import Jacobian, StreamedJacobian, predict, wide_dtype
-from lightning_ntk.kernel import compute_kernel
+from lightning_ntk.kernel import compute_kernel, count_operations
 from lightning_ntk.lanczos import LanczosModes
 from lightning_ntk.linearization import Linearization, Predict, Tensors
 from lightning_ntk.losses import Loss, evaluate_loss, match_targets, measure_loss_factor
@@ -140,6 +140,9 @@ class LinearizedTraining:
                 kernel_given=ntk is not None,
                 jacobian_stored=jacobian == "stored",
             )
+            if not (problem.kernel_given or problem.jacobian_stored):
+                kernel, forward = count_operations(self.linearization, self.reference)
+                problem = problem._replace(kernel_operations=kernel, forward_operations=forward)
             free = min(available_memory(), available_memory(self.linearization.device))
             choice = choose_solver(problem, solver=solver, matrix_free=matrix_free, free_memory=free)
             self.solver_reason: str = choice.reason

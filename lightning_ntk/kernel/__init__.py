@@ -3,5 +3,6 @@
 from lightning_ntk.kernel.factors import Dense, Outer
 from lightning_ntk.kernel.layers import register_rule
 from lightning_ntk.kernel.ntk import compute_kernel, empirical_ntk
+from lightning_ntk.kernel.plan import count_operations
 
-__all__ = ["Dense", "Outer", "compute_kernel", "empirical_ntk", "register_rule"]
+__all__ = ["Dense", "Outer", "compute_kernel", "count_operations", "empirical_ntk", "register_rule"]

@@ -69,8 +69,8 @@ def _match_autograd(linearization: Linearization, inputs: object, jacobians: Ten
     tolerance = 1e4 * torch.finfo(first.dtype).eps
     close = []
     for name, block in jacobians.items():
-        product = cotangent.flatten() @ block.flatten(0, 1).flatten(1)
-        scale = (block.flatten(2).square().sum(2) * cotangent.square()).sum().sqrt()
+        product = cotangent.flatten() @ block.reshape(block.shape[:2].numel(), -1)
+        scale = (block.reshape(*cotangent.shape, -1).square().sum(2) * cotangent.square()).sum().sqrt()
         close.append((product - expected[name].flatten()).norm() <= tolerance * scale)
     return bool(torch.stack(close).all())
 
@@ -94,7 +94,9 @@ def contract(first: Tensors, second: Tensors, dtype: torch.dtype | None = None) 
     """J1 J2^T, in `dtype`, for Jacobians `(B1, K, *shape)` and `(B2, K, *shape)` of every parameter: `(B1 K, B2 K)`."""
     total: Tensor | None = None
     for name, block in first.items():
-        rows, columns = (jacobian.flatten(0, 1).flatten(1).to(dtype) for jacobian in (block, second[name]))
+        rows, columns = (
+            jacobian.reshape(jacobian.shape[:2].numel(), -1).to(dtype) for jacobian in (block, second[name])
+        )
         total = rows @ columns.T if total is None else total.addmm_(rows, columns.T)
     assert total is not None
     return total
