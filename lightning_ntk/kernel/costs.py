@@ -10,6 +10,8 @@ Method: TypeAlias = Literal["gram", "shared", "dense"]
 # An elementwise product, and an operation of the short products over positions, in operations of a long matrix product.
 _ELEMENTWISE_COST = 16
 _POSITIONS_COST = 3
+# An operation of the passes through the network, which have elementwise functions in between.
+PASS_COST = 2
 
 
 class Cost(NamedTuple):

@@ -20,7 +20,15 @@ from lightning_ntk.kernel.capture import (
     record_usage,
 )
 from lightning_ntk.kernel.contraction import sample_jacobians
-from lightning_ntk.kernel.costs import Cost, Method, cheapest_method, forward_cost, kernel_size, same_for_all_samples
+from lightning_ntk.kernel.costs import (
+    PASS_COST,
+    Cost,
+    Method,
+    cheapest_method,
+    forward_cost,
+    kernel_size,
+    same_for_all_samples,
+)
 from lightning_ntk.kernel.factors import Dense, Factor, Factors, Gram, Outer, add_block, gram_of
 from lightning_ntk.linearization import Linearization, Tensors
 from lightning_ntk.reference import Reference
@@ -182,7 +190,7 @@ def _forward_cost(linearization: Linearization, usage: Usage, contracted: set[st
 def _total_cost(linearization: Linearization, usage: Usage, costs: Sequence[Cost], contracted: set[str]) -> Cost:
     """That of the passes, of all units, and of the parameters without a rule."""
     outputs = usage.outputs.shape[1]
-    passes = (1 + 2 * outputs) * _forward_cost(linearization, usage, contracted)
+    passes = PASS_COST * (1 + 2 * outputs) * _forward_cost(linearization, usage, contracted)
     direct = sum(linearization.params[name].numel() for name in contracted)
     return sum(costs, Cost((2 if contracted else 1) * passes, outputs**2 * direct))
 
