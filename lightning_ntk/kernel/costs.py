@@ -58,7 +58,9 @@ def cheapest_method(
     if same_for_all_samples(outers[0]):
         return "shared", Cost(0.0, gram_width + outputs**2 * _ELEMENTWISE_COST)
     numel = groups * size * width
-    dense = Cost(outputs * positions * numel, outputs**2 * numel)
+    # One-hot inputs are scattered.
+    making = sum(_ELEMENTWISE_COST if factor.one_hot else factor.width for factor in outers)
+    dense = Cost(outputs * positions * groups * size * making, outputs**2 * numel)
     if positions == 1:
         gram = Cost(0.0, groups * (gram_width + outputs**2 * (size + _ELEMENTWISE_COST)))
     else:
