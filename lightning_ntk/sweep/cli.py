@@ -19,10 +19,11 @@ from lightning_ntk.sweep.worker import set_threads, work
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command; returns the exit status: 0, 1 if configurations failed or an argument is wrong, 130 on Ctrl-C."""
     options = _parser().parse_args(arguments)
-    warnings.showwarning = _show_warning
     try:
-        file = SweepFile.read(options.file, storage=options.storage, name=options.name)
-        status: int = options.command(file, options)
+        with warnings.catch_warnings():
+            warnings.showwarning = _show_warning
+            file = SweepFile.read(options.file, storage=options.storage, name=options.name)
+            status: int = options.command(file, options)
     except (ValueError, TypeError, ImportError, OSError, RuntimeError) as error:
         print(f"lightning-ntk: {error}", file=sys.stderr)
         return 1

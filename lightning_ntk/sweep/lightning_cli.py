@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -91,6 +92,7 @@ class CommandLineObjective:
         # jsonargparse ends the process at a wrong option unless told otherwise, for the subcommand too.
         raising = {"exit_on_error": False, "fit": {"exit_on_error": False}}
         try:
+            warnings.filterwarnings("ignore", message="LightningCLI's args parameter")  # sys.argv is of the sweep
             SweepCLI(model, data, args=self.arguments(configuration), save_config_callback=None, parser_kwargs=raising)
         except ArgumentError as error:
             raise ValueError(

@@ -17,8 +17,8 @@ from lightning_ntk.sweep.liveness import Observer
 from lightning_ntk.sweep.queue import Queue
 from lightning_ntk.sweep.worker import POLL, Job, work_in_process
 
-# Worker processes that may die in a row without ending a trial before the sweep gives up: something is wrong with all of them.
-_FRUITLESS_DEATHS = 5
+# Worker processes that may die in a row before they took a trial: then something is wrong with all of them.
+_EARLY_DEATHS = 2
 # Seconds that a worker gets to put its trial back after an interrupt.
 _GRACE = 10.0
 _THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
@@ -41,18 +41,17 @@ class WorkerProcesses:
         self._logs, self._bar = logs, bar
         self._slots: dict[int, tuple[str, BaseProcess]] = {}
         self._ended: dict[str, bool] = {}
-        self._fruitless = 0
+        self._early_deaths = 0
         self._last_log = logs
 
     def run(self) -> None:
         """Returns when every configuration has ended, wherever it was run.
 
         Raises:
-            RuntimeError: If processes die one after another without a result.
+            RuntimeError: If processes die one after another before they take a trial.
         """
         queue, observer = self._queue, Observer(self._job.patience)
         try:
-            finished = -1
             while True:
                 self._collect()
                 queue.recover(observer, dead=self._ended)
@@ -60,14 +59,11 @@ class WorkerProcesses:
                 entries = queue.entries()
                 self._bar.show(entries.values())
                 states = [entry.state for entry in entries.values()]
-                now_finished = states.count("complete") + states.count("failed")
-                if now_finished == len(states):
+                if states.count("complete") + states.count("failed") == len(states):
                     break
-                if now_finished > finished:
-                    self._fruitless, finished = 0, now_finished
-                if self._fruitless >= _FRUITLESS_DEATHS:
+                if self._early_deaths >= _EARLY_DEATHS:
                     raise RuntimeError(
-                        f"{self._fruitless} worker processes in a row ended before their first result. The last lines that the "
+                        f"{self._early_deaths} worker processes in a row ended before they took a trial. The last lines that the "
                         f"latest printed are in {self._logs}:\n{self._tail()}\nA script must call run() under "
                         'if __name__ == "__main__":, because worker processes import it.'
                     )
@@ -99,12 +95,13 @@ class WorkerProcesses:
                 continue
             del self._slots[slot]
             self._ended[identity] = False
+            took_a_trial = self._queue.knows(identity)
+            self._early_deaths = 0 if took_a_trial else self._early_deaths + bool(process.exitcode)
             if process.exitcode:
-                self._fruitless += 1
                 self._last_log = self._log(slot)
                 tqdm.write(
-                    f"A worker process ended with exit code {process.exitcode} (log: {self._log(slot)}); its configuration "
-                    "is run again.",
+                    f"A worker process ended with exit code {process.exitcode} (log: {self._log(slot)})"
+                    + ("; its configuration is run again." if took_a_trial else "."),
                     file=sys.stderr,
                 )
 

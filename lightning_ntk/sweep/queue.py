@@ -42,6 +42,8 @@ from lightning_ntk.sweep.liveness import HEARTBEAT, WORKER, Identity, Observer
 _MARK = "lightning_ntk sweep"
 # MySQL keeps 65535 bytes of an attribute.
 _CHUNK = 30_000
+# Of the curve that Optuna's dashboard shows, each one a write; the rows have all of them.
+_CURVE_POINTS = 100
 
 
 @dataclass(frozen=True)
@@ -153,6 +155,10 @@ class Queue:
         )
         self.storage.create_new_trial(self.study_id, template_trial=trial)
 
+    def knows(self, worker: str) -> bool:
+        """Whether the worker with this id ever took a trial."""
+        return any(trial.user_attrs.get(WORKER, {}).get("id") == worker for trial in self._trials())
+
     def claim(self, identity: Identity) -> Task | None:
         """Takes the oldest waiting trial; None if nothing waits."""
         for trial in self._trials():
@@ -206,7 +212,7 @@ class Queue:
         try:
             for part, start in enumerate(range(0, len(text), _CHUNK)):
                 self.storage.set_trial_user_attr(task.trial_id, f"{ROWS}/{part}", text[start : start + _CHUNK])
-            for row in rows:
+            for row in rows[:: math.ceil(len(rows) / _CURVE_POINTS)]:
                 if "step" in row and metric in row:
                     self.storage.set_trial_intermediate_value(task.trial_id, int(row["step"]), row[metric])
             value = rows[-1].get(metric, math.nan)
