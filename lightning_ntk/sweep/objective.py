@@ -1,5 +1,6 @@
 """What a sweep runs: a function of a configuration, given as such or by its import path, and what it may return."""
 
+import hashlib
 import importlib
 import importlib.util
 import numbers
@@ -83,7 +84,7 @@ def import_path(path: str, directory: str = ".") -> Any:
         module_name = _import_file(Path(directory, module_name).resolve())
     module = importlib.import_module(module_name)
     if not hasattr(module, name):
-        raise ImportError(f"Expected a name {name!r} in {module_name} ({module.__file__}) but there is none.")
+        raise ImportError(f"Expected a name {name!r} in {module.__file__} but there is none.")
     return getattr(module, name)
 
 
@@ -97,7 +98,8 @@ def add_to_path(directory: str) -> None:
 def _import_file(file: Path) -> str:
     if not file.is_file():
         raise ImportError(f"Expected a Python file at {file} but there is none.")
-    name = f"_sweep_{file.stem}"  # not the name of an installed package
+    # Not the name of an installed package, nor of a file elsewhere.
+    name = f"_sweep_{file.stem}_{hashlib.sha256(str(file).encode()).hexdigest()[:8]}"
     if name not in sys.modules:
         spec = importlib.util.spec_from_file_location(name, file)
         assert spec is not None

@@ -30,11 +30,6 @@ def write(directory: Path, **content: object) -> Path:
     return path
 
 
-@pytest.fixture(autouse=True)
-def forget_the_project(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delitem(__import__("sys").modules, "_sweep_train", raising=False)
-
-
 def sweep(capsys: pytest.CaptureFixture[str], *arguments: object, status: int = 0) -> str:
     assert main(["sweep", *map(str, arguments)]) == status
     captured = capsys.readouterr()
@@ -142,7 +137,7 @@ GRID = {"grid": {"a": [1]}}
             "Expected a configuration file of LightningCLI",
         ),
         ({"objective": "no_such_module:f", **GRID}, "No module named 'no_such_module'"),
-        ({"objective": "train.py:f", **GRID}, "Expected a name 'f' in _sweep_train"),
+        ({"objective": "train.py:f", **GRID}, "/train.py but there is none"),
     ],
 )
 def test_a_wrong_file_is_refused_in_a_sentence(

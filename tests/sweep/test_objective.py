@@ -69,7 +69,10 @@ def test_an_objective_is_found_by_module_or_by_file(tmp_path: Path) -> None:
     (tmp_path / "train.py").write_text("def objective(config):\n    return {'loss': 2.0 * config['a']}\n")
     by_file = ImportedObjective("train.py:objective", str(tmp_path))
     by_module = ImportedObjective("tests.sweep.objectives:power")
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "train.py").write_text("def objective(config):\n    return {'loss': 5.0}\n")
     assert by_file({"a": 3}) == {"loss": 6.0}
+    assert ImportedObjective("elsewhere/train.py:objective", str(tmp_path))({}) == {"loss": 5.0}
     assert by_module.load() is power
     assert by_file.identity == "train:objective"
     assert by_module.identity == objective_identity(power) == "objectives:power"
@@ -84,7 +87,7 @@ def test_an_import_path_of_another_form_is_refused(path: str) -> None:
 def test_what_is_not_there_is_named(tmp_path: Path) -> None:
     with pytest.raises(ImportError, match=r"Expected a Python file at .*nothing\.py but there is none"):
         ImportedObjective("nothing.py:f", str(tmp_path)).load()
-    with pytest.raises(ImportError, match=r"Expected a name 'f' in tests\.sweep\.objectives"):
+    with pytest.raises(ImportError, match=r"Expected a name 'f' in .*tests/sweep/objectives\.py but there is none"):
         ImportedObjective("tests.sweep.objectives:f").load()
     with pytest.raises(ImportError, match="to be a function of a configuration but it is 600"):
         ImportedObjective("tests.sweep.objectives:NEVER").load()
