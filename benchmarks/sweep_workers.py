@@ -3,8 +3,8 @@
     python benchmarks/sweep_workers.py [--trials 8] [--steps 4000] [--output benchmarks/results/sweep_workers.json]
 
 The objective of examples/sweep.py, with as many seeds as trials, is run from scratch by one worker and by two, in turn. One
-worker has all processors of the machine for its threads, two have half of them each, as `Sweep.run` shares them. Times are of the whole
-`run`, with the start of the worker processes.
+worker has all processors of the machine for its threads, two have half of them each, as `Sweep.run` shares them. Times are of
+the whole `run`, with the start of the worker processes.
 """
 
 import argparse

@@ -1,5 +1,6 @@
 """The YAML file and the commands."""
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -7,7 +8,7 @@ import pytest
 import tomllib
 import yaml
 
-from lightning_ntk.sweep.cli import main
+from lightning_ntk.sweep.cli import _parser, main
 from lightning_ntk.sweep.file import SweepFile
 
 OBJECTIVE = """
@@ -173,6 +174,22 @@ def test_the_example_is_a_description() -> None:
     example = SweepFile.read(Path(__file__).parent.parent.parent / "examples" / "sweep.yaml")
     assert len(example.configurations) == 9
     assert example.objective.load().__name__ == "objective"
+
+
+DOCUMENTATION = (Path(__file__).parent.parent.parent / "docs" / "sweep.md").read_text()
+
+
+@pytest.mark.parametrize("command", re.findall(r"lightning-ntk (sweep \w+ widths\.yaml[^#`\n]*)", DOCUMENTATION))
+def test_the_documented_commands_exist(command: str) -> None:
+    assert _parser().parse_args(command.split()).file == "widths.yaml"
+
+
+def test_the_documented_file_is_the_example(tmp_path: Path) -> None:
+    example = Path(__file__).parent.parent.parent / "examples"
+    (tmp_path / "widths.yaml").write_text(re.findall(r"```yaml\n(.*?)```", DOCUMENTATION, flags=re.DOTALL)[0])
+    assert (
+        SweepFile.read(tmp_path / "widths.yaml").configurations == SweepFile.read(example / "sweep.yaml").configurations
+    )
 
 
 def options(arguments: Sequence[str]) -> int:
