@@ -143,12 +143,9 @@ def work_in_process(job: Job, identity: str, threads: int, log: str, path: list[
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
         set_threads(threads)
-        try:
+        with contextlib.suppress(KeyboardInterrupt):
             queue = Queue(open_storage(job.storage), job.name)
             work(queue, job.objective, identity=worker_identity(identity), patience=job.patience)
-        except KeyboardInterrupt:
-            # The trial is back in the queue, and the person at the terminal waits: tearing down PyTorch takes seconds.
-            os._exit(0)
 
 
 def set_threads(threads: int) -> None:
