@@ -253,8 +253,8 @@ class LinearizationMonitor(Callback):
         waiting = checkpoint["global_step"] <= self.capture_at
         if self._resumed is None and not waiting and not checkpoint["callbacks"].get(self.state_key, {}).get("lost"):
             raise MisconfigurationException(
-                f"LinearizationMonitor {self.name!r} expects a checkpoint of a run that it has watched, with save_state=True, but "
-                "this one does not hold the weights at which to linearise. Remove the callback, or start a new run."
+                f"LinearizationMonitor {self.name!r} expects a checkpoint of a run that it has watched, with save_state=True, "
+                "but this one does not hold the weights at which to linearise. Remove the callback, or start a new run."
             )
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
