@@ -1,5 +1,6 @@
 """The linearised network trained on a data set: captured once, then answered for every time."""
 
+import math
 import warnings
 from collections.abc import Mapping, Sequence
 
@@ -300,6 +301,11 @@ class LinearizedTraining:
     def state(self, t: float | None) -> LinearizedState:
         """The linearised network after `t` steps, in function space: no pass over the data, unless Lanczos needs more."""
         return self._modal.state(t)
+
+    @property
+    def knows_all_times(self) -> bool:
+        """Whether `closest` looks at all times to infinity, from closed forms on all modes."""
+        return self._modal.last_time == math.inf and self._modal.has_closed_form(1)
 
     def closest(self, displacement: Mapping[str, Tensor], *, until: float | None = None) -> ClosestTime:
         """The time at which the linearised network is closest to given weights, and the distance there.

@@ -352,6 +352,32 @@ def test_residuals_of_leading_modes() -> None:
     assert "mode/3/residual" not in row
 
 
+@pytest.mark.parametrize("momentum", [0.0, 0.5])
+def test_the_closest_time_is_that_of_a_search_by_brute_force(momentum: float) -> None:
+    data = TensorDataset(*(tensor.double() for tensor in digits().tensors))
+    module = make_module(lr=0.3, momentum=momentum, schedule=lambda step: 1 / (1 + step / 20)).double()
+    model = LinearModel(module.body, data.tensors[0])
+    history = rows("gradient_descent", module, data, {"max_steps": 40}, closest=True, solver="eigh", steps=[40])
+    row = history[-1]
+    assert history[0]["closest_time"] == 0
+    trained = flatten(dict(module.body.named_parameters())).detach()
+    linearized = [model.train(data.tensors[1], nn.MSELoss(), s, lr=0.3, momentum=momentum) for s in range(60)]
+    distances = torch.stack([(trained - weights).norm() for weights in linearized]) / (trained - model.start).norm()
+    assert row["closest_time"] == distances.argmin()
+    assert 0 < row["closest_time"] < 59
+    assert row["closest_distance"] == pytest.approx(distances.min().item(), rel=1e-8)
+    moved = trained - model.start
+    in_span = model.jacobian.T @ torch.linalg.lstsq(model.jacobian.T, moved.unsqueeze(1), driver="gelsd").solution
+    floor = ((moved - in_span.squeeze(1)).norm() / moved.norm()).item()
+    assert row["distance_floor"] == pytest.approx(floor, rel=1e-5)
+    assert row["distance_floor"] <= row["closest_distance"] <= row["relative_weight_distance"]
+
+
+def test_what_needs_modes_is_refused_without_them() -> None:
+    with pytest.raises(ValueError, match="they need|which need the modes"):
+        LinearizationMonitor(dynamics="twin", closest=True)
+
+
 def test_shared_gradients_of_the_twin_are_marked() -> None:
     histories = [
         rows("twin", classifier(lr=0.3), classes(), {"batch_size": 7}, loss=nn.CrossEntropyLoss(), twin_every=n)
