@@ -1,0 +1,67 @@
+"""Sphinx configuration: `python -m sphinx -W docs build/docs` builds the documentation without a warning."""
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from sphinx.application import Sphinx
+
+HERE = Path(__file__).parent
+sys.path[:0] = [str(HERE), str(HERE.parent)]
+
+from make_matrix import PLACEHOLDER, matrix_page  # noqa: E402
+
+from lightning_ntk import __version__  # noqa: E402
+
+project = "lightning_ntk"
+author = "The lightning_ntk developers"
+copyright = author
+release = version = __version__
+
+extensions = ["sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.mathjax", "sphinx.ext.viewcode", "myst_parser"]
+# Pages that are not there yet are no error: the navigation takes them up once they are.
+suppress_warnings = ["toc.empty_glob"]
+exclude_patterns = ["build"]
+
+html_theme = "furo"
+html_title = f"lightning_ntk {release}"
+html_theme_options = {"navigation_with_keys": True}
+
+myst_enable_extensions = ["dollarmath", "amsmath", "deflist"]
+myst_heading_anchors = 3
+
+# A name in single backticks is a reference where it is one, and code elsewhere.
+default_role = "py:obj"
+autodoc_typehints_format = "short"
+autodoc_member_order = "bysource"
+python_use_unqualified_type_hints = True
+maximum_signature_line_length = 100
+napoleon_numpy_docstring = False
+napoleon_use_rtype = False
+
+
+def plain_bars(lines: list[str]) -> Iterator[str]:
+    """Docstrings write norms as |w|, which reStructuredText takes for a substitution: bars outside of markup are escaped."""
+    block: int | None = None  # indentation of the directive or example inside of which nothing is escaped
+    for line in lines:
+        indentation = len(line) - len(line.lstrip())
+        if line.strip() and block is not None and indentation <= block:
+            block = None
+        if line.lstrip().startswith((".. math::", ".. code-block::", ">>>")):
+            block = indentation if line.lstrip().startswith("..") else indentation - 1
+        spans = line.split("`")
+        yield line if block is not None else "`".join([s.replace("|", r"\|") if i % 2 == 0 else s for i, s in enumerate(spans)])
+
+
+def setup(app: Sphinx) -> None:
+    """Escapes bars in docstrings, and writes the matrix into its page."""
+
+    def process(app: Sphinx, what: str, name: str, obj: object, options: object, lines: list[str]) -> None:
+        lines[:] = plain_bars(lines)
+
+    def read(app: Sphinx, docname: str, source: list[str]) -> None:
+        if PLACEHOLDER in source[0]:
+            source[0] = source[0].replace(PLACEHOLDER, matrix_page(HERE.parent / "tests"))
+
+    app.connect("autodoc-process-docstring", process)
+    app.connect("source-read", read)
