@@ -60,8 +60,10 @@ class LinearizationMonitor(Callback):
     each step. What the dynamics do not describe is said once, in words, and so is a `training_step` whose gradient is not that of
     `loss(predict(module, inputs), target)`, with the size of the mismatch.
 
-    Not supported: several optimizers, training on several devices, resuming from a checkpoint. They raise a
-    `MisconfigurationException` before training starts.
+    A run resumed with `ckpt_path` goes on as if it had not been interrupted.
+
+    Not supported: several optimizers, training on several devices. They raise a `MisconfigurationException` before training
+    starts.
 
     Args:
         reference: The training set in a fixed order: a map-style Dataset, a DataLoader (its data set and collate function
@@ -92,6 +94,8 @@ class LinearizationMonitor(Callback):
         taylor: Whether to expand the trained network after the fact, one forward-mode pass, for `taylor_gap`.
         modes: For how many leading eigenvectors of the kernel to log `mode/<i>/residual` and `mode/<i>/linearized_residual`;
             for gradient descent and flow.
+        save_state: Whether checkpoints hold what a resumed run needs to go on with its measurements: the initial weights and
+            the state of the linearised network. Without it a resumed run is refused.
         strict: Whether a failing measurement ends the run. Default: it is reported once and training goes on.
         progress: Whether captures and measurements show a progress bar, where the Trainer shows its TQDM one.
 
@@ -125,6 +129,7 @@ class LinearizationMonitor(Callback):
         per_parameter: bool = False,
         taylor: bool = True,
         modes: int = 0,
+        save_state: bool = True,
         strict: bool = False,
         progress: bool = True,
     ) -> None:
@@ -146,6 +151,7 @@ class LinearizationMonitor(Callback):
         self.per_parameter = per_parameter
         self.taylor = taylor
         self.modes = modes
+        self.save_state = save_state
         self.strict = strict
         self.progress = progress
         self._validate()
@@ -175,6 +181,9 @@ class LinearizationMonitor(Callback):
         self._settings: StepSettings | None = None
         self._first_gradient: dict[str, Tensor | None] | None = None
         self._lost = False
+        self._started = False
+        self._loaded: dict[str, Any] | None = None
+        self._resumed: dict[str, Any] | None = None
         self._reported: set[str] = set()
 
     @property
@@ -215,26 +224,56 @@ class LinearizationMonitor(Callback):
                 "Give each one its own `name`."
             )
 
+    def state_dict(self) -> dict[str, Any]:
+        """What was measured so far; nothing before the run has begun."""
+        if not self._started:
+            return {}
+        return {
+            "history": [dict(row) for row in self.history],
+            "start": self._start,
+            "reported": sorted(self._reported),
+            "lost": self._lost,
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Keeps it until training starts."""
+        self._loaded = state_dict or None
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Adds the initial weights and the state of the linearised network."""
+        if self._observation is not None and self.save_state:
+            checkpoint.setdefault("lightning_ntk", {})[self.state_key] = self._observation.state_dict()
+
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Refuses to resume: the weights at which to linearise are those of the start of the interrupted run."""
-        if trainer.state.fn == TrainerFn.FITTING:
+        """Refuses to resume from a checkpoint that does not know the weights at which to linearise."""
+        # Tuners save and restore before the first step, when there is nothing to resume.
+        if trainer.state.fn != TrainerFn.FITTING or checkpoint["global_step"] == 0:
+            return
+        self._resumed = checkpoint.get("lightning_ntk", {}).get(self.state_key)
+        waiting = checkpoint["global_step"] <= self.capture_at
+        if self._resumed is None and not waiting and not checkpoint["callbacks"].get(self.state_key, {}).get("lost"):
             raise MisconfigurationException(
-                "LinearizationMonitor expects to see the start of training but fit was called with ckpt_path: the weights "
-                "at which to linearise are not known. Remove the callback, or start a new run."
+                f"LinearizationMonitor {self.name!r} expects a checkpoint of a run that it has watched, with save_state=True, but "
+                "this one does not hold the weights at which to linearise. Remove the callback, or start a new run."
             )
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Captures the linearised problem and makes the first measurement, unless it is to come later."""
+        loaded, resumed = self._loaded, self._resumed
         self._reset()
+        self._started = True
         self._step = self._start = trainer.global_step  # above 0 in a second fit of the same Trainer
+        if loaded is not None and self._step > 0:
+            self.history, self._start, self._lost = loaded["history"], loaded["start"], loaded["lost"]
+            self._reported = set(loaded["reported"])
         optimizer = single_optimizer(trainer)
         try:
             require_supported_optimizer(optimizer)
-            if self.capture_at == 0:
-                self._capture(trainer, pl_module, optimizer)
+            if resumed is not None or (self.capture_at == 0 and not self._lost):
+                self._capture(trainer, pl_module, optimizer, resumed)
         except (ValueError, TypeError, MemoryError) as error:
             raise MisconfigurationException(f"LinearizationMonitor cannot capture this run. {error}") from error
-        if self.capture_at == 0:
+        if self._observation is not None and not any(row["step"] == self._step for row in self.history):
             self._measure(trainer, pl_module)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
@@ -300,7 +339,9 @@ class LinearizationMonitor(Callback):
         if self.history and self.history[-1]["step"] != self._step and not averaged and not self._lost:
             self._measure(trainer, pl_module)
 
-    def _capture(self, trainer: Trainer, module: LightningModule, optimizer: Optimizer) -> None:
+    def _capture(
+        self, trainer: Trainer, module: LightningModule, optimizer: Optimizer, state: dict[str, Any] | None = None
+    ) -> None:
         started = time.perf_counter()
         options = Options(
             dynamics=self.dynamics,
@@ -328,11 +369,12 @@ class LinearizationMonitor(Callback):
             differences=lambda dynamics, size: run_differences(trainer, module, optimizer, dynamics, size),
             horizon=None if remaining is None else remaining - self.capture_at,
             momentum=momentum_buffers(module, optimizer),
+            state=state,
         )
         if observation.reason:
             rank_zero_info(f"LinearizationMonitor: {observation.reason}")
         differences = run_differences(trainer, module, optimizer, observation.dynamics, observation.num_samples)
-        differences += forward_differences(module, optimizer)
+        differences += forward_differences(module)
         if differences:
             self._report_once(
                 "differences",

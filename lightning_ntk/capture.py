@@ -1,5 +1,6 @@
 """What is computed once, when the training of a network is captured."""
 
+import hashlib
 from collections.abc import Mapping
 from typing import Literal
 
@@ -16,6 +17,7 @@ from lightning_ntk.linearization import Linearization, Predict, Tensors
 from lightning_ntk.losses import Loss, Objective
 from lightning_ntk.progress import track
 from lightning_ntk.reference import Data, Reference, Unpack
+from lightning_ntk.sample_index import sample_digests
 
 JacobianStorage = Literal["streamed", "stored"]
 
@@ -33,6 +35,7 @@ class Capture:
         batch_size: Samples in one pass.
         dtype: Type of the passes.
         progress: Whether passes show a progress bar.
+        start: What `Linearization.state_dict` returned, to linearise at in the place of the module's own state.
 
     Attributes:
         linearization: The network at w0.
@@ -40,6 +43,7 @@ class Capture:
         predictions: f0, `(N, K)` in the type of the passes.
         objective: The loss, with the targets of all samples.
         jacobian: J of all samples.
+        fingerprint: A digest of the content and order of the training set.
         classes: The classes that the targets stand for, or None.
 
     Raises:
@@ -58,13 +62,18 @@ class Capture:
         batch_size: int = 256,
         dtype: torch.dtype | None = None,
         progress: bool = False,
+        start: Mapping[str, Mapping[str, Tensor]] | None = None,
     ) -> None:
         self.progress = progress
         self.unpack = unpack
         with preserved_rng():
             self.linearization = Linearization(module, predict=predict, dtype=dtype)
+            if start is not None:
+                self.linearization.load_state_dict(start)
             self.reference = Reference(data, batch_size=batch_size, unpack=unpack)
-            self.predictions, targets = first_pass(self.linearization, self.reference, progress=progress)
+            self.predictions, targets, self.fingerprint = first_pass(
+                self.linearization, self.reference, progress=progress
+            )
             check_determinism(self.linearization, self.reference, self.predictions)
             self.objective = Objective(
                 nn.MSELoss() if loss is None else loss, self.predictions, targets, flat=self.linearization.flat
@@ -103,22 +112,24 @@ class Capture:
         return self.objective.value(predictions.detach().cpu(), self.objective.targets).item()
 
 
-def first_pass(linearization: Linearization, reference: Reference, *, progress: bool) -> tuple[Tensor, Tensor]:
-    """Outputs `(N, K)` and targets of the whole data set.
+def first_pass(linearization: Linearization, reference: Reference, *, progress: bool) -> tuple[Tensor, Tensor, str]:
+    """Outputs `(N, K)`, targets and a digest of the whole data set.
 
     Raises:
         ValueError: If there are no targets, or if anything is NaN or infinite.
     """
-    outputs, targets = [], []
+    outputs, targets, digest = [], [], hashlib.blake2b(digest_size=16)
     for batch in track(reference.batches(), "initial predictions", total=reference.num_batches, enabled=progress):
         if batch.target is None:
             raise ValueError("Expected the training set to have targets but its batches hold inputs only.")
         for name, value in (("inputs", batch.inputs), ("targets", batch.target)):
             _require_finite(name, value, batch.rows)
+        for sample in sample_digests(batch.inputs, batch.target):
+            digest.update(sample)
         outputs.append(linearization.predict(batch.inputs))
         targets.append(batch.target.detach().cpu())
         _require_finite("initial outputs", outputs[-1], batch.rows)
-    return torch.cat(outputs), torch.cat(targets)
+    return torch.cat(outputs), torch.cat(targets), digest.hexdigest()
 
 
 def store_jacobian(linearization: Linearization, reference: Reference, *, progress: bool) -> StoredJacobian:

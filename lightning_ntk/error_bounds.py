@@ -19,12 +19,17 @@ larger rates the steps are summed one by one.
 """
 
 import math
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from lightning_ntk.dynamics.filters import Filters
+from lightning_ntk.dynamics.sgd import LinearSGD, SGDSettings
 from lightning_ntk.dynamics.spectral import gradient_descent_filter, gradient_flow_filter, minimum_norm_filter
+from lightning_ntk.dynamics.stability import credited_decay, growth
 from lightning_ntk.lanczos import LanczosModes
 
 # Giant and baby steps of the explicit sum over gradient-descent steps: 2^22 steps in one matrix product.
@@ -66,41 +71,62 @@ class ErrorBound(NamedTuple):
         return self.truncation <= max(tolerance * self.displacement, self.rounding)
 
 
-def gradient_flow_bound(modes: LanczosModes, time: float) -> ErrorBound:
+def gradient_flow_bound(modes: LanczosModes, time: float, ridge: float = 0.0) -> ErrorBound:
     """The bound for gradient flow.
 
     Args:
         modes: Ritz pairs.
         time: eta * t, the sum of the rates of all steps.
+        ridge: Decay rate over the loss factor, which shifts the eigenvalues.
     """
-    filtered = gradient_flow_filter(modes.eigenvalues, time)
-    accumulated = _accumulated_filter(modes.eigenvalues, filtered, time)
+    shifted = _shifted(modes, ridge)
+    filtered = gradient_flow_filter(shifted.eigenvalues, time)
+    accumulated = _accumulated_filter(shifted.eigenvalues, filtered, time)
     defect = abs((modes.residual * modes.coupling * accumulated).sum().item())
     truncation = math.sqrt(modes.next_curvature) * (defect + _cancellation(modes, accumulated, time))
     return ErrorBound(truncation, _rounding(modes, filtered, time), displacement(modes, filtered))
 
 
-def gradient_descent_bound(modes: LanczosModes, rate: float, steps: float) -> ErrorBound:
+def gradient_descent_bound(modes: LanczosModes, rate: float, steps: float, ridge: float = 0.0) -> ErrorBound:
     """The bound for gradient descent, at any rate; it grows like the weights themselves where they diverge.
 
     Args:
         modes: Ritz pairs.
         rate: eta, the learning rate times the loss factor.
         steps: t, the number of optimizer steps.
+        ridge: Decay rate over the loss factor, which shifts the eigenvalues.
     """
-    filtered = gradient_descent_filter(modes.eigenvalues, rate, steps)
-    growth = max(1.0, rate * modes.largest_eigenvalue - 1)
+    shifted = _shifted(modes, ridge)
+    filtered = gradient_descent_filter(shifted.eigenvalues, rate, steps)
+    magnified = max(1.0, rate * shifted.largest_eigenvalue - 1)
     size = displacement(modes, filtered)
     rounding = _rounding(modes, filtered, rate * steps, rate)
     if steps <= len(modes.eigenvalues) or modes.next_curvature == 0:
         return ErrorBound(0.0, rounding, size)
-    accumulated = _accumulated_filter(modes.eigenvalues, filtered, rate * steps, steps).abs()
-    if growth == 1 and rate * modes.largest_diagonal <= 1:
+    accumulated = _accumulated_filter(shifted.eigenvalues, filtered, rate * steps, steps).abs()
+    if magnified == 1 and rate * shifted.largest_diagonal <= 1:
         defect = abs((modes.residual * modes.coupling * accumulated).sum().item())
     else:
-        defect = _sum_over_steps(modes, rate, int(steps), growth)
+        defect = _sum_over_steps(shifted, rate, int(steps), magnified)
     truncation = math.sqrt(modes.next_curvature) * (defect + _cancellation(modes, accumulated, rate * steps))
     return ErrorBound(truncation, rounding, size)
+
+
+def ridge_bound(modes: LanczosModes, ridge: float) -> ErrorBound:
+    r"""The bound for t = infinity with decay, on kernel ridge regression, :math:`a = -(\Theta + \rho I)^{-1} r`.
+
+    The defect :math:`\beta_k |r| y_k v_{k+1}` reaches the weights through :math:`J^\top (\Theta + \rho I)^{-1}`, of norm at most
+    :math:`1 / (2 \sqrt\rho)`, and :math:`\sqrt{\alpha_{k+1}} / \rho` on :math:`v_{k+1}`.
+
+    Args:
+        modes: Ritz pairs.
+        ridge: :math:`\rho`, positive.
+    """
+    filtered = 1 / (modes.eigenvalues.clamp_min(0) + ridge)
+    gain = min(1 / (2 * math.sqrt(ridge)), math.sqrt(modes.next_curvature) / ridge)
+    defect = abs((modes.residual * modes.coupling * filtered).sum().item())
+    truncation = gain * (defect + _cancellation(modes, filtered, 1 / ridge))
+    return ErrorBound(truncation, _rounding(modes, filtered, math.inf), displacement(modes, filtered))
 
 
 def minimum_norm_bound(modes: LanczosModes, cutoff: float) -> ErrorBound:
@@ -129,41 +155,82 @@ def minimum_norm_bound(modes: LanczosModes, cutoff: float) -> ErrorBound:
 
 
 class RunningBound:
-    """The bound for gradient descent with a learning rate that changes from step to step, carried along with the filter.
+    r"""The bound for SGD with settings that change from step to step, carried along with the filters.
+
+    The defect of a Ritz space acts on the weights as a gradient of its own, so that it drives the recurrence that drives
+    the weights. Its effect n steps later is :math:`\eta\,h_n(\lambda)`; with momentum :math:`\mu` at stable rates,
+    :math:`|h_n(\lambda)| \le h_n(0) = (1 - \mu^n) / (1 - \mu)`, because the response is the Chebyshev polynomial
+    :math:`\mu^{(n-1)/2} U_{n-1}((1 + \mu - \eta\lambda) / (2 \sqrt\mu))`, which is largest at the ends of the stable range. The
+    same optimizer on one number without curvature, driven by the defect's absolute value, is therefore a bound: rigorous for
+    constant settings, and for any learning rates without momentum. Learning rates that change while there is momentum make
+    it an estimate, because products of different steps are no polynomial of one kind; so does Nesterov's momentum, for which
+    :math:`|h_n(\lambda)| \le h_n(0)` was found numerically only. Unstable steps are magnified by their spectral radius.
 
     Args:
-        modes: Ritz pairs.
+        modes: Ritz pairs of the residual and of every carried vector.
+        factor: c, the measured factor of the loss.
+        norms: Norms of the carried vectors.
     """
 
-    def __init__(self, modes: LanczosModes) -> None:
+    def __init__(self, modes: Sequence[LanczosModes], factor: float, norms: Sequence[float] = ()) -> None:
         self._modes = modes
-        self._weights = modes.residual * modes.coupling
-        self._accumulated = torch.zeros_like(modes.eigenvalues)
-        self._defect = 0.0
+        self._factor = factor
+        self._norms = norms
+        self._weights = [m.residual * m.coupling for m in modes]
+        self._curvature = factor * max(m.largest_eigenvalue for m in modes)
+        self._errors = torch.zeros(len(modes), dtype=torch.float64)
+        self._time = torch.zeros(1, dtype=torch.float64)
+        self._accumulated = [torch.zeros_like(m.eigenvalues) for m in modes]
+        self._sgd = LinearSGD([self._errors, self._time, *self._accumulated])
+        self._drives = [1.0] + [0.0] * len(norms)
         self._growth = 1.0
         self._largest_rate = 0.0
-        self._time = 0.0
+        self._momentum = 0.0
         self._steps = 0
 
-    def step(self, filtered: Tensor, rate: float) -> None:
-        """One step at this rate, from the filter before it."""
-        growth = max(1.0, rate * self._modes.largest_eigenvalue - 1)
-        self._defect = growth * self._defect + rate * abs(torch.dot(self._weights, filtered).item())
-        self._accumulated = self._accumulated + rate * filtered
-        self._growth *= growth
-        self._largest_rate = max(self._largest_rate, rate)
-        self._time += rate
+    def step(self, filters: Filters, settings: SGDSettings) -> None:
+        """One step with these settings, from the filters before it."""
+        magnified = growth(settings, self._curvature)
+        self._growth *= magnified
+        # In units of the growth, which leaves the momentum buffers of this recurrence alone.
+        drive = -self._factor / self._growth
+        defects = torch.stack([torch.dot(w, f) for w, f in zip(self._weights, filters.values, strict=True)]).abs()
+        gradients = [drive * defects, torch.full_like(self._time, -self._factor)]
+        gradients += [drive * values.abs() for values in filters.values]
+        decay = 0.0 if magnified > 1 else credited_decay(settings, self._curvature)
+        self._sgd.step(gradients, settings._replace(maximize=False, weight_decay=decay))
+        self._drives = [max(d, abs(s)) for d, s in zip(self._drives, (1.0, *filters.scales), strict=True)]
+        gain = 1 - settings.dampening if settings.momentum else 1.0
+        self._largest_rate = max(self._largest_rate, settings.lr * self._factor * gain)
+        self._momentum = max(self._momentum, settings.momentum)
         self._steps += 1
 
-    def result(self, filtered: Tensor) -> ErrorBound:
-        """The bound after all steps so far, with the filter after them."""
-        modes = self._modes
-        truncation = 0.0
-        if self._steps > len(modes.eigenvalues):
-            cancellation = self._growth * _cancellation(modes, self._accumulated, self._time)
-            truncation = math.sqrt(modes.next_curvature) * (self._defect + cancellation)
-        rounding = _rounding(modes, filtered, self._time, self._largest_rate)
-        return ErrorBound(truncation, rounding, displacement(modes, filtered))
+    def result(self, filters: Filters) -> ErrorBound:
+        """The bound after all steps so far, with the filters after them."""
+        if not math.isfinite(self._growth):
+            return ErrorBound(math.inf, math.inf, math.inf)
+        time = self._time.item()
+        parts = []
+        for index, (modes, values) in enumerate(zip(self._modes, filters.values, strict=True)):
+            truncation, drive = 0.0, self._drives[index]
+            if self._steps > len(modes.eigenvalues):
+                cancellation = _cancellation(modes, self._accumulated[index], time)
+                error = self._growth * (self._errors[index].item() + cancellation)
+                truncation = math.sqrt(modes.next_curvature) * error
+            rounding = 0.0
+            if drive > 0:
+                rounding = drive * _rounding(modes, values / drive, time, self._largest_rate, self._momentum)
+            parts.append(ErrorBound(truncation, rounding, displacement(modes, values)))
+        return combined_bound(parts, [abs(s) * norm for s, norm in zip(filters.scales, self._norms, strict=True)])
+
+
+def combined_bound(parts: Sequence[ErrorBound], lengths: Sequence[float] = ()) -> ErrorBound:
+    """The bound on a sum of parts, with exact ones of these lengths among them.
+
+    The displacement is that of orthogonal parts: parts in different Krylov spaces cannot be added up by their Ritz values.
+    """
+    size = math.hypot(*(part.displacement for part in parts), *lengths)
+    return ErrorBound(sum(part.truncation for part in parts), sum(part.rounding for part in parts), size)
 
 
 def displacement(modes: LanczosModes, filtered: Tensor) -> float:
@@ -222,19 +289,25 @@ def _cancellation(modes: LanczosModes, accumulated: Tensor, time: float) -> floa
     return eps * len(values) * float((terms * accumulated.abs() * sensitivity).sum())
 
 
-def _rounding(modes: LanczosModes, filtered: Tensor, time: float, rate: float = 0.0) -> float:
+def _rounding(modes: LanczosModes, filtered: Tensor, time: float, rate: float = 0.0, momentum: float = 0.0) -> float:
     r"""The effect of rounded products, to first order: an estimate.
 
     An error E of the kernel changes :math:`\phi(T_k)` by :math:`U (G \circ D) U^\top`, with :math:`G = U^\top E U` and the
     divided differences :math:`|D_{ij}| \le \min(d_i \max_s |\phi_s(\theta_j)|, \eta t \max(|\phi_i|, |\phi_j|))` of the
-    filter. Here :math:`d_i = \eta \sum_s |1 - \eta\theta_i|^s`, which is the filter itself up to :math:`\eta\theta_i = 1`.
+    filter. Here :math:`d_i = \eta \sum_s |1 - \eta\theta_i|^s`, which is the filter itself up to :math:`\eta\theta_i = 1`; with
+    momentum, modes beyond :math:`(1 - \sqrt\mu)^2` oscillate and lose :math:`1 - \sqrt\mu` a step.
     """
     values = modes.eigenvalues.clamp_min(0)
     largest, propagated = filtered.abs(), filtered.abs()
     if time < math.inf:
         largest = torch.maximum(largest, torch.clamp(1 / values.clamp_min(1e-300), max=time))
-        undamped = torch.clamp(rate / (2 - rate * values).clamp_min(1e-300), max=time)
-        propagated = torch.where(rate * values > 1, torch.maximum(largest, undamped), largest)
+        root = math.sqrt(momentum)
+        centre = 1 + momentum - rate * values  # twice the cosine of the step's oscillation, times the root
+        sine = (1 - (centre / max(2 * root, 1e-300)).square()).clamp_min((1 - root) ** 2).sqrt()
+        swinging = rate / max((1 - root), 1e-300) / sine.clamp_min(1e-300)
+        alternating = rate / (2 * (1 + momentum) - rate * values).clamp_min(1e-300)
+        undamped = torch.where(centre.abs() < 2 * root, swinging, alternating).clamp_max(time)
+        propagated = torch.where(centre < 2 * root, torch.maximum(largest, undamped), largest)
     # Only the minimum-norm filter is zero anywhere, and it jumps there.
     dropped = (largest == 0).to(largest)
     divided = torch.outer(propagated, largest) + torch.outer(propagated**2, dropped)
@@ -247,6 +320,14 @@ def _rounding(modes: LanczosModes, filtered: Tensor, time: float, rate: float = 
     unit = unit + values[-1] * (roots * propagated**2).max() * (dropped * modes.residual).norm()
     unit = unit + roots[-1] * coefficients + (roots * largest).max() * modes.residual.norm()
     return _ROUNDING_SAFETY * float((roots * change).norm() + torch.finfo(torch.float64).eps * unit)
+
+
+def _shifted(modes: LanczosModes, ridge: float) -> LanczosModes:
+    if ridge == 0:
+        return modes
+    return replace(
+        modes, eigenvalues=modes.eigenvalues.clamp_min(0) + ridge, largest_diagonal=modes.largest_diagonal + ridge
+    )
 
 
 def _ratio(numerator: float, denominator: float) -> float:

@@ -3,16 +3,19 @@
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
+import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_ntk.capture import Capture, training_kernel
+from lightning_ntk.carried import decaying_weights
 from lightning_ntk.dynamics.replay import Replay
 from lightning_ntk.dynamics.sgd import SGDSettings
 from lightning_ntk.dynamics.twin import Twin
 from lightning_ntk.linearization import Linearization, Tensors
 from lightning_ntk.losses import Loss, Objective
 from lightning_ntk.sample_index import SampleIndex
+from lightning_ntk.scaling import Scaling
 from lightning_ntk.training import LinearizedTraining
 
 
@@ -56,6 +59,12 @@ class Follower(Protocol):
     def network(self) -> LinearizedNetwork:
         """The linearised network after the steps so far."""
 
+    def state_dict(self) -> dict[str, Any]:
+        """What of the steps so far another run continues with: tensors, numbers, dicts and lists."""
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continues from what `state_dict` returned, on any device."""
+
 
 class ModesFollower:
     """Full-batch gradient descent or flow on the modes of the kernel: O(m) a step.
@@ -67,18 +76,33 @@ class ModesFollower:
     def __init__(self, training: LinearizedTraining) -> None:
         self._training = training
         self._run = training.follow()
+        self._settings: list[SGDSettings] = []
 
     def see(self, inputs: Any, target: Tensor, scale: float) -> None:
         """Nothing: these dynamics see the whole training set in every step."""
 
     def step(self, settings: StepSettings) -> None:
         """One step with the settings of the first parameter group."""
-        self._run.step(SGDSettings.of(settings.groups[0]).lr)
+        self._settings.append(SGDSettings.of(settings.groups[0]))
+        self._run.step(self._settings[-1])
 
     def network(self) -> LinearizedNetwork:
         """One pass over the training set."""
-        state = self._training.state_of(self._run.filter)
+        state = self._run.state
         return LinearizedNetwork(self._training.displacement_of(state), state.predictions)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The settings of all steps, from which the state follows on any modes."""
+        return {"settings": torch.tensor(self._settings, dtype=torch.float64).reshape(-1, len(SGDSettings._fields))}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Takes the steps again."""
+        for lr, momentum, dampening, nesterov, weight_decay, maximize, decoupled in state["settings"].tolist():
+            settings = SGDSettings(
+                lr, momentum, dampening, bool(nesterov), weight_decay, bool(maximize), bool(decoupled)
+            )
+            self._settings.append(settings)
+            self._run.step(settings)
 
 
 class ReplayFollower:
@@ -87,20 +111,41 @@ class ReplayFollower:
     Args:
         capture: The network on its training set.
         decays: Whether the run has weight decay, so that w0 itself shrinks.
-        momentum: The optimizer's momentum buffer at capture, by parameter name, if it had one.
+        momentum: The optimizer's momentum buffers at capture, by parameter name, if it had any.
+        multiples: By parameter, the multiple of the learning rate that it is trained with; None where all have 1.
     """
 
-    def __init__(self, capture: Capture, *, decays: bool = False, momentum: Tensors | None = None) -> None:
-        self._capture = capture
-        self._momentum = momentum
+    def __init__(
+        self,
+        capture: Capture,
+        *,
+        decays: bool = False,
+        momentum: Tensors | None = None,
+        multiples: Mapping[str, float] | None = None,
+    ) -> None:
+        self._scaling = None if multiples is None else Scaling(capture, multiples)
+        self._capture = capture if self._scaling is None else self._scaling.capture
+        if self._scaling is not None:
+            self._scaling.require_commuting(float(decays))
+        dtype = capture.linearization.dtype
         self._index = SampleIndex(capture.reference)
+        self._decaying = self._in_coordinates(decaying_weights(capture) if decays else None)
+        self._momentum = self._in_coordinates(momentum)
         self._replay = Replay(
-            training_kernel(None, capture, dtype=capture.linearization.dtype),
+            training_kernel(None, capture, dtype=dtype)
+            if self._scaling is None
+            else self._scaling.kernel(None, dtype=dtype),
             capture.predictions,
             capture.objective,
-            initial_image=capture.push_forward(capture.initial_weights) if decays else None,
-            momentum_image=None if momentum is None else capture.push_forward(momentum),
+            initial_image=self._image(self._decaying),
+            momentum_image=self._image(self._momentum),
         )
+
+    def _in_coordinates(self, vector: Tensors | None) -> Tensors | None:
+        return vector if vector is None or self._scaling is None else self._scaling.of_gradients(vector)
+
+    def _image(self, vector: Tensors | None) -> Tensor | None:
+        return None if vector is None else self._capture.push_forward(vector)
 
     def see(self, inputs: Any, target: Tensor, scale: float) -> None:
         """Adds the loss gradient of the batch, whose samples are found in the training set by their content."""
@@ -124,13 +169,25 @@ class ReplayFollower:
         """One pass over the training set."""
         coefficients = self._replay.coefficients.unsqueeze(0)
         displacement = {name: value[0] for name, value in self._capture.pull_back(coefficients).items()}
-        carried = [(self._replay.initial_scale, self._capture.initial_weights)]
-        if self._momentum is not None:
-            carried.append((self._replay.momentum_scale, self._momentum))
+        carried = [
+            (self._replay.initial_scale, self._decaying),
+            (self._replay.momentum_scale, self._momentum),
+        ]
         for scale, vector in carried:
-            for name, value in displacement.items():
-                value.add_(vector[name].to(value), alpha=scale)
+            if vector is not None:
+                for name, value in displacement.items():
+                    value.add_(vector[name].to(value), alpha=scale)
+        if self._scaling is not None:
+            displacement = self._scaling.to_weights(displacement)
         return LinearizedNetwork(displacement, self._replay.predictions.cpu())
+
+    def state_dict(self) -> dict[str, Any]:
+        """Coefficients, predictions and momentum."""
+        return self._replay.state_dict()
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Takes them over."""
+        self._replay.load_state_dict(dict(state))
 
 
 class TwinFollower:
@@ -184,3 +241,12 @@ class TwinFollower:
     def network(self) -> LinearizedNetwork:
         """No pass."""
         return LinearizedNetwork(self._twin.displacement)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The twin's weights and its optimizer's state."""
+        return {"twin": self._twin.state_dict(), "steps": self._steps, "kept": self._kept}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Takes them over."""
+        self._twin.load_state_dict(state["twin"])
+        self._steps, self._kept = int(state["steps"]), state["kept"]

@@ -1,7 +1,7 @@
 """Modes by Lanczos from the residual: a few dozen products with the kernel in the place of its eigendecomposition."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,6 +11,7 @@ from lightning_ntk.isolation import preserved_rng
 from lightning_ntk.jacobian import Jacobian, wide_dtype
 from lightning_ntk.modes import Modes
 
+# Maps vectors `(T, N K)` to their products with the kernel, in float64.
 Product = Callable[[Tensor], Tensor]
 
 # Numbers of a kernel in float32 that are widened to float64 at a time: few enough for the processor's cache.
@@ -55,12 +56,10 @@ class Lanczos:
     are instead measures the rounding of the products.
 
     Args:
-        product: Maps v to Theta v, both `(N K,)` in float64 on the device of the residual.
-        residual: f0 - Y, `(N K,)` in float64.
+        residual: The vector to start from, f0 - Y or J e of a carried vector e, `(N K,)` in float64.
     """
 
-    def __init__(self, product: Product, residual: Tensor) -> None:
-        self._product = product
+    def __init__(self, residual: Tensor) -> None:
         self._norm = residual.norm().item()
         # A network without residual does not move, but its largest eigenvalue still means something.
         start = residual / self._norm if self._norm > 0 else torch.ones_like(residual) / math.sqrt(len(residual))
@@ -80,14 +79,16 @@ class Lanczos:
         """Whether the Krylov space is invariant under the kernel, so that more products cannot add anything."""
         return bool(self._off_diagonal) and self._off_diagonal[-1] == 0
 
-    def step(self) -> None:
-        """One product more, unless the space is exhausted."""
-        if self.exhausted:
-            return
+    @property
+    def newest(self) -> Tensor:
+        """The basis vector whose product with the kernel comes next, `(N K,)`."""
+        return self._vectors[len(self._diagonal)]
+
+    def add(self, vector: Tensor) -> None:
+        """Takes the product of the kernel with `newest`; not for a space that is exhausted."""
         index = len(self._diagonal)
         self._reserve(index + 2)
         known = self._vectors[: index + 1]
-        vector = self._product(known[index])
         size = vector.norm()
         first = known @ vector
         vector = vector - first @ known
@@ -144,6 +145,15 @@ class Lanczos:
             self._vectors = grown
 
 
+def extend(processes: Sequence[Lanczos], product: Product) -> None:
+    """One product more for every process whose space is not exhausted, all in the same passes."""
+    active = [lanczos for lanczos in processes if not lanczos.exhausted]
+    if active:
+        vectors = product(torch.stack([lanczos.newest for lanczos in active]))
+        for lanczos, vector in zip(active, vectors, strict=True):
+            lanczos.add(vector)
+
+
 def kernel_product(kernel: Tensor) -> Product:
     """Products with a dense kernel `(N K, N K)`: exact for its numbers, whatever their type.
 
@@ -152,25 +162,25 @@ def kernel_product(kernel: Tensor) -> Product:
     """
     kernel = kernel.detach()
     if kernel.dtype == torch.float64:
-        return lambda vector: kernel @ vector
+        return lambda vectors: vectors @ kernel.T
     rows = max(1, _WIDENED_AT_ONCE.get(kernel.device.type, 2**18) // kernel.shape[1])
     blocks = torch.split(kernel, rows)
-    return lambda vector: torch.cat([block.to(vector.dtype) @ vector for block in blocks])
+    return lambda vectors: torch.cat([vectors @ block.to(vectors.dtype).T for block in blocks], dim=1)
 
 
 def jacobian_product(jacobian: Jacobian, shape: torch.Size) -> Product:
-    """Products J (J^T v) without a kernel: a pass of vector-Jacobian and a pass of Jacobian-vector products each.
+    """Products J (J^T v) without a kernel: one pass of vector-Jacobian products, one of Jacobian-vector products per vector.
 
     Args:
         jacobian: J.
         shape: (N, K).
     """
 
-    def product(vector: Tensor) -> Tensor:
+    def product(vectors: Tensor) -> Tensor:
         with preserved_rng():
-            pulled = jacobian.vjp(vector.reshape(1, *shape))
-            pushed = jacobian.jvp({name: value[0] for name, value in pulled.items()})
-        return pushed.flatten().to(vector)
+            pulled = jacobian.vjp(vectors.reshape(-1, *shape))
+            pushed = [jacobian.jvp({n: value[i] for n, value in pulled.items()}) for i in range(len(vectors))]
+        return torch.stack(pushed).flatten(1).to(vectors)
 
     return product
 

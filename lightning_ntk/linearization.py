@@ -1,6 +1,6 @@
 """The first-order expansion of a network around its weights at construction, one batch at a time."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from copy import copy
 from typing import Any, TypeAlias, TypeVar
@@ -144,6 +144,42 @@ class Linearization:
         other = copy(self)
         with torch.inference_mode(False), torch.no_grad():
             other.params = {name: value.clone() for name, value in self._convert_all(params).items()}
+        return other
+
+    def state_dict(self) -> dict[str, Tensors]:
+        """What was captured, by "params", "frozen" and "buffers": the tensors themselves."""
+        return {"params": dict(self.params), "frozen": dict(self._frozen), "buffers": dict(self.buffers)}
+
+    def load_state_dict(self, state: Mapping[str, Mapping[str, Tensor]]) -> None:
+        """Takes over clones of what `state_dict` returned, on the device of the network.
+
+        Raises:
+            ValueError: If it is of a network with other trainable parameters, frozen ones or buffers.
+        """
+        own = self.state_dict()
+        with torch.inference_mode(False), torch.no_grad():
+            for kind, name in (("params", "params"), ("frozen", "_frozen"), ("buffers", "buffers")):
+                tensors = _matching(state[kind], own[kind])
+                setattr(self, name, {key: self._clone(value.to(self.device)) for key, value in tensors.items()})
+
+    def unused(self, inputs: Any) -> set[str]:
+        """The names of the parameters that the outputs do not depend on, for which a backward pass leaves no gradient."""
+        leaves = {name: p.detach().requires_grad_() for name, p in self.params.items()}
+
+        def find(outputs: Tensor) -> set[str]:
+            if not outputs.requires_grad:
+                return set(leaves)
+            gradients = torch.autograd.grad(outputs.sum(), list(leaves.values()), allow_unused=True)
+            return {name for name, gradient in zip(leaves, gradients, strict=True) if gradient is None}
+
+        with isolated_pass(self.module, self.device.type), torch.enable_grad():
+            return self.apply(leaves, self.convert(inputs), find)
+
+    def restricted(self, names: Sequence[str]) -> "Linearization":
+        """The same network with only these parameters as variables, the others as constants."""
+        other = copy(self)
+        other.params = {name: p for name, p in self.params.items() if name in names}
+        other._frozen = self._frozen | {name: p for name, p in self.params.items() if name not in names}
         return other
 
     def predict(self, inputs: Any) -> Tensor:
@@ -337,9 +373,7 @@ def _matching(tensors: Mapping[str, Tensor] | None, expected: Mapping[str, Tenso
         return expected
     differing = sorted(expected.keys() ^ tensors.keys())
     if differing:
-        raise ValueError(
-            f"Expected tensors for the trainable parameters {sorted(expected)} but these names differ: {differing}."
-        )
+        raise ValueError(f"Expected tensors with the names {sorted(expected)} but these names differ: {differing}.")
     for name, tensor in tensors.items():
         if tensor.shape != expected[name].shape:
             raise ValueError(f"Expected `{name}` of shape {tuple(expected[name].shape)} but got {tuple(tensor.shape)}.")

@@ -13,7 +13,8 @@ class Modes:
     Attributes:
         eigenvalues: `(m,)`, ascending, float64 on the CPU.
         basis: Eigenvectors in its columns, `(N K, m)`, float64 on any device.
-        residual: Coefficients of the initial residual f0 - Y in the basis, `(m,)`, float64 on the CPU.
+        residual: Coefficients of the initial residual f0 - Y, or of another vector that drives the dynamics, in the basis,
+            `(m,)`, float64 on the CPU.
     """
 
     eigenvalues: Tensor
@@ -42,7 +43,7 @@ class Modes:
         return relative * max(self.eigenvalues[-1].item(), 0.0)
 
 
-def eigh_modes(kernel: Tensor, residual: Tensor) -> Modes:
+def eigh_modes(kernel: Tensor, *vectors: Tensor) -> tuple[Modes, ...]:
     """All modes, by a dense eigendecomposition in float64 on the CPU.
 
     float64 always: float32 puts the weights off by 1e-3 at eta * t * lambda_max = 1e4 on real kernels. On the CPU,
@@ -50,10 +51,10 @@ def eigh_modes(kernel: Tensor, residual: Tensor) -> Modes:
 
     Args:
         kernel: `(N K, N K)`, symmetric.
-        residual: f0 - Y, `(N K,)`.
+        vectors: f0 - Y, and J e for the vectors e that the weights carry along, each `(N K,)`.
 
     Returns:
-        The modes, m = N K of them.
+        For each vector the modes, m = N K of them: the same but for its coefficients.
     """
     eigenvalues, basis = torch.linalg.eigh(kernel.detach().cpu().double())
-    return Modes(eigenvalues, basis, basis.T @ residual.detach().cpu().double())
+    return tuple(Modes(eigenvalues, basis, basis.T @ vector.detach().cpu().double()) for vector in vectors)

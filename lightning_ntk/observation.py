@@ -45,6 +45,14 @@ class Options:
     progress: bool = False
 
 
+def hyperparameters(group: Mapping[str, Any]) -> dict[str, float]:
+    """The numbers in a parameter group that SGD depends on, 0 for those that it has not."""
+    names = ("momentum", "dampening", "nesterov", "weight_decay", "maximize")
+    # A warm-up begins with a rate of nothing: schedules note their base rate, and the largest, in the group.
+    rate = max(float(group.get(name) or 0) for name in ("lr", "initial_lr", "max_lr"))
+    return {"lr": rate} | {name: float(group.get(name) or 0) for name in names}
+
+
 class Observation:
     """What is known of a run and its linearised network from the capture on.
 
@@ -57,6 +65,7 @@ class Observation:
         differences: Phrases on what the run does that the named dynamics do not describe.
         horizon: Optimizer steps still to come, if known.
         momentum: The optimizer's momentum buffers, by parameter name.
+        state: What `state_dict` returned in an earlier part of the run, to go on from.
 
     Attributes:
         dynamics: Those that are followed.
@@ -79,27 +88,49 @@ class Observation:
         differences: Callable[[str, int | None], Sequence[str]],
         horizon: float | None = None,
         momentum: Tensors | None = None,
+        state: Mapping[str, Any] | None = None,
     ) -> None:
         self._options = options
+        self._start = None if state is None else state["start"]
         self._optimizer = optimizer
-        self._momentum = momentum
-        self._horizon = horizon
+        self._momentum = momentum if state is None else state["momentum"]
+        self._horizon = horizon if state is None else state["horizon"]
+        self._settings = [hyperparameters(g) for g in optimizer.param_groups] if state is None else state["settings"]
         self._parameters = trainable_parameters(module)
         self._reference, no_kernel = self._capture_if_possible(module, data)
-        self._linearization = (
-            Linearization(module, predict=options.predict, dtype=options.dtype)
-            if self._reference is None
-            else self._reference.linearization
-        )
+        self._linearization = self._linearize(module) if self._reference is None else self._reference.linearization
         self._evaluation = None if evaluation is None else self._capture(module, evaluation)
         size = None if self._reference is None else len(self._reference.reference)
-        self.dynamics, self.reason = self._choose(lambda dynamics: differences(dynamics, size), no_kernel)
+        if state is None:
+            self.dynamics, self.reason = self._choose(lambda dynamics: differences(dynamics, size), no_kernel)
+        else:
+            self._require_same_data(state["data"])
+            self.dynamics, self.reason = state["dynamics"], ""
         self.training: LinearizedTraining | None = None
         self._follower = self._follow()
         self._expected: Tensors | None = None
         self._objective = None if self._reference is None else self._reference.objective
         self._first_frozen: set[str] | None = None
         self.steps = 0
+        if state is not None:
+            self._follower.load_state_dict(state["follower"])
+            self.steps = int(state["steps"])
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that the measurements to come depend on, as tensors, numbers, strings, dicts and lists.
+
+        The kernel and its modes are not in it: they follow from the rest.
+        """
+        return {
+            "start": self._linearization.state_dict(),
+            "momentum": self._momentum,
+            "horizon": self._horizon,
+            "settings": self._settings,
+            "dynamics": self.dynamics,
+            "data": self._fingerprints,
+            "follower": self._follower.state_dict(),
+            "steps": self.steps,
+        }
 
     @property
     def initial_weights(self) -> Tensors:
@@ -155,8 +186,16 @@ class Observation:
         if self.training is not None and lr > self.training.max_learning_rate:
             yield (
                 "unstable",
-                f"the learning rate {lr:.4g} is above {self.training.max_learning_rate:.4g}, the largest for which the linearised "
-                "network is stable: it diverges while the run may not.",
+                f"the learning rate {lr:.4g} is above {self.training.max_learning_rate:.4g}, the largest for which the "
+                "linearised network is stable: it diverges while the run may not.",
+            )
+        rates = [float(group["lr"]) * self._settings[0]["lr"] for group in settings.groups]
+        scaled = [lr * own["lr"] for own in self._settings]
+        if self.dynamics != "twin" and any(abs(a - b) > 1e-9 * max(a, b) for a, b in zip(rates, scaled, strict=False)):
+            yield (
+                "rates",
+                "the ratio of the learning rates of the parameter groups is no longer that of the capture, which "
+                f'{self.dynamics.replace("_", " ")} goes on with: dynamics="twin" follows it.',
             )
         self._first_frozen = set(settings.frozen) if self._first_frozen is None else self._first_frozen
         changed = sorted(self._first_frozen ^ set(settings.frozen))
@@ -204,11 +243,31 @@ class Observation:
             scalars["twin_coverage"] = 1 / options.twin_every
         return scalars
 
+    @property
+    def _fingerprints(self) -> dict[str, str]:
+        captures = {"reference": self._reference, "evaluation": self._evaluation}
+        return {name: capture.fingerprint for name, capture in captures.items() if capture is not None}
+
+    def _require_same_data(self, expected: Mapping[str, str]) -> None:
+        own = self._fingerprints
+        for name in sorted(expected.keys() | own.keys()):
+            if expected.get(name) != own.get(name):
+                raise ValueError(
+                    f"Expected the {name} set with which the run began but its content, order or existence is another: "
+                    "distances to the linearised network are defined on one set. Give the same data."
+                )
+
+    def _linearize(self, module: nn.Module) -> Linearization:
+        linearization = Linearization(module, predict=self._options.predict, dtype=self._options.dtype)
+        if self._start is not None:
+            linearization.load_state_dict(self._start)
+        return linearization
+
     def _capture(self, module: nn.Module, data: Data) -> Capture:
         options = self._options
         return Capture(
             module, data, loss=options.loss, predict=options.predict, unpack=options.unpack, jacobian=options.jacobian,
-            batch_size=options.batch_size, dtype=options.dtype, progress=options.progress,
+            batch_size=options.batch_size, dtype=options.dtype, progress=options.progress, start=self._start,
         )  # fmt: skip
 
     def _capture_if_possible(self, module: nn.Module, data: Data | None) -> tuple[Capture | None, str | None]:
@@ -245,18 +304,31 @@ class Observation:
             loss = options.loss or nn.MSELoss()
             return TwinFollower(self._linearization, self._optimizer, self._parameters, loss, every=options.twin_every)
         assert self._reference is not None
-        groups = self._optimizer.param_groups
-        decays = any(group.get("weight_decay", 0) != 0 for group in groups)
+        settings, multiples = self._settings[0], self._multiples()
+        momentum = self._momentum if settings["momentum"] else None
         if self.dynamics == "replay":
-            return ReplayFollower(self._reference, decays=decays, momentum=self._momentum)
+            decays = settings["weight_decay"] != 0
+            return ReplayFollower(self._reference, decays=decays, momentum=momentum, multiples=multiples)
+        if self.dynamics == "gradient_flow":
+            described: dict[str, Any] = {"lr": settings["lr"], "dynamics": "gradient_flow"}
+        else:
+            described = dict(settings) | {name: bool(settings[name]) for name in ("nesterov", "maximize")}
+            described["momentum_buffers"] = momentum
         self.training = LinearizedTraining(
-            self._reference,
-            lr=float(groups[0]["lr"]),
-            dynamics="gradient_flow" if self.dynamics == "gradient_flow" else "gradient_descent",
-            solver=options.solver,
-            horizon=self._horizon,
+            self._reference, solver=options.solver, horizon=self._horizon, lr_scales=multiples, **described
         )
         return ModesFollower(self.training)
+
+    def _multiples(self) -> dict[str, float] | None:
+        """By parameter, the learning rate in units of that of the first group, 0 for those that the optimizer leaves out."""
+        groups = {id(p): n for n, group in enumerate(self._optimizer.param_groups) for p in group["params"]}
+        first = self._settings[0]["lr"]
+        multiples = {}
+        for name, parameter in self._parameters.items():
+            number = groups.get(id(parameter))
+            rate = 0.0 if number is None else self._settings[number]["lr"]
+            multiples[name] = rate / first if first and number is not None else float(number is not None)
+        return None if set(multiples.values()) == {1.0} else multiples
 
     def _add_expected_gradient(self, inputs: Any, target: Tensor, scale: float) -> None:
         linearization = self._linearization

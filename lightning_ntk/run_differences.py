@@ -30,7 +30,7 @@ def run_differences(
     """
     phrases = list(_of_training_step(trainer, module))
     if dynamics != "twin":
-        phrases += _of_optimizer(optimizer, dynamics)
+        phrases += _of_optimizer(optimizer, dynamics, clips=bool(trainer.gradient_clip_val))
         if trainer.gradient_clip_val and (dynamics != "replay" or trainer.gradient_clip_algorithm == "value"):
             by = " by value" if trainer.gradient_clip_algorithm == "value" else ""
             phrases.append(f"it clips gradients{by} at {trainer.gradient_clip_val}")
@@ -41,22 +41,17 @@ def run_differences(
     return phrases
 
 
-def forward_differences(module: LightningModule, optimizer: Optimizer) -> list[str]:
+def forward_differences(module: LightningModule) -> list[str]:
     """Phrases for what the forward passes of the run do and those of every linearised network do not."""
     modes = {
         "batch statistics in BatchNorm": nn.modules.batchnorm._BatchNorm,
         "dropout": nn.modules.dropout._DropoutNd,
     }
-    phrases = [
+    return [
         f"it trains with {phrase}, where the linearised network is in eval mode"
         for phrase, kind in modes.items()
         if any(isinstance(m, kind) and m.training and getattr(m, "p", 1) > 0 for m in module.modules())
     ]
-    optimized = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    left_out = [name for name, p in module.named_parameters() if p.requires_grad and id(p) not in optimized]
-    if left_out:
-        phrases.append(f"its optimizer leaves out {', '.join(left_out[:3])}{' and others' if left_out[3:] else ''}")
-    return phrases
 
 
 def _of_training_step(trainer: Trainer, module: LightningModule) -> Iterable[str]:
@@ -67,7 +62,7 @@ def _of_training_step(trainer: Trainer, module: LightningModule) -> Iterable[str
             yield f"it has a `{hook}` of its own"
 
 
-def _of_optimizer(optimizer: Optimizer, dynamics: str) -> Iterable[str]:
+def _of_optimizer(optimizer: Optimizer, dynamics: str, *, clips: bool) -> Iterable[str]:
     if type(optimizer) is not SGD:
         yield f"its optimizer is {type(optimizer).__name__}"
         return
@@ -81,7 +76,9 @@ def _of_optimizer(optimizer: Optimizer, dynamics: str) -> Iterable[str]:
             yield "it maximises its loss"
     for option in _SGD_OPTIONS:
         values = {float(group[option]) for group in groups}
-        if len(values) > 1:
+        # Rates that differ are coordinates of the weights, unless something else acts on the weights themselves.
+        scaled = option == "lr" and not clips and not any(group["weight_decay"] for group in groups)
+        if len(values) > 1 and not scaled:
             name = "learning rates" if option == "lr" else f"values of {option.replace('_', ' ')}"
             yield f"its parameter groups have different {name} ({', '.join(f'{value:g}' for value in sorted(values))})"
 

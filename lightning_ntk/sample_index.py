@@ -135,6 +135,11 @@ def _bytes(leaf: Tensor) -> Tensor:
     return leaf.reshape(len(leaf), math.prod(leaf.shape[1:])).contiguous().view(torch.uint8)
 
 
+def sample_digests(inputs: Any, target: Tensor | None) -> list[Digest]:
+    """A digest of the content of each sample of a batch."""
+    return _digests(list(_leaves(inputs, target).values()))
+
+
 def _digests(leaves: list[Tensor]) -> list[Digest]:
     # A loop over samples: 0.7 us each, against 0.5 us for a vectorised hash that mixes as well (64 samples of 64 numbers).
     samples = torch.cat([_bytes(leaf) for leaf in leaves], 1).numpy()

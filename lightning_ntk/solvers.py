@@ -31,6 +31,7 @@ class Problem(NamedTuple):
         horizon: Largest number of optimizer steps to be asked for, or None if it is not known.
         kernel_given: Whether the kernel is there already.
         jacobian_stored: Whether J is kept in memory.
+        vectors: Start vectors of Lanczos: one, and one more for weights that decay or a momentum buffer.
         kernel_operations: What forming the kernel costs; by default (N K)^2 P, half of a contraction of Jacobians.
     """
 
@@ -41,6 +42,7 @@ class Problem(NamedTuple):
     horizon: float | None = None
     kernel_given: bool = False
     jacobian_stored: bool = False
+    vectors: int = 1
     kernel_operations: float | None = None
 
     @property
@@ -122,7 +124,9 @@ def choose_solver(
     small = fitting[0].solver == "eigh" and fitting[0].operations <= _FEW_OPERATIONS
     if small:
         best = fitting[0]
-    products = int(min(problem.rows, _MAX_PRODUCTS, max(16.0, _BASIS_SHARE * free_memory / (8 * problem.rows))))
+    products = int(
+        min(problem.rows, _MAX_PRODUCTS, max(16.0, _BASIS_SHARE * free_memory / (8 * problem.rows * problem.vectors)))
+    )
     return Choice(best.solver, best.matrix_free, _reason(problem, best, fitting, allowed, small=small), products)
 
 
@@ -134,8 +138,8 @@ def _ways(problem: Problem) -> list[_Way]:
     forming = rows**2 * parameters if problem.kernel_operations is None else problem.kernel_operations
     kernel = 0.0 if problem.kernel_given else forming
     held = jacobian if problem.kernel_given else jacobian + matrix
-    reorthogonalisation = 4 * rows * products**2
-    basis = 3 * 8 * rows * products
+    reorthogonalisation = 4 * rows * products**2 * problem.vectors
+    basis = 3 * 8 * rows * products * problem.vectors
     dense = _Way(
         "lanczos", False, kernel + 2 * _MEMORY_BOUND * products * rows**2 + reorthogonalisation, held + basis,
         "Lanczos on the kernel",
@@ -153,7 +157,11 @@ def _ways(problem: Problem) -> list[_Way]:
     passes = 4 * _MEMORY_BOUND * rows * parameters if problem.jacobian_stored else 12 * problem.samples * parameters
     weights = 3 * 8 * parameters
     free = _Way(
-        "lanczos", True, passes * products + reorthogonalisation, jacobian + basis + weights, "Lanczos without a kernel"
+        "lanczos",
+        True,
+        passes * products * problem.vectors + reorthogonalisation,
+        jacobian + basis + weights,
+        "Lanczos without a kernel",
     )
     return [eigh, dense, free]
 

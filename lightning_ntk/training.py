@@ -1,45 +1,31 @@
 """The linearised network trained on a data set: captured once, then answered for every time."""
 
-import logging
-import math
 import warnings
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from lightning_ntk.arguments import require_choice
-from lightning_ntk.capture import Capture, JacobianStorage, training_kernel
-from lightning_ntk.closed_form import ClosedForm, Dynamics, is_infinite
-from lightning_ntk.dynamics.sgd import GradientDescent
-from lightning_ntk.dynamics.spectral import GradientFlow
-from lightning_ntk.error_bounds import ErrorBound
+from lightning_ntk.capture import Capture, JacobianStorage
+from lightning_ntk.carried import carried_vectors
+from lightning_ntk.closed_form import Dynamics
+from lightning_ntk.dynamics.hyperparameters import Decay, Hyperparameters, LearningRate
 from lightning_ntk.isolation import preserved_rng
-from lightning_ntk.jacobian import StoredJacobian, StreamedJacobian, predict, wide_dtype
+from lightning_ntk.jacobian import StreamedJacobian, predict
 from lightning_ntk.kernel import compute_kernel
-from lightning_ntk.lanczos import LanczosModes
 from lightning_ntk.linearization import Linearization, Predict, Tensors
 from lightning_ntk.losses import Loss
-from lightning_ntk.memory import available_memory
-from lightning_ntk.modes import Modes, eigh_modes
+from lightning_ntk.modal_training import ModalTraining
+from lightning_ntk.modes import Modes
+from lightning_ntk.readout import LinearizedState, Readout
 from lightning_ntk.reference import Data, Reference, Unpack
-from lightning_ntk.refinement import LanczosRun, LanczosSolver, solve_by_lanczos
-from lightning_ntk.solvers import Problem, Solver, choose_solver
+from lightning_ntk.run import Run
+from lightning_ntk.scaling import Scaling
+from lightning_ntk.solution import solve
+from lightning_ntk.solvers import Solver
 
-_log = logging.getLogger(__name__)
-
-
-class LinearizedState(NamedTuple):
-    """The linearised network at one time, in function space.
-
-    Attributes:
-        coefficients: a, `(N, K)` in float64 on the CPU; the weights are `w0 + J^T a`.
-        predictions: Outputs on the training set, `(N, K)` in float64 on the CPU.
-    """
-
-    coefficients: Tensor
-    predictions: Tensor
+__all__ = ["LinearizedState", "LinearizedTraining"]
 
 
 class LinearizedTraining:
@@ -58,9 +44,20 @@ class LinearizedTraining:
             `jacobian`, `predict`, `unpack`, `batch_size`, `dtype` and `progress`.
         data: The training set, read in its own order: a map-style Dataset, a DataLoader (whose sampler is not used) or a
             tuple `(inputs, target)`. Integer class labels `(N,)` become one-hot rows.
-        lr: Learning rate of the optimizer, as `torch.optim.SGD` takes it.
+        lr: Learning rate of `torch.optim.SGD`; or one for each step; or a function of the step, which counts from 0.
         loss: A squared loss of outputs and targets. Its factor c, with gradient c (f - Y), is measured; eta = lr * c.
         dynamics: "gradient_descent" (t is a whole number of steps) or "gradient_flow" (t is real; a step lasts `lr`).
+        momentum: As for `torch.optim.SGD`, like `dampening`, `nesterov`, `weight_decay` and `maximize`. Plain gradient descent
+            and gradient flow have closed forms; momentum, schedules and decay toward zero are a recurrence over the steps.
+        dampening: See `momentum`.
+        nesterov: See `momentum`.
+        weight_decay: See `momentum`.
+        decay: How `weight_decay` acts: "coupled", through the gradient as in `torch.optim.SGD`; "decoupled", by multiplying
+            the weights by 1 - lr * weight_decay; "initial", through the gradient, toward w0 instead of zero.
+        maximize: See `momentum`.
+        momentum_buffers: For a capture in the middle of a run: the optimizer's momentum buffers, by parameter.
+        lr_scales: By parameter, the multiple of `lr` that it is trained with, 0 for frozen; the others have 1. Then
+            w_lin = w0 + D J^T a with the kernel J D J^T, and norms in error bounds are those of D^(-1/2) (w - w0).
         solver: "eigh", a dense eigendecomposition in float64; "lanczos", Ritz pairs from the residual f0 - Y; "auto" takes
             the cheapest by counted operations that fits into memory, see `solver_reason`.
         matrix_free: Whether Lanczos goes without the kernel, in two passes a product. Default: what is cheaper.
@@ -71,7 +68,8 @@ class LinearizedTraining:
             the passes can give: in float32, without a kernel, about 1e-5 at 1000 steps of eta lambda_max = 1, 1e-4 at 10000.
         jacobian: "streamed" recomputes J minibatch by minibatch in every pass, memory O(P + N K); "stored" keeps a small
             model's J, N K P numbers. Both give the same results.
-        ntk: A kernel computed earlier, `(N K, N K)` in sample-major order; it is checked against one pass.
+        ntk: A kernel computed earlier, `(N K, N K)` in sample-major order, with `lr_scales` the weighted one; it is checked
+            against one pass.
         predict: Maps `(module, inputs)` to outputs. Default: `module(inputs)`, or `module(*inputs)` for tuples.
         unpack: Maps a batch of `data` to `(inputs, target)`. Default: batches that are such pairs already.
         batch_size: Samples in one pass through the network.
@@ -97,9 +95,17 @@ class LinearizedTraining:
         module: nn.Module | Capture,
         data: Data | None = None,
         *,
-        lr: float,
+        lr: LearningRate,
         loss: Loss | None = None,
         dynamics: Dynamics = "gradient_descent",
+        momentum: float = 0.0,
+        dampening: float = 0.0,
+        nesterov: bool = False,
+        weight_decay: float = 0.0,
+        decay: Decay = "coupled",
+        maximize: bool = False,
+        momentum_buffers: Mapping[str, Tensor] | None = None,
+        lr_scales: Mapping[str, float] | None = None,
         solver: Solver = "auto",
         matrix_free: bool | None = None,
         horizon: float | None = None,
@@ -112,17 +118,17 @@ class LinearizedTraining:
         dtype: torch.dtype | None = None,
         progress: bool = True,
     ) -> None:
-        if not (isinstance(lr, int | float) and math.isfinite(lr) and lr >= 0):
-            raise ValueError(f"Expected argument `lr` to be a finite number, at least 0, but got {lr!r}.")
         require_choice("dynamics", dynamics, Dynamics)
+        require_choice("decay", decay, Decay)
         require_choice("solver", solver, Solver)
         require_choice("jacobian", jacobian, JacobianStorage)
         if horizon is not None and not horizon >= 0:
             raise ValueError(f"Expected argument `horizon` to be at least 0 optimizer steps or None but got {horizon}.")
         if not 0 < tolerance < 1:
             raise ValueError(f"Expected argument `tolerance` to be between 0 and 1 but got {tolerance}.")
-        self.lr = float(lr)
         self.dynamics = dynamics
+        self.hyperparameters = Hyperparameters(lr, momentum, dampening, nesterov, weight_decay, decay, maximize)
+        _require_describable(dynamics, self.hyperparameters)
         self._solution: tuple[float | None, Tensors] | None = None
         if isinstance(module, Capture):
             self.capture = module
@@ -134,44 +140,37 @@ class LinearizedTraining:
                 dtype=dtype, progress=progress,
             )  # fmt: skip
         self.loss_factor = self.capture.objective.require_factor()
-        outputs = self.initial_predictions
-        problem = Problem(
-            samples=len(self.reference),
-            outputs=outputs.shape[1],
-            parameters=self.linearization.num_parameters,
-            itemsize=self.linearization.dtype.itemsize,
-            horizon=horizon,
-            kernel_given=ntk is not None,
-            jacobian_stored=isinstance(self.capture.jacobian, StoredJacobian),
-        )
-        free = min(available_memory(), available_memory(self.linearization.device))
-        choice = choose_solver(problem, solver=solver, matrix_free=matrix_free, free_memory=free)
-        self.solver_reason: str = choice.reason
-        _log.info("%s", choice.reason)
+        self._scaling = None if lr_scales is None else Scaling(self.capture, lr_scales)
+        if self._scaling is not None:
+            self._scaling.require_commuting(weight_decay)
+        scaled = self.capture if self._scaling is None else self._scaling.capture
         with preserved_rng():
-            self.ntk: Tensor | None = None
-            if not choice.matrix_free:
-                # Summed in float32, the kernel puts the weights off by 2e-5 at eta * t * lambda_max = 1e4; in float64 by 3e-6.
-                # Lanczos is for kernels whose size matters more than that.
-                summed = wide_dtype(outputs.device) if choice.solver == "eigh" else self.linearization.dtype
-                self.ntk = training_kernel(ntk, self.capture, dtype=summed)
-            self._closed_form = ClosedForm(dynamics, self.lr * self.loss_factor, self.linearization.dtype)
-            residual = outputs.cpu().double() - self.targets
-            self._solver: LanczosSolver | None = None
-            if choice.solver == "lanczos":
-                self._solver = solve_by_lanczos(
-                    self.capture.jacobian, self.ntk, residual, tolerance=tolerance, max_products=choice.max_products
-                )
-            elif self.ntk is not None:
-                self._dense = eigh_modes(self.ntk, residual.flatten())
-        if self.lr > self.max_learning_rate:
+            carried = carried_vectors(self.capture, self.hyperparameters, momentum_buffers, self._scaling)
+            residual = self.initial_predictions.cpu().double() - self.targets
+            solution = solve(
+                self.capture, [residual, *(c.image for c in carried)], scaling=self._scaling, ntk=ntk, solver=solver,
+                matrix_free=matrix_free, horizon=horizon, tolerance=tolerance,
+            )  # fmt: skip
+        self.ntk: Tensor | None = solution.kernel
+        self.solver_reason: str = solution.reason
+        self._readout = Readout(scaled, carried)
+        self._modal = ModalTraining(
+            solution.solver, dynamics, self.hyperparameters, self.loss_factor, carried, self._readout,
+            self.linearization.dtype,
+        )  # fmt: skip
+        if self._modal.unstable:
             warnings.warn(
                 f"The learning rate {self.lr:.4g} is above {self.max_learning_rate:.4g}, the largest for which these linearised "
                 "dynamics are stable: the linearised network diverges.",
                 stacklevel=2,
             )
-        elif horizon and (horizon < math.inf or self.lr < self.max_learning_rate):
-            self._refine(None if horizon == math.inf else math.floor(horizon))
+        elif horizon:
+            self._modal.prepare(horizon)
+
+    @property
+    def lr(self) -> LearningRate:
+        """The learning rate as it was given."""
+        return self.hyperparameters.lr
 
     @property
     def linearization(self) -> Linearization:
@@ -201,31 +200,29 @@ class LinearizedTraining:
     @property
     def modes(self) -> Modes:
         """The modes of the kernel: all N K, or Ritz pairs in their place."""
-        return self._modes
+        return self._modal.solver.modes[0]
 
     @property
     def eigenvalues(self) -> Tensor:
         """Eigenvalues of the kernel, ascending, `(m,)` in float64: all N K, or the Ritz values in their place."""
-        return self._modes.eigenvalues
+        return self._modal.solver.modes[0].eigenvalues
 
     @property
     def max_learning_rate(self) -> float:
-        r"""The largest stable learning rate, :math:`2 / (c\,\lambda_\text{max})`; infinite for gradient flow.
+        r"""The largest stable learning rate, :math:`2 (1 + \mu) / (c\,\lambda_\text{max})` for momentum :math:`\mu`.
 
-        With Lanczos, :math:`\lambda_\text{max}` is the largest eigenvalue that the residual has part in, plus at most 1e-4
-        of it for safety, as Ritz values converge from below.
+        Dampening, Nesterov's momentum and decay change it, see `lightning_ntk.dynamics.stability`; infinite for gradient
+        flow. With Lanczos, :math:`\lambda_\text{max}` is the largest eigenvalue that the residual has part in, plus at most
+        1e-4 of it for safety, as Ritz values converge from below.
         """
-        modes = self._modes
-        largest = modes.largest_eigenvalue if isinstance(modes, LanczosModes) else modes.eigenvalues[-1].item()
-        if self.dynamics == "gradient_flow" or largest <= 0:
-            return math.inf
-        return 2 / (self.loss_factor * largest)
+        return self._modal.max_learning_rate
 
     def weights(self, t: float | None) -> Tensors:
         """The linearised weights after `t` optimizer steps: one pass over the data.
 
         Args:
-            t: Optimizer steps, a whole number for gradient descent; None for infinity, the minimum-norm solution.
+            t: Optimizer steps, a whole number for gradient descent; None for infinity, with a constant learning rate:
+                the minimum-norm solution, or with decay that of kernel ridge regression. Later times go on from earlier ones.
 
         Returns:
             The weights, with the names and shapes of `initial_weights`, in the type of the passes.
@@ -238,8 +235,7 @@ class LinearizedTraining:
 
     def weights_at(self, times: Sequence[float | None]) -> list[Tensors]:
         """`weights` at several times for one pass: one forward and `len(times)` backward passes, memory O(T P)."""
-        coefficients = torch.stack([self.state(t).coefficients for t in times])
-        stacked = self.capture.pull_back(coefficients)
+        stacked = self._displacements([self.state(t) for t in times])
         return [self._add_to_initial({n: value[i] for n, value in stacked.items()}) for i in range(len(times))]
 
     def displacement(self, t: float | None) -> Tensors:
@@ -269,7 +265,8 @@ class LinearizedTraining:
             outputs = predict(self.linearization, other, progress=self.capture.progress)
             samples, classes = outputs.shape
             # In units of P: the kernel's products against a backward pass here and a forward-mode pass there.
-            if samples * len(self.reference) * classes**2 < 3 * (samples + len(self.reference)):
+            plain = self._scaling is None and not state.scales
+            if plain and samples * len(self.reference) * classes**2 < 3 * (samples + len(self.reference)):
                 kernel = compute_kernel(self.linearization, other, self.reference, progress=self.capture.progress)
                 change = kernel.double() @ state.coefficients.flatten().to(kernel.device)
                 return outputs + change.reshape(samples, classes).to(outputs)
@@ -294,71 +291,36 @@ class LinearizedTraining:
         Returns:
             The bound; 0 for a complete eigendecomposition.
         """
-        self._require_time(t)
-        bound = self._refine(t)
+        bound = self._modal.error_bound(t)
         return bound.relative if relative else bound.total
 
     def state(self, t: float | None) -> LinearizedState:
         """The linearised network after `t` steps, in function space: no pass over the data, unless Lanczos needs more."""
-        self._require_time(t)
-        self._refine(t)
-        return self.state_of(self._closed_form.filter(self._modes, t))
+        return self._modal.state(t)
 
-    def follow(self) -> GradientDescent | GradientFlow | LanczosRun:
-        """These dynamics from step 0 on, to be advanced with the learning rates of a run: `.step(lr)` and `.filter`.
+    def follow(self) -> Run:
+        """These dynamics from step 0 on, to be advanced with the settings of a run: `.step(settings)` and `.state`.
 
-        `state_of(run.filter)` is the state at that moment. With Lanczos, reading the filter extends the basis where the
-        steps so far need it, and replays them; several runs may be followed at once if each filter is used when it is read.
+        The settings are those that every step really used, not those of this training, which only say whether the weights
+        decay, and toward what. Gradient flow takes their learning rate for the duration of a step.
         """
-        flow = self.dynamics == "gradient_flow"
-        if self._solver is not None:
-            return LanczosRun(self._solver, self.loss_factor, flow=flow)
-        return (GradientFlow if flow else GradientDescent)(self.eigenvalues, self.loss_factor)
-
-    def state_of(self, filtered: Tensor) -> LinearizedState:
-        """The state that a filter `(m,)` of the modes gives.
-
-        Raises:
-            ValueError: If the filter is of other modes, for Lanczos of those before an extension.
-            OverflowError: If it is not finite, because the dynamics have diverged.
-        """
-        modes = self._modes
-        if filtered.shape != modes.eigenvalues.shape:
-            raise ValueError(
-                f"Expected a filter of {len(modes.eigenvalues)} modes but got shape {tuple(filtered.shape)}: the modes were "
-                "extended since, read the filter of the followed run again."
-            )
-        coefficients = modes.coefficients(filtered)
-        if not coefficients.isfinite().all():
-            raise OverflowError(
-                "The linearised network has diverged beyond floating-point numbers: the learning rate is above the largest "
-                f"stable one, {self.max_learning_rate:.4g}."
-            )
-        shape = self.initial_predictions.shape
-        change = modes.prediction_change(filtered).reshape(shape)
-        return LinearizedState(coefficients.reshape(shape), self.initial_predictions.cpu().double() + change)
+        return self._modal.follow()
 
     def displacement_of(self, state: LinearizedState) -> Tensors:
-        """w_lin - w0 = J^T a of a state, in float64: one pass over the data."""
-        return {name: value[0] for name, value in self.capture.pull_back(state.coefficients.unsqueeze(0)).items()}
+        """w_lin - w0 of a state, J^T a and what is carried along, in float64: one pass over the data."""
+        return {name: value[0] for name, value in self._displacements([state]).items()}
+
+    def _displacements(self, states: Sequence[LinearizedState]) -> Tensors:
+        stacked = self._readout.displacements(states)
+        return stacked if self._scaling is None else self._scaling.to_weights(stacked)
 
     def _add_to_initial(self, displacement: Tensors) -> Tensors:
         return {name: (start + displacement[name]).to(start) for name, start in self.linearization.params.items()}
 
-    @property
-    def _modes(self) -> Modes:
-        return self._dense if self._solver is None else self._solver.modes
 
-    def _require_time(self, t: float | None) -> None:
-        if t is not None and not t >= 0:
-            raise ValueError(f"Expected argument `t` to be at least 0 optimizer steps but got {t}.")
-        if is_infinite(t) and self.lr >= self.max_learning_rate:
-            raise ValueError(
-                f"Expected a stable learning rate for t = infinity but {self.lr:.4g} is not below the maximum "
-                f"{self.max_learning_rate:.4g}: the linearised network has no limit."
-            )
-
-    def _refine(self, t: float | None) -> ErrorBound:
-        if self._solver is None:
-            return ErrorBound(0.0, 0.0, 0.0)
-        return self._solver.refine(lambda modes: self._closed_form.bound(modes, t))
+def _require_describable(dynamics: Dynamics, hyperparameters: Hyperparameters) -> None:
+    if dynamics == "gradient_flow" and (hyperparameters.momentum != 0 or hyperparameters.maximize):
+        raise ValueError(
+            'Expected no momentum, and no maximisation, with dynamics="gradient_flow", which has neither, but got momentum '
+            f'{hyperparameters.momentum} and maximize={hyperparameters.maximize}. Use dynamics="gradient_descent".'
+        )

@@ -281,13 +281,13 @@ def test_what_the_dynamics_do_not_describe_is_said_once(options: dict, phrase: s
     assert sum("compares this run with gradient" in str(warning.message) for warning in record) == 1
 
 
-def test_parameter_groups_and_parameters_left_out_are_said() -> None:
+def test_parameter_groups_that_do_not_commute_are_said() -> None:
     class Groups(Regression):
         def configure_optimizers(self):
-            groups = [{"params": self.body[0].parameters(), "lr": 0.01}, {"params": [self.body[2].weight]}]
+            groups = [{"params": self.body[0].parameters(), "weight_decay": 0.1}, {"params": self.body[2].parameters()}]
             return torch.optim.SGD(groups, lr=0.1)
 
-    with pytest.warns(UserWarning, match=r"different learning rates \(0.01, 0.1\).*leaves out body.2.bias"):
+    with pytest.warns(UserWarning, match=r"different values of weight decay \(0, 0.1\)"):
         fit(LinearizationMonitor(dynamics="replay"), Groups(), max_steps=3)
 
 
@@ -389,7 +389,7 @@ def test_training_on_several_devices_is_refused() -> None:
 
 
 def test_more_memory_than_there_is_ends_the_run_before_training(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lightning_ntk.training.available_memory", lambda *_: 1000)
+    monkeypatch.setattr("lightning_ntk.solution.available_memory", lambda *_: 1000)
     with pytest.raises(MisconfigurationException, match="Use at most"):
         fit(LinearizationMonitor(), Untouched())
 

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from lightning_ntk import LinearizedTraining, empirical_ntk
 from lightning_ntk.closed_form import ClosedForm
+from lightning_ntk.dynamics.sgd import SGDSettings
 from lightning_ntk.error_bounds import gradient_descent_bound, gradient_flow_bound
-from lightning_ntk.lanczos import Lanczos, LanczosModes, kernel_product
+from lightning_ntk.lanczos import Lanczos, LanczosModes, Product, extend, kernel_product
 from lightning_ntk.modes import Modes, eigh_modes
 from lightning_ntk.refinement import LanczosSolver
 from lightning_ntk.solvers import Problem, choose_solver, expected_products
@@ -36,10 +37,13 @@ class Case:
         return self.jacobian.T @ modes.coefficients(filtered)
 
     def modes(self, products: int) -> LanczosModes:
-        lanczos = Lanczos(kernel_product(self.kernel), self.residual)
-        for _ in range(products):
-            lanczos.step()
-        return lanczos.modes()
+        return advance(Lanczos(self.residual), kernel_product(self.kernel), products).modes()
+
+
+def advance(lanczos: Lanczos, product: Product, products: int) -> Lanczos:
+    for _ in range(products):
+        extend([lanczos], product)
+    return lanczos
 
 
 def decaying(size: int = 60, decades: float = 6.0) -> Case:
@@ -77,7 +81,7 @@ def cases(draw: st.DrawFn) -> Case:
 
 
 def distance_and_bound(case: Case, modes: LanczosModes, form: ClosedForm, t: float | None) -> tuple[float, float]:
-    reference = eigh_modes(case.kernel, case.residual)
+    (reference,) = eigh_modes(case.kernel, case.residual)
     expected = case.weights(reference, form.filter(reference, t))
     error = (case.weights(modes, form.filter(modes, t)) - expected).norm().item()
     # The eigendecomposition itself is off by a few roundings of the largest eigenvalue, which time magnifies.
@@ -132,7 +136,7 @@ def test_the_bound_is_sharp(dynamics: str, scaled_rate: float, t: int) -> None:
 def test_gradient_descent_is_exact_after_as_many_products_as_steps(t: int, rate: float) -> None:
     case = decaying()
     form = ClosedForm("gradient_descent", rate, DTYPE)
-    modes, reference = case.modes(t + 1), eigh_modes(case.kernel, case.residual)
+    modes, (reference,) = case.modes(t + 1), eigh_modes(case.kernel, case.residual)
     expected = case.weights(reference, form.filter(reference, t))
     torch.testing.assert_close(case.weights(modes, form.filter(modes, t)), expected, rtol=1e-11, atol=1e-12)
     assert form.bound(modes, t).truncation == 0
@@ -158,9 +162,7 @@ def test_descent_becomes_flow_for_small_rates() -> None:
 def test_an_invariant_space_is_exact(rank: int) -> None:
     eigenvalues = torch.cat([torch.linspace(1, 2, rank, dtype=DTYPE), torch.zeros(20, dtype=DTYPE)])
     case = Case(eigenvalues, torch.ones(rank + 20, dtype=DTYPE))
-    lanczos = Lanczos(kernel_product(case.kernel), case.residual)
-    for _ in range(15):
-        lanczos.step()
+    lanczos = advance(Lanczos(case.residual), kernel_product(case.kernel), 15)
     assert lanczos.exhausted
     assert lanczos.num_products <= rank + 2  # the null space counts as one eigenvalue, and rounding as one more
     form = ClosedForm("gradient_descent", 0.3, DTYPE)
@@ -172,10 +174,9 @@ def test_an_invariant_space_is_exact(rank: int) -> None:
 
 def test_extending_equals_starting_with_more_products() -> None:
     case = decaying()
-    lanczos = Lanczos(kernel_product(case.kernel), case.residual)
+    lanczos = Lanczos(case.residual)
     for products in (5, 17, 41):
-        while lanczos.num_products < products:
-            lanczos.step()
+        advance(lanczos, kernel_product(case.kernel), products - lanczos.num_products)
         lanczos.modes()
         once = case.modes(products)
         for name in ("eigenvalues", "residual", "coupling", "basis"):
@@ -192,14 +193,13 @@ def test_the_basis_is_orthonormal_and_reproduces_the_residual() -> None:
 def test_products_with_a_float32_kernel_are_those_of_its_numbers() -> None:
     kernel = decaying(600).kernel.float()
     vector = torch.randn(600, dtype=DTYPE, generator=torch.Generator().manual_seed(0))
-    torch.testing.assert_close(kernel_product(kernel)(vector), kernel.double() @ vector, rtol=1e-12, atol=1e-13)
+    vectors = torch.stack([vector, vector.flip(0)])
+    torch.testing.assert_close(kernel_product(kernel)(vectors), vectors @ kernel.double(), rtol=1e-12, atol=1e-13)
 
 
 def test_rounded_products_are_noticed() -> None:
     case = decaying()
-    rounded = Lanczos(lambda v: (case.kernel.float() @ v.float()).double(), case.residual)
-    for _ in range(50):
-        rounded.step()
+    rounded = advance(Lanczos(case.residual), lambda v: (v.float() @ case.kernel.float()).double(), 50)
     form = ClosedForm("gradient_descent", 1.0, DTYPE)
     exact, estimated = form.bound(case.modes(50), 1000), form.bound(rounded.modes(), 1000)
     assert estimated.rounding > 1e4 * exact.rounding
@@ -212,10 +212,8 @@ def test_the_solver_stops_at_its_tolerance_and_not_much_later() -> None:
     form = ClosedForm("gradient_descent", 1.0, DTYPE)
     products = []
     for tolerance in (1e-2, 1e-5, 1e-8):
-        solver = LanczosSolver(
-            Lanczos(kernel_product(case.kernel), case.residual), tolerance=tolerance, max_products=100
-        )
-        assert solver.refine(lambda modes: form.bound(modes, 1000)).relative <= 1.01 * tolerance
+        solver = LanczosSolver(kernel_product(case.kernel), [case.residual], tolerance=tolerance, max_products=100)
+        assert solver.refine(lambda modes: form.bound(modes[0], 1000)).relative <= 1.01 * tolerance
         products.append(solver.num_products)
     assert products == sorted(set(products))
     assert products[-1] < 58
@@ -224,9 +222,9 @@ def test_the_solver_stops_at_its_tolerance_and_not_much_later() -> None:
 def test_the_solver_says_when_memory_ends(caplog: pytest.LogCaptureFixture) -> None:
     case = decaying()
     form = ClosedForm("gradient_descent", 1.0, DTYPE)
-    solver = LanczosSolver(Lanczos(kernel_product(case.kernel), case.residual), tolerance=1e-8, max_products=16)
+    solver = LanczosSolver(kernel_product(case.kernel), [case.residual], tolerance=1e-8, max_products=16)
     with caplog.at_level(logging.WARNING):
-        bound = solver.refine(lambda modes: form.bound(modes, 1000))
+        bound = solver.refine(lambda modes: form.bound(modes[0], 1000))
     assert solver.num_products <= 17
     assert bound.relative > 1e-8
     assert "stopped after" in caplog.text
@@ -296,12 +294,12 @@ def test_float32_passes_stay_within_their_bound() -> None:
 
 def test_a_horizon_is_prepared_at_once_and_later_times_extend() -> None:
     run = training(solver="lanczos", horizon=100)
-    prepared = run._solver.num_products
+    prepared = run._modal.solver.num_products
     assert run.error_bound(100, relative=True) <= 1e-6
-    assert run._solver.num_products == prepared
+    assert run._modal.solver.num_products == prepared
     early = run.weights(50)
     run.weights(10000)
-    assert run._solver.num_products > prepared
+    assert run._modal.solver.num_products > prepared
     assert distance(run.weights(50), early) <= 1e-6 * distance(early, run.initial_weights) + 1e-12
 
 
@@ -312,41 +310,39 @@ def test_a_followed_run_extends_without_losing_its_past(dynamics: str) -> None:
     actual = training(solver="lanczos", dynamics=dynamics)
     runs = expected.follow(), actual.follow()
     other = actual.follow()
-    other.step(0.05)
-    products = actual._solver.num_products
+    other.step(SGDSettings(0.05))
+    products = actual._modal.solver.num_products
     for step, lr in enumerate(rates, start=1):
         for run in runs:
-            run.step(lr)
+            run.step(SGDSettings(lr))
         if step in (1, 10, 100, 400):
-            states = expected.state_of(runs[0].filter), actual.state_of(runs[1].filter)
+            states = runs[0].state, runs[1].state
             error = distance(actual.displacement_of(states[1]), expected.displacement_of(states[0]))
             moved = distance(
                 expected.displacement_of(states[0]), dict.fromkeys(expected.initial_weights, torch.zeros(1))
             )
             assert error <= runs[1].error_bound.total + 1e-10 * moved
             assert runs[1].error_bound.relative <= 2e-6
-    assert actual._solver.num_products > products
+    assert actual._modal.solver.num_products > products
     # A second run, begun on the smaller basis, follows the larger one.
-    assert distance(actual.displacement_of(actual.state_of(other.filter)), expected.displacement(1)) <= 1e-9
+    assert distance(actual.displacement_of(other.state), expected.displacement(1)) <= 1e-9
 
 
 def test_a_followed_constant_rate_is_the_closed_form() -> None:
     run = training(solver="lanczos", horizon=60)
     online = run.follow()
     for _ in range(60):
-        online.step(run.lr)
-    torch.testing.assert_close(
-        run.state_of(online.filter).coefficients, run.state(60).coefficients, rtol=1e-9, atol=1e-12
-    )
-    assert online.error_bound.truncation == pytest.approx(run._refine(60).truncation, rel=1e-3, abs=1e-12)
+        online.step(SGDSettings(run.lr))
+    torch.testing.assert_close(online.state.coefficients, run.state(60).coefficients, rtol=1e-9, atol=1e-12)
+    assert online.error_bound.truncation == pytest.approx(run._modal._refine(60).truncation, rel=1e-3, abs=1e-12)
 
 
 def test_a_filter_from_before_an_extension_is_refused() -> None:
     run = training(solver="lanczos")
-    stale = run.follow().filter
+    stale = run.follow().filters
     run.weights(10000)
-    with pytest.raises(ValueError, match="read the filter of the followed run again"):
-        run.state_of(stale)
+    with pytest.raises(ValueError, match="read the filters of the followed run again"):
+        run._readout.state(run._modal.solver.modes, stale)
 
 
 def test_no_residual_no_movement() -> None:
@@ -395,11 +391,11 @@ def test_extending_leaves_the_random_state_and_the_module_alone() -> None:
     module = network(3)
     run = LinearizedTraining(module, data(3), lr=0.05, solver="lanczos", matrix_free=True, progress=False)
     weights, state = [p.detach().clone() for p in module.parameters()], torch.get_rng_state()
-    products, online = run._solver.num_products, run.follow()
+    products, online = run._modal.solver.num_products, run.follow()
     for _ in range(500):
-        online.step(0.05)
-    assert online.filter.isfinite().all()
-    assert run._solver.num_products > products
+        online.step(SGDSettings(0.05))
+    assert online.state.coefficients.isfinite().all()
+    assert run._modal.solver.num_products > products
     assert torch.equal(torch.get_rng_state(), state)
     assert all(torch.equal(p, w) for p, w in zip(module.parameters(), weights, strict=True))
     assert all(p.grad is None for p in module.parameters())
@@ -462,7 +458,6 @@ def test_unusable_arguments_are_named(options: dict, message: str) -> None:
 
 
 def test_modes_need_two_products() -> None:
-    lanczos = Lanczos(kernel_product(decaying().kernel), decaying().residual)
-    lanczos.step()
+    lanczos = advance(Lanczos(decaying().residual), kernel_product(decaying().kernel), 1)
     with pytest.raises(ValueError, match="at least two products"):
         lanczos.modes()

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lightning_ntk.dynamics.sgd import GradientDescent
+from lightning_ntk.dynamics.sgd import ModalSGD, SGDSettings
 from lightning_ntk.dynamics.spectral import gradient_descent_filter, gradient_flow_filter, minimum_norm_filter
 
 eigenvalues = st.one_of(
@@ -52,12 +52,12 @@ def test_descent_composes_over_time(eigenvalue: float, first: int, second: int) 
 
 @given(rates=st.lists(st.floats(0, 1.5), max_size=30), eigenvalue=eigenvalues)
 def test_recurrence_equals_the_product_of_its_steps(rates: list[float], eigenvalue: float) -> None:
-    online = GradientDescent(torch.tensor([eigenvalue], dtype=torch.float64), factor=0.5)
+    online = ModalSGD([torch.tensor([eigenvalue], dtype=torch.float64)], factor=0.5)
     remaining = 1.0
     for rate in rates:
-        online.step(rate)
+        online.step(SGDSettings(rate))
         remaining *= 1 - 0.5 * rate * eigenvalue
-    assert 1 - eigenvalue * online.filter.item() == pytest.approx(remaining, rel=1e-9, abs=1e-11)
+    assert 1 - eigenvalue * online.filters.values[0].item() == pytest.approx(remaining, rel=1e-9, abs=1e-11)
 
 
 @given(eigenvalue=st.floats(1e-3, 1.0))
@@ -83,9 +83,9 @@ def test_rounding_below_zero_counts_as_zero() -> None:
     assert gradient_descent_filter(value, 0.5, 8).tolist() == [4.0, 4.0]
     assert gradient_flow_filter(value, 4.0).tolist() == [4.0, 4.0]
     assert minimum_norm_filter(value, 0.0).tolist() == [0.0, 0.0]
-    online = GradientDescent(value, 1.0)
-    online.step(4.0)
-    assert online.filter.tolist() == [4.0, 4.0]
+    online = ModalSGD([value], 1.0)
+    online.step(SGDSettings(4.0))
+    assert online.filters.values[0].tolist() == [4.0, 4.0]
 
 
 def test_eigenvalues_above_the_stable_maximum_grow() -> None:

@@ -9,6 +9,7 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 from lightning_ntk import LinearizedTraining, empirical_ntk
+from lightning_ntk.dynamics.sgd import SGDSettings
 from lightning_ntk.losses import measure_loss_factor
 from tests.problems import LOSSES, NETWORKS, LinearModel, flatten, make, relative_error
 
@@ -107,9 +108,9 @@ def test_learning_rates_that_change_from_step_to_step() -> None:
 
     online = training.follow()
     for step in range(60):
-        online.step(schedule(step))
+        online.step(SGDSettings(schedule(step)))
     expected = model.train(targets, nn.MSELoss(), 60, lr=schedule)
-    state = training.state_of(online.filter)
+    state = online.state
     assert relative_error(flatten(training.displacement_of(state)), expected - model.start) < 1e-10
     assert relative_error(state.predictions, model.predict(expected)) < 1e-10
 
@@ -119,8 +120,8 @@ def test_online_flow_depends_on_the_sum_of_the_learning_rates() -> None:
     training = capture(module, inputs, targets, dynamics="gradient_flow", lr=0.5)
     online = training.follow()
     for lr in (0.25, 0.5, 0.75):
-        online.step(lr)
-    torch.testing.assert_close(training.state_of(online.filter).predictions, training.predictions(3))
+        online.step(SGDSettings(lr))
+    torch.testing.assert_close(online.state.predictions, training.predictions(3))
 
 
 def test_several_times_in_one_pass() -> None:
@@ -339,7 +340,7 @@ def test_modules_without_weights_to_train() -> None:
 
 def test_more_memory_than_the_machine_has(monkeypatch: pytest.MonkeyPatch) -> None:
     module, inputs, targets = make("mlp")
-    monkeypatch.setattr("lightning_ntk.training.available_memory", lambda *_: 4000)
+    monkeypatch.setattr("lightning_ntk.solution.available_memory", lambda *_: 4000)
     with pytest.raises(MemoryError, match=r"KiB.*3.9 KiB are free.*Use at most \d+ samples"):
         capture(module, inputs, targets)
 

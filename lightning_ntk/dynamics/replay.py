@@ -229,7 +229,7 @@ class Replay:
             "coefficients": self._coefficients.clone(),
             "image": self._image.clone(),
             "scales": self._scales.clone(),
-            "buffers": None if buffers is None else [buffer.clone() for buffer in buffers],
+            "buffers": [None if buffer is None else buffer.clone() for buffer in buffers],
             "steps": self.steps,
         }
 
@@ -249,9 +249,8 @@ class Replay:
         for value, tensor in zip(values, saved, strict=True):
             value.copy_(tensor)
         buffers = state["buffers"]
-        if buffers is not None:
-            buffers = [buffer.to(value) for buffer, value in zip(buffers, values, strict=True)]
-        self._sgd = LinearSGD(values, buffers)
+        known = not any(buffer is None for buffer in buffers)
+        self._sgd = LinearSGD(values, [b.to(v) for b, v in zip(buffers, values, strict=True)] if known else None)
         self._rows, self._gradients = [], []
         self.steps = int(state["steps"])
 

@@ -3,8 +3,11 @@
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 from torch.optim import SGD
+
+from lightning_ntk.dynamics.filters import Filters, Start
 
 
 class SGDSettings(NamedTuple):
@@ -73,28 +76,54 @@ class LinearSGD:
         self._optimizer.zero_grad()
 
     @property
-    def buffers(self) -> list[Tensor] | None:
-        """Momentum buffers of the values, None before the first step with momentum."""
-        buffers = [self._optimizer.state[value].get("momentum_buffer") for value in self.values]
-        return None if any(buffer is None for buffer in buffers) else buffers
+    def buffers(self) -> list[Tensor | None]:
+        """The momentum buffers of the values, None where the optimizer holds none."""
+        return [self._optimizer.state[value].get("momentum_buffer") for value in self.values]
 
 
-class GradientDescent:
-    r"""Full-batch gradient descent, advanced step by step with the learning rates really used.
+class ModalSGD:
+    r"""Full-batch SGD on a squared loss, mode by mode, with the settings that every step really used.
 
-    The filter of a mode obeys :math:`\phi \leftarrow \phi + \eta_s (1 - \lambda \phi)`: no division, exact at zero, and
-    O(m) operations a step.
+    The weights are :math:`w = \sum_j q_j e_j - J^\top U (\phi \tilde r + \sum_j \chi_j \tilde h_j)`, with carried vectors
+    :math:`e_j` and :math:`h_j = J e_j`: the initial weights where they decay toward zero, the momentum buffer that the
+    optimizer brought along. The gradient of the loss in these coordinates is
+
+    .. math:: g_\phi = -c\,(1 - \lambda\phi), \quad g_{\chi_j} = -c\,(s_j - \lambda\chi_j), \quad g_{q_j} = 0
+
+    with :math:`s_j = q_j - q_j(0)`; decay and momentum act on all of them as they act on the weights. No division, exact
+    at :math:`\lambda = 0`, and O(m) operations a step.
 
     Args:
-        eigenvalues: Eigenvalues of the kernel, `(m,)` in float64.
+        eigenvalues: Eigenvalues for the residual and for every carried vector, each `(m,)` in float64.
         factor: c, the measured factor of the loss.
+        starts: Where the carried vectors are at step 0.
     """
 
-    def __init__(self, eigenvalues: Tensor, factor: float) -> None:
-        self._eigenvalues = eigenvalues.clamp_min(0)
+    def __init__(self, eigenvalues: Sequence[Tensor], factor: float, starts: Sequence[Start] = ()) -> None:
+        self._eigenvalues = [values.clamp_min(0) for values in eigenvalues]
         self._factor = factor
-        self.filter = eigenvalues.new_zeros(eigenvalues.shape)
+        self._starts = [start.weight for start in starts]
+        values = [torch.zeros_like(v) for v in self._eigenvalues]
+        values += [torch.tensor([start.weight], dtype=torch.float64) for start in starts]
+        buffers = None
+        if any(start.buffer for start in starts):
+            buffers = [torch.zeros_like(v) for v in self._eigenvalues]
+            buffers += [torch.tensor([start.buffer], dtype=torch.float64) for start in starts]
+        self._sgd = LinearSGD(values, buffers)
 
-    def step(self, lr: float) -> None:
-        """One optimizer step with this learning rate."""
-        self.filter = self.filter + lr * self._factor * (1 - self._eigenvalues * self.filter)
+    def step(self, settings: SGDSettings) -> None:
+        """One optimizer step with these settings."""
+        values, scales = self.filters
+        gradients = [
+            torch.add(values.new_tensor(-self._factor * drive), eigenvalues * values, alpha=self._factor)
+            for drive, eigenvalues, values in zip((1.0, *scales), self._eigenvalues, values, strict=True)
+        ]
+        self._sgd.step([*gradients, *(torch.zeros(1, dtype=torch.float64) for _ in scales)], settings)
+
+    @property
+    def filters(self) -> Filters:
+        """The filters after the steps so far; later steps change their tensors in place."""
+        values = self._sgd.values
+        count = len(self._eigenvalues)
+        scales = [value.item() - start for value, start in zip(values[count:], self._starts, strict=True)]
+        return Filters(tuple(values[:count]), tuple(scales))

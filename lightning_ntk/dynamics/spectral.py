@@ -76,29 +76,6 @@ def minimum_norm_filter(eigenvalues: Tensor, cutoff: float) -> Tensor:
     return torch.where(kept, 1 / torch.where(kept, eigenvalues, 1), 0)
 
 
-class GradientFlow:
-    """Full-batch gradient flow, whose time is the sum of the learning rates really used.
-
-    Args:
-        eigenvalues: Eigenvalues of the kernel, `(m,)` in float64.
-        factor: c, the measured factor of the loss.
-    """
-
-    def __init__(self, eigenvalues: Tensor, factor: float) -> None:
-        self._eigenvalues = eigenvalues
-        self._factor = factor
-        self._time = 0.0
-
-    def step(self, lr: float) -> None:
-        """One optimizer step with this learning rate."""
-        self._time += lr * self._factor
-
-    @property
-    def filter(self) -> Tensor:
-        """The filter of the time so far, `(m,)`."""
-        return gradient_flow_filter(self._eigenvalues, self._time)
-
-
 def _divide(numerator: Tensor, eigenvalues: Tensor, limit: float) -> Tensor:
     # The filter is limit * (1 - x/2 + ...) with x = limit * eigenvalue: the limit itself, to the last digit, for small x.
     # The quotient loses digits where x underflows.
