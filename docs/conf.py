@@ -19,8 +19,8 @@ copyright = author
 release = version = __version__
 
 extensions = ["sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.mathjax", "sphinx.ext.viewcode", "myst_parser"]
-# Pages that are not there yet are no error: the navigation takes them up once they are.
-suppress_warnings = ["toc.empty_glob"]
+# The navigation of index.md has these pages where they exist.
+OPTIONAL_PAGES = {"sweep", "gallery", "gallery/index"}
 exclude_patterns = ["build"]
 
 html_theme = "furo"
@@ -38,6 +38,7 @@ python_use_unqualified_type_hints = True
 maximum_signature_line_length = 100
 napoleon_numpy_docstring = False
 napoleon_use_rtype = False
+napoleon_use_ivar = True
 
 
 def plain_bars(lines: list[str]) -> Iterator[str]:
@@ -50,16 +51,20 @@ def plain_bars(lines: list[str]) -> Iterator[str]:
         if line.lstrip().startswith((".. math::", ".. code-block::", ">>>")):
             block = indentation if line.lstrip().startswith("..") else indentation - 1
         spans = line.split("`")
-        yield line if block is not None else "`".join([s.replace("|", r"\|") if i % 2 == 0 else s for i, s in enumerate(spans)])
+        outside = [span.replace("|", r"\|") if i % 2 == 0 else span for i, span in enumerate(spans)]
+        yield line if block is not None else "`".join(outside)
 
 
 def setup(app: Sphinx) -> None:
-    """Escapes bars in docstrings, and writes the matrix into its page."""
+    """Escapes bars in docstrings, leaves missing pages out of the navigation, and writes the matrix into its page."""
 
     def process(app: Sphinx, what: str, name: str, obj: object, options: object, lines: list[str]) -> None:
         lines[:] = plain_bars(lines)
 
     def read(app: Sphinx, docname: str, source: list[str]) -> None:
+        if docname == "index":
+            missing = OPTIONAL_PAGES - app.env.found_docs
+            source[0] = "\n".join(line for line in source[0].splitlines() if line not in missing)
         if PLACEHOLDER in source[0]:
             source[0] = source[0].replace(PLACEHOLDER, matrix_page(HERE.parent / "tests"))
 
