@@ -35,6 +35,11 @@ class Tested(NamedTuple):
     columns: tuple[str, ...]
     test: str
 
+    @property
+    def by_trainer(self) -> bool:
+        """Whether the test runs the Trainer."""
+        return not self.test.startswith("tests/dynamics/")
+
 
 def collect(tests: Path) -> list[Tested]:
     """All markers of the test files below `tests`, in the order of files and lines.
@@ -46,15 +51,19 @@ def collect(tests: Path) -> list[Tested]:
 
 
 def matrix_page(tests: Path) -> str:
-    """The table of numbers of tests, and below it the tests of each row, in Markdown."""
+    """The table, and below it the tests of each row, in Markdown.
+
+    A filled circle stands for a run of the Trainer, an open one for the dynamics alone: tests below `tests/dynamics`.
+    """
     rows: defaultdict[str, list[Tested]] = defaultdict(list)
     for tested in collect(tests):
         rows[tested.setting].append(tested)
     lines = ["| | " + " | ".join(COLUMNS.values()) + " |", "|---|" + ":-:|" * len(COLUMNS)]
     details = []
     for setting in sorted(rows, key=str.lower):
-        counts = [sum(column in tested.columns for tested in rows[setting]) for column in COLUMNS]
-        lines.append(f"| {setting} | " + " | ".join(str(count or "") for count in counts) + " |")
+        cells = [[tested.by_trainer for tested in rows[setting] if column in tested.columns] for column in COLUMNS]
+        circles = ["●" if any(cell) else "○" if cell else "" for cell in cells]
+        lines.append(f"| {setting} | " + " | ".join(circles) + " |")
         details += ["", setting]
         for tested in rows[setting]:
             details += [f": `{tested.test}` ({', '.join(COLUMNS[column] for column in tested.columns)})"]
