@@ -41,8 +41,8 @@ napoleon_use_rtype = False
 napoleon_use_ivar = True
 
 
-def plain_bars(lines: list[str]) -> Iterator[str]:
-    """Docstrings write norms as |w|, which reStructuredText takes for a substitution: bars outside of markup are escaped."""
+def plain_text(lines: list[str]) -> Iterator[str]:
+    """Escapes what reStructuredText would take for markup: norms |w| for substitutions, and `a/<b>` for a title with a target."""
     block: int | None = None  # indentation of the directive or example inside of which nothing is escaped
     for line in lines:
         indentation = len(line) - len(line.lstrip())
@@ -51,15 +51,19 @@ def plain_bars(lines: list[str]) -> Iterator[str]:
         if line.lstrip().startswith((".. math::", ".. code-block::", ">>>")):
             block = indentation if line.lstrip().startswith("..") else indentation - 1
         spans = line.split("`")
-        outside = [span.replace("|", r"\|") if i % 2 == 0 else span for i, span in enumerate(spans)]
-        yield line if block is not None else "`".join(outside)
+        for i, span in enumerate(spans):
+            if i % 2 == 0:
+                spans[i] = span.replace("|", r"\|")
+            elif span.endswith(">"):
+                spans[i] = f"`{span}`"
+        yield line if block is not None else "`".join(spans)
 
 
 def setup(app: Sphinx) -> None:
-    """Escapes bars in docstrings, leaves missing pages out of the navigation, and writes the matrix into its page."""
+    """Escapes docstrings, leaves missing pages out of the navigation, and writes the matrix into its page."""
 
     def process(app: Sphinx, what: str, name: str, obj: object, options: object, lines: list[str]) -> None:
-        lines[:] = plain_bars(lines)
+        lines[:] = plain_text(lines)
 
     def read(app: Sphinx, docname: str, source: list[str]) -> None:
         if docname == "index":
