@@ -15,8 +15,8 @@ import time
 from pathlib import Path
 
 import torch
-from measuring_pass import interleaved_medians
 from models import MODELS, digits
+from timing import interleaved as interleaved_medians
 from torch import Tensor, nn
 
 from lightning_ntk import Linearization

@@ -25,6 +25,8 @@ exclude_patterns = ["build"]
 
 html_theme = "furo"
 html_title = f"lightning_ntk {release}"
+html_static_path = ["_static"]
+html_css_files = ["wrap.css"]
 html_theme_options = {"navigation_with_keys": True}
 
 myst_enable_extensions = ["dollarmath", "amsmath", "deflist"]
@@ -63,7 +65,8 @@ def setup(app: Sphinx) -> None:
     """Escapes docstrings, leaves missing pages out of the navigation, and writes the matrix into its page."""
 
     def process(app: Sphinx, what: str, name: str, obj: object, options: object, lines: list[str]) -> None:
-        lines[:] = plain_text(lines)
+        # What Python says of the fields of a NamedTuple; their class describes them.
+        lines[:] = [line for line in plain_text(lines) if not line.startswith("Alias for field number")]
 
     def read(app: Sphinx, docname: str, source: list[str]) -> None:
         if docname == "index":

@@ -92,6 +92,9 @@ class LinearizationMonitor(Callback):
         name: Prefix of the logged tags.
         per_parameter: Whether to log the distance of every parameter tensor, `parameter/<name>`.
         taylor: Whether to expand the trained network after the fact, one forward-mode pass, for `taylor_gap`.
+        closest: Whether to log `closest_time`, the number of steps after which the linearised network is closest to the
+            trained weights, `closest_distance` then, and `distance_floor`, under which no time can go; for gradient descent and
+            flow, two passes more.
         modes: For how many leading eigenvectors of the kernel to log `mode/<i>/residual` and `mode/<i>/linearized_residual`;
             for gradient descent and flow.
         save_state: Whether checkpoints hold what a resumed run needs to go on with its measurements: the initial weights and
@@ -128,6 +131,7 @@ class LinearizationMonitor(Callback):
         name: str = "ntk",
         per_parameter: bool = False,
         taylor: bool = True,
+        closest: bool = False,
         modes: int = 0,
         save_state: bool = True,
         strict: bool = False,
@@ -150,6 +154,7 @@ class LinearizationMonitor(Callback):
         self.name = name
         self.per_parameter = per_parameter
         self.taylor = taylor
+        self.closest = closest
         self.modes = modes
         self.save_state = save_state
         self.strict = strict
@@ -169,6 +174,11 @@ class LinearizationMonitor(Callback):
         require_integer("capture_at", self.capture_at, least=0)
         require_integer("twin_every", self.twin_every, least=1)
         require_integer("modes", self.modes, least=0)
+        if self.dynamics in ("replay", "twin") and (self.closest or self.modes):
+            raise ValueError(
+                f'Expected `closest=False` and `modes=0` with dynamics="{self.dynamics}" but got {self.closest} and {self.modes}, '
+                'which need the modes of the kernel, so dynamics="gradient_descent" or "gradient_flow".'
+            )
         if self.reference is None and self.dynamics not in ("auto", "twin"):
             raise ValueError(
                 f'Expected a reference set for dynamics="{self.dynamics}" but got None: only "twin" goes without.'
@@ -253,8 +263,8 @@ class LinearizationMonitor(Callback):
         waiting = checkpoint["global_step"] <= self.capture_at
         if self._resumed is None and not waiting and not checkpoint["callbacks"].get(self.state_key, {}).get("lost"):
             raise MisconfigurationException(
-                f"LinearizationMonitor {self.name!r} expects a checkpoint of a run that it has watched, with save_state=True, but "
-                "this one does not hold the weights at which to linearise. Remove the callback, or start a new run."
+                f"LinearizationMonitor {self.name!r} expects a checkpoint of a run that it has watched, with save_state=True, "
+                "but this one does not hold the weights at which to linearise. Remove the callback, or start a new run."
             )
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -273,7 +283,7 @@ class LinearizationMonitor(Callback):
                 self._capture(trainer, pl_module, optimizer, resumed)
         except (ValueError, TypeError, MemoryError) as error:
             raise MisconfigurationException(f"LinearizationMonitor cannot capture this run. {error}") from error
-        if self._observation is not None and not any(row["step"] == self._step for row in self.history):
+        if self._observation is not None and resumed is None:
             self._measure(trainer, pl_module)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
@@ -356,6 +366,7 @@ class LinearizationMonitor(Callback):
             twin_every=self.twin_every,
             per_parameter=self.per_parameter,
             taylor=self.taylor,
+            closest=self.closest,
             modes=self.modes,
             progress=self.progress and shows_progress(trainer),
         )

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from lightning_ntk.capture import Capture
-from lightning_ntk.distances import parameter_distances, ratio, root_mean_square, weight_distances
+from lightning_ntk.distances import norm, parameter_distances, ratio, root_mean_square, weight_distances
 from lightning_ntk.following import LinearizedNetwork
 from lightning_ntk.linearization import Tensors
 from lightning_ntk.training import LinearizedTraining
@@ -94,3 +94,24 @@ def compare_modes(
         residuals = basis.T @ (outputs - training.targets).flatten()
         scalars |= {f"mode/{i}/{kind}": value for i, value in enumerate(residuals.tolist(), 1)}
     return scalars
+
+
+def compare_closest(training: LinearizedTraining, displacement: Tensors, steps: int) -> dict[str, float]:
+    r"""How near the whole linearised trajectory comes to the trained weights, whatever the time.
+
+    Args:
+        training: The captured problem.
+        displacement: w_t - w_0.
+        steps: t, which sets how far to look where there are no closed forms for all times: to 4 t.
+
+    Returns:
+        `closest_time`, in optimizer steps at the learning rate of the capture, infinite for the limit; `closest_distance`, then,
+        relative to :math:`|w_t - w_0|`; and, with all modes, `distance_floor` :math:`\sqrt{1 - s^2}`, under which no
+        time can go, with s the share of :math:`w_t - w_0` in the span of :math:`J^\top`.
+    """
+    moved = norm(displacement)
+    if moved == 0:
+        return {"closest_time": 0.0, "closest_distance": 0.0}
+    closest = training.closest(displacement, until=None if training.knows_all_times else 4.0 * max(steps, 1))
+    scalars = {"closest_time": float(closest.time), "closest_distance": closest.distance / moved}
+    return scalars if closest.floor is None else scalars | {"distance_floor": closest.floor}

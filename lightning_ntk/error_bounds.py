@@ -164,7 +164,8 @@ class RunningBound:
     same optimizer on one number without curvature, driven by the defect's absolute value, is therefore a bound: rigorous for
     constant settings, and for any learning rates without momentum. Learning rates that change while there is momentum make
     it an estimate, because products of different steps are no polynomial of one kind; so does Nesterov's momentum, for which
-    :math:`|h_n(\lambda)| \le h_n(0)` was found numerically only. Unstable steps are magnified by their spectral radius.
+    :math:`|h_n(\lambda)| \le h_n(0)` was found numerically only. Weight decay counts as far as `credited_decay` allows.
+    Unstable steps are magnified by their spectral radius.
 
     Args:
         modes: Ritz pairs of the residual and of every carried vector.

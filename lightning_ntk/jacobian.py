@@ -115,7 +115,7 @@ class StoredJacobian:
     def jvp(self, tangent: Mapping[str, Tensor]) -> Tensor:
         """J v, `(N, K)` in float64."""
         products = [
-            (block.flatten(2) @ tangent[name].to(block).reshape(-1)).to(wide_dtype(block.device))
+            (block.reshape(*block.shape[:2], -1) @ tangent[name].to(block).reshape(-1)).to(wide_dtype(block.device))
             for name, block in self.blocks.items()
         ]
         return torch.stack(products).sum(0)
@@ -123,7 +123,7 @@ class StoredJacobian:
     def vjp(self, cotangents: Tensor) -> Tensors:
         """J^T u for cotangents `(T, N, K)`, results `(T, *shape)` in float64."""
         return {
-            name: (cotangents.flatten(1).to(block) @ block.flatten(2).flatten(0, 1))
+            name: (cotangents.flatten(1).to(block) @ block.reshape(block.shape[:2].numel(), -1))
             .reshape(len(cotangents), *block.shape[2:])
             .to(wide_dtype(block.device))
             for name, block in self.blocks.items()

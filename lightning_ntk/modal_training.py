@@ -11,7 +11,7 @@ from lightning_ntk.dynamics.hyperparameters import Hyperparameters
 from lightning_ntk.dynamics.stability import max_learning_rate
 from lightning_ntk.error_bounds import ErrorBound, combined_bound, gradient_flow_bound
 from lightning_ntk.readout import LinearizedState, Readout
-from lightning_ntk.refinement import LanczosSolver, ModalSolver
+from lightning_ntk.refinement import CompleteModes, LanczosSolver, ModalSolver
 from lightning_ntk.run import Run
 
 
@@ -88,6 +88,25 @@ class ModalTraining:
             self.solver, self._form, self._factor, [c.start for c in self._carried], self._readout.state,
             decays=self.hyperparameters.decays_to_zero or self.hyperparameters.decay == "initial",
         )  # fmt: skip
+
+    @property
+    def last_time(self) -> float | None:
+        """The last time that can be asked for at bearable cost, infinity included, or None if nothing sets one."""
+        constant, complete = self.hyperparameters.constant, isinstance(self.solver, CompleteModes)
+        if constant and complete and self.has_closed_form(1) and not self.unstable:
+            return math.inf
+        return None if constant or self.hyperparameters.steps == math.inf else self.hyperparameters.steps
+
+    def time_scales(self, dtype: torch.dtype) -> tuple[float, float]:
+        """Steps in which the fastest and the slowest mode above the rounding of `dtype` lose a factor e of their residual."""
+        rate = self._form.rate
+        largest = max(m.eigenvalues[-1].item() for m in self.solver.modes)
+        cutoff = max(m.cutoff(dtype) for m in self.solver.modes)
+        moving = [m.eigenvalues[m.eigenvalues > cutoff] for m in self.solver.modes]
+        smallest = min((values.min().item() for values in moving if len(values)), default=math.inf)
+        if rate == 0 or largest <= 0:
+            return 1.0, math.inf
+        return 1 / (rate * (largest + self._form.ridge)), 1 / (rate * (smallest + self._form.ridge))
 
     def prepare(self, horizon: float) -> None:
         """Refines for times up to a number of steps; without a closed form, for gradient flow over the same time."""

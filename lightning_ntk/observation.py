@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_ntk.capture import Capture, JacobianStorage
-from lightning_ntk.comparison import compare_functions, compare_modes, compare_weights
+from lightning_ntk.comparison import compare_closest, compare_functions, compare_modes, compare_weights
 from lightning_ntk.distances import difference
 from lightning_ntk.dynamics_choice import choose_dynamics
 from lightning_ntk.following import Follower, ModesFollower, ReplayFollower, StepSettings, TwinFollower
@@ -41,6 +41,7 @@ class Options:
     twin_every: int = 1
     per_parameter: bool = False
     taylor: bool = True
+    closest: bool = False
     modes: int = 0
     progress: bool = False
 
@@ -235,6 +236,8 @@ class Observation:
                 scalars |= compare_functions(self._reference, weights, network, pushed)
                 if self.training is not None and options.modes:
                     scalars |= compare_modes(self.training, weights, network, options.modes)
+                if self.training is not None and options.closest:
+                    scalars |= compare_closest(self.training, displacement, self.steps)
             if self._evaluation is not None:
                 pushed = self._evaluation.push_forward(displacement).cpu() if options.taylor else None
                 there = compare_functions(self._evaluation, weights, network._replace(predictions=None), pushed)
@@ -314,6 +317,10 @@ class Observation:
         else:
             described = dict(settings) | {name: bool(settings[name]) for name in ("nesterov", "maximize")}
             described["momentum_buffers"] = momentum
+        if options.closest and multiples is not None and not set(multiples.values()) <= {0.0, 1.0}:
+            raise ValueError(
+                "Expected one learning rate with `closest=True` but the parameter groups have several. Use closest=False."
+            )
         self.training = LinearizedTraining(
             self._reference, solver=options.solver, horizon=self._horizon, lr_scales=multiples, **described
         )

@@ -76,9 +76,14 @@ class Scaling:
             else ScaledJacobian(capture.jacobian, self._roots)
         )
 
+    @property
+    def freezes_only(self) -> bool:
+        """Whether all learning rates are equal but for frozen parameters."""
+        return set(self.multiples.values()) <= {0.0, 1.0}
+
     def require_commuting(self, weight_decay: float) -> None:
         """Raises a ValueError where weight decay and unequal learning rates meet."""
-        if weight_decay != 0 and not set(self.multiples.values()) <= {0.0, 1.0}:
+        if weight_decay != 0 and not self.freezes_only:
             raise ValueError(
                 f"Expected no weight decay with learning rates that differ between parameters but got {weight_decay}: weights "
                 'that shrink at different rates leave the modes of the kernel. Use dynamics="twin", which trains the '

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from lightning_ntk.capture import Capture, training_kernel
 from lightning_ntk.jacobian import StoredJacobian, wide_dtype
+from lightning_ntk.kernel import count_operations
 from lightning_ntk.memory import available_memory
 from lightning_ntk.refinement import CompleteModes, ModalSolver, solve_by_lanczos
 from lightning_ntk.scaling import Scaling
@@ -69,6 +70,9 @@ def solve(
         jacobian_stored=isinstance(capture.jacobian, StoredJacobian),
         vectors=len(vectors),
     )
+    if not (problem.kernel_given or problem.jacobian_stored):
+        kernel_operations, forward_operations = count_operations(linearization, capture.reference)
+        problem = problem._replace(kernel_operations=kernel_operations, forward_operations=forward_operations)
     free = min(available_memory(), available_memory(linearization.device))
     choice = choose_solver(problem, solver=solver, matrix_free=matrix_free, free_memory=free)
     _log.info("%s", choice.reason)

@@ -10,6 +10,8 @@ Solver = Literal["auto", "eigh", "lanczos"]
 # Relative costs of an operation: a matrix product is 1; a factorisation and a product with a vector wait for memory.
 _EIGH_OPERATIONS = 20.0  # times rows^3
 _MEMORY_BOUND = 10.0
+# A forward, a backward and a forward-mode pass, in forward passes.
+_PASSES = 6.0
 # Below, some seconds on one core, the complete decomposition is preferred: it answers every time exactly.
 _FEW_OPERATIONS = 5e11
 # Steps that are planned for when nobody says how many there will be.
@@ -33,6 +35,7 @@ class Problem(NamedTuple):
         jacobian_stored: Whether J is kept in memory.
         vectors: Start vectors of Lanczos: one, and one more for weights that decay or a momentum buffer.
         kernel_operations: What forming the kernel costs; by default (N K)^2 P, half of a contraction of Jacobians.
+        forward_operations: What one forward pass over the data costs; by default 2 N P, each parameter used once.
     """
 
     samples: int
@@ -44,6 +47,7 @@ class Problem(NamedTuple):
     jacobian_stored: bool = False
     vectors: int = 1
     kernel_operations: float | None = None
+    forward_operations: float | None = None
 
     @property
     def rows(self) -> int:
@@ -90,8 +94,8 @@ def choose_solver(
     """The way with the fewest operations among those that fit into memory; a cheap eigendecomposition is always taken.
 
     Counted are, with q products expected: for the kernel `problem.kernel_operations`; for its eigendecomposition
-    20 (N K)^3; for Lanczos on it 20 q (N K)^2 + 4 q^2 N K; without it, 12 q N P + 4 q^2 N K, a forward,
-    a backward and a forward-mode pass each time.
+    20 (N K)^3; for Lanczos on it 20 q (N K)^2 + 4 q^2 N K; without it, 6 q times `problem.forward_operations`
+    + 4 q^2 N K, a forward, a backward and a forward-mode pass each time.
 
     Args:
         problem: The sizes.
@@ -154,7 +158,8 @@ def _ways(problem: Problem) -> list[_Way]:
     )
     if problem.kernel_given:
         return [eigh, dense]
-    passes = 4 * _MEMORY_BOUND * rows * parameters if problem.jacobian_stored else 12 * problem.samples * parameters
+    forward = 2.0 * problem.samples * parameters if problem.forward_operations is None else problem.forward_operations
+    passes = 4 * _MEMORY_BOUND * rows * parameters if problem.jacobian_stored else _PASSES * forward
     weights = 3 * 8 * parameters
     free = _Way(
         "lanczos",

@@ -1,5 +1,6 @@
 """The linearised network trained on a data set: captured once, then answered for every time."""
 
+import math
 import warnings
 from collections.abc import Mapping, Sequence
 
@@ -10,6 +11,7 @@ from lightning_ntk.arguments import require_choice
 from lightning_ntk.capture import Capture, JacobianStorage
 from lightning_ntk.carried import carried_vectors
 from lightning_ntk.closed_form import Dynamics
+from lightning_ntk.closest import ClosestTime, find_closest
 from lightning_ntk.dynamics.hyperparameters import Decay, Hyperparameters, LearningRate
 from lightning_ntk.isolation import preserved_rng
 from lightning_ntk.jacobian import StreamedJacobian, predict
@@ -145,7 +147,9 @@ class LinearizedTraining:
             self._scaling.require_commuting(weight_decay)
         scaled = self.capture if self._scaling is None else self._scaling.capture
         with preserved_rng():
-            carried = carried_vectors(self.capture, self.hyperparameters, momentum_buffers, self._scaling)
+            self._carried = carried = carried_vectors(
+                self.capture, self.hyperparameters, momentum_buffers, self._scaling
+            )
             residual = self.initial_predictions.cpu().double() - self.targets
             solution = solve(
                 self.capture, [residual, *(c.image for c in carried)], scaling=self._scaling, ntk=ntk, solver=solver,
@@ -297,6 +301,28 @@ class LinearizedTraining:
     def state(self, t: float | None) -> LinearizedState:
         """The linearised network after `t` steps, in function space: no pass over the data, unless Lanczos needs more."""
         return self._modal.state(t)
+
+    @property
+    def knows_all_times(self) -> bool:
+        """Whether `closest` looks at all times to infinity, from closed forms on all modes."""
+        return self._modal.last_time == math.inf and self._modal.has_closed_form(1)
+
+    def closest(self, displacement: Mapping[str, Tensor], *, until: float | None = None) -> ClosestTime:
+        """The time at which the linearised network is closest to given weights, and the distance there.
+
+        One pass of Jacobian-vector products and one that forms the weights of the time found; the search takes none.
+
+        Args:
+            displacement: w - w0, with the names and shapes of `initial_weights`.
+            until: The last time to look at, in optimizer steps. Default: infinity where every time has a closed form and all
+                modes are known, the number of learning rates where they are a sequence.
+
+        Raises:
+            ValueError: If `until` is needed, or there is no such time, or with `lr_scales` other than 0 and 1.
+        """
+        return find_closest(
+            self.capture, self._scaling, self._modal, self._carried, displacement, until, self.displacement_of
+        )
 
     def follow(self) -> Run:
         """These dynamics from step 0 on, to be advanced with the settings of a run: `.step(settings)` and `.state`.

@@ -406,14 +406,7 @@ def test_more_memory_than_there_is_ends_the_run_before_training(monkeypatch: pyt
 
 
 @pytest.mark.tested("several monitors", "gradient_descent", "gradient_flow")
-def test_resuming_and_equal_names_are_refused(tmp_path: Path) -> None:
-    trainer, module = fit(None, make_module(), max_steps=2)
-    trainer.save_checkpoint(tmp_path / "last.ckpt")
-    resumed = Trainer(
-        max_steps=4, accelerator="cpu", logger=False, enable_checkpointing=False, callbacks=[LinearizationMonitor()]
-    )
-    with pytest.raises(MisconfigurationException, match="ckpt_path"):
-        resumed.fit(module, DataLoader(digits(), batch_size=11), ckpt_path=tmp_path / "last.ckpt")
+def test_equal_names_are_refused() -> None:
     with pytest.raises(MisconfigurationException, match="have the name 'ntk'"):
         fit(LinearizationMonitor(), make_module(), callbacks=[LinearizationMonitor(steps=5)])
     both = LinearizationMonitor(), LinearizationMonitor(steps=5, name="other", dynamics="gradient_flow")

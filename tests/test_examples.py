@@ -1,11 +1,16 @@
 """The examples run, and say what they claim."""
 
+import math
 import runpy
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from lightning_ntk import empirical_ntk
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
@@ -29,3 +34,58 @@ def test_digits_in_minibatches_says_what_is_not_described(tmp_path: Path, monkey
     monkeypatch.setattr(sys, "argv", ["digits.py", *options])
     with pytest.warns(UserWarning, match="each step sees 20 of 50 samples"):
         runpy.run_path(str(EXAMPLES / "digits.py"), run_name="__main__")
+
+
+def test_a_sweep_of_widths_and_seeds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    options = ["--widths", "8", "32", "--seeds", "0", "1", "--steps", "20", "--workers", "0"]
+    monkeypatch.setattr(sys, "argv", ["sweep.py", *options])
+    for _ in range(2):  # the second time from the storage
+        runpy.run_path(str(EXAMPLES / "sweep.py"), run_name="__main__")
+        printed = capsys.readouterr().out
+        assert "| width | seed | step | ntk/relative_weight_distance |" in printed
+        assert "width 32: " in printed
+        assert float(printed.rpartition("over width: ")[2].split()[0]) < 0  # wider is lazier
+    assert (tmp_path / "sweep.journal").exists()
+
+
+def scaled(name: str) -> Any:
+    return runpy.run_path(str(EXAMPLES / "reproductions" / "ntk_parametrization.py"))[name]
+
+
+def test_both_parametrizations_are_one_function_at_initialisation() -> None:
+    inputs = torch.randn(5, 7, dtype=torch.float64)
+    outputs = []
+    for parametrization in ("ntk", "standard"):
+        torch.manual_seed(0)
+        network = scaled("mlp")([7, 33, 20, 3], torch.nn.ReLU, parametrization, sigma_w=1.4, sigma_b=0.3).double()
+        outputs.append(network(inputs))
+    torch.testing.assert_close(outputs[0], outputs[1], rtol=1e-6, atol=1e-7)  # drawn in float32
+
+
+def test_a_scaled_layer_is_its_formula() -> None:
+    layer = scaled("ScaledLinear")(6, 4, sigma_w=1.5, sigma_b=0.2).double()
+    x = torch.randn(2, 3, 6, dtype=torch.float64)
+    expected = 1.5 / math.sqrt(6) * x @ layer.linear.weight.T + 0.2 * layer.bias.weight[:, 0]
+    torch.testing.assert_close(layer(x), expected, rtol=1e-12, atol=1e-12)
+    assert scaled("ScaledLinear")(6, 4).bias is None
+    torch.manual_seed(0)
+    assert scaled("ScaledLinear")(100, 400).linear.weight.std().item() == pytest.approx(1, abs=0.02)
+    with pytest.raises(
+        ValueError, match='Expected argument `parametrization` to be "ntk" or "standard" but got \'mup\''
+    ):
+        scaled("ScaledLinear")(6, 4, "mup")
+
+
+def test_the_kernel_of_the_ntk_parametrization_does_not_grow_with_width() -> None:
+    inputs = torch.randn(6, 5)
+    traces: dict[str, list[float]] = {"ntk": [], "standard": []}
+    for parametrization, found in traces.items():
+        for width in (256, 1024):
+            torch.manual_seed(1)
+            network = scaled("mlp")([5, width, width, 2], torch.nn.Tanh, parametrization, sigma_b=0.1)
+            found.append(empirical_ntk(network, inputs).trace().item())
+    assert traces["ntk"][1] / traces["ntk"][0] == pytest.approx(1, abs=0.1)
+    assert traces["standard"][1] / traces["standard"][0] == pytest.approx(4, abs=0.4)

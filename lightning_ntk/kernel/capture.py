@@ -14,6 +14,16 @@ from torch.utils import _pytree as pytree
 from lightning_ntk.isolation import isolated_pass
 from lightning_ntk.kernel.factors import Dense, Factor, Outer
 from lightning_ntk.kernel.layers import RULES, Rule
+from lightning_ntk.kernel.selections import (
+    VIEWS,
+    Selection,
+    depends_on_batch,
+    follow_batch,
+    looked_up,
+    mark_batch,
+    of_parameter,
+    view_of,
+)
 from lightning_ntk.kernel.unrolled import UNROLLED
 from lightning_ntk.linearization import Linearization, Tensors
 
@@ -57,7 +67,10 @@ class _Recorder(TorchFunctionMode):
 
     def __init__(self, params: Tensors) -> None:
         super().__init__()
+        self.params = params
         self.names = {id(tensor): name for name, tensor in params.items()}
+        # With the selecting tensor, so that no other takes its identity.
+        self.selections: dict[int, tuple[Selection, Tensor]] = {}
         self.calls: list[Call] = []
         self.uncovered: set[str] = set()
         self.recording = True
@@ -66,25 +79,61 @@ class _Recorder(TorchFunctionMode):
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        names = frozenset(self.names[id(x)] for x in _leaves((args, kwargs)) if id(x) in self.names)
-        if not names:
-            return func(*args, **kwargs)
+        leaves = list(_leaves((args, kwargs)))
+        names = frozenset(self.names[id(x)] for x in leaves if id(x) in self.names)
+        result = self._run(func, names, args, kwargs) if names else func(*args, **kwargs)
+        if any(depends_on_batch(x) for x in leaves):
+            follow_batch(func, args, _leaves(result))
+        return result
+
+    def _run(
+        self, func: Callable[..., Any], names: frozenset[str], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
         if torch.is_grad_enabled():  # off in the forward of a custom autograd Function, whose backward is its own
             if func in UNROLLED:
                 with self:
                     result = UNROLLED[func](*args, **kwargs)
                 if result is not NotImplemented:
                     return result
+            if func is F.embedding and self._select(func, names, args, kwargs, [looked := func(*args, **kwargs)]):
+                return looked
             if func in RULES:
                 return self._call(func, names, args, kwargs)
             if isinstance(func, FunctionType) and func.__module__ == F.__name__:
                 with self:
                     return _body(func)(*args, **kwargs)
         result = func(*args, **kwargs)
+        if torch.is_grad_enabled() and self._select(func, names, args, kwargs, list(_leaves(result))):
+            return result
         # Questions about a parameter, such as its shape, and conversions that return it as it is are no uses.
         if self.recording and any(isinstance(x, Tensor) and id(x) not in self.names for x in _leaves(result)):
             self.uncovered |= names
         return result
+
+    def _select(
+        self,
+        func: Callable[..., Any],
+        names: frozenset[str],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        results: list[Any],
+    ) -> bool:
+        """Whether the results are parts of a parameter; if so, they stand for it from now on."""
+        if len(names) > 1:
+            return False
+        (name,) = names
+        selections: list[Selection | None] = []
+        if func in VIEWS:
+            selections = [view_of(name, self.params[name], result) for result in results]
+        elif func is F.embedding and args[1] is self.params[name] and not depends_on_batch(args[0]):
+            selections = [looked_up(name, *args, **kwargs)]
+        found = [selection for selection in selections if selection is not None]
+        if not found or len(found) < len(results):
+            return False
+        for result, selection in zip(results, found, strict=True):
+            self.names[id(result)] = name
+            self.selections[id(result)] = selection, result
+        return True
 
     def _call(
         self, func: Callable[..., Any], names: frozenset[str], args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -123,7 +172,7 @@ def record_usage(linearization: Linearization, inputs: Any, cotangents: Callable
                 stacks.append(list(_apply_rules(recorder, gradients)))
         return Usage(stacks, recorder.uncovered, outputs.detach())
 
-    inputs = linearization.convert(inputs)
+    inputs = mark_batch(linearization.convert(inputs))
     isolated = isolated_pass(linearization.module, linearization.device.type)
     with isolated, torch.enable_grad(), torch.compiler.set_stance("force_eager"), recorder:
         return linearization.apply(params, inputs, differentiate)
@@ -157,10 +206,13 @@ def _apply_rules(recorder: _Recorder, gradients: list[Tensor]) -> Iterator[UsedP
     for call, gradient in zip(recorder.calls, gradients, strict=True):
         covered = set()
         args, kwargs = pytree.tree_map_only(Tensor, _detached, (call.args, call.kwargs))
+        enlarged: dict[int, Tensor] = {}
         for tensor, factor in call.rule(gradient, *args, **kwargs):
             name = recorder.names.get(id(tensor))
             if name is not None:
                 covered.add(name)
+                if id(tensor) in recorder.selections:
+                    factor = of_parameter(factor, recorder.selections[id(tensor)][0], enlarged)
                 yield UsedParameter(name, factor)
         recorder.uncovered |= call.names - covered
 

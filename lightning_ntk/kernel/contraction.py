@@ -15,11 +15,13 @@ from torch.utils import _pytree as pytree
 from lightning_ntk.isolation import isolated_pass
 from lightning_ntk.linearization import Linearization, Tensors
 from lightning_ntk.memory import empty_matrix
-from lightning_ntk.progress import track
+from lightning_ntk.progress import track_operations
 from lightning_ntk.reference import Reference
 
 # Samples whose activations, K times each, are held at once while their Jacobians are made.
 _VMAP_CHUNK = 32
+# Making one element of a Jacobian, in multiply-adds of a long matrix product.
+_JACOBIAN_COST = 400
 
 
 def sample_jacobians(linearization: Linearization, inputs: object, names: Sequence[str] | None = None) -> Tensors:
@@ -69,8 +71,8 @@ def _match_autograd(linearization: Linearization, inputs: object, jacobians: Ten
     tolerance = 1e4 * torch.finfo(first.dtype).eps
     close = []
     for name, block in jacobians.items():
-        product = cotangent.flatten() @ block.flatten(0, 1).flatten(1)
-        scale = (block.flatten(2).square().sum(2) * cotangent.square()).sum().sqrt()
+        product = cotangent.flatten() @ block.reshape(block.shape[:2].numel(), -1)
+        scale = (block.reshape(*cotangent.shape, -1).square().sum(2) * cotangent.square()).sum().sqrt()
         close.append((product - expected[name].flatten()).norm() <= tolerance * scale)
     return bool(torch.stack(close).all())
 
@@ -94,7 +96,9 @@ def contract(first: Tensors, second: Tensors, dtype: torch.dtype | None = None) 
     """J1 J2^T, in `dtype`, for Jacobians `(B1, K, *shape)` and `(B2, K, *shape)` of every parameter: `(B1 K, B2 K)`."""
     total: Tensor | None = None
     for name, block in first.items():
-        rows, columns = (jacobian.flatten(0, 1).flatten(1).to(dtype) for jacobian in (block, second[name]))
+        rows, columns = (
+            jacobian.reshape(jacobian.shape[:2].numel(), -1).to(dtype) for jacobian in (block, second[name])
+        )
         total = rows @ columns.T if total is None else total.addmm_(rows, columns.T)
     assert total is not None
     return total
@@ -133,16 +137,35 @@ def contraction_kernel(
     blocks = [
         (i, j) for i in range(0, len(rows), size) for j in range(0, len(columns), size) if not symmetric or i <= j
     ]
+    operations = _operations(
+        blocks, size, (len(rows), len(columns)), symmetric, num_outputs, linearization.num_parameters
+    )
     held: tuple[int, Tensors] | None = None
-    for i, j in track(blocks, "kernel by contraction", enabled=progress):
-        if held is None or held[0] != i:
-            held = None  # freed before the next block is made
-            held = (i, sample_jacobians(linearization, rows.read(i, i + size).inputs))
-        first = held[1]
-        second = first if symmetric and i == j else sample_jacobians(linearization, columns.read(j, j + size).inputs)
-        block = contract(first, second, dtype)
-        at_row, at_column = i * num_outputs, j * num_outputs
-        kernel[at_row : at_row + block.shape[0], at_column : at_column + block.shape[1]] = block
-        if symmetric and i != j:
-            kernel[at_column : at_column + block.shape[1], at_row : at_row + block.shape[0]] = block.T
+    with track_operations("kernel by contraction", total=sum(operations), enabled=progress) as advance:
+        for (i, j), cost in zip(blocks, operations, strict=True):
+            if held is None or held[0] != i:
+                held = None  # freed before the next block is made
+                held = (i, sample_jacobians(linearization, rows.read(i, i + size).inputs))
+            first = held[1]
+            same = symmetric and i == j
+            second = first if same else sample_jacobians(linearization, columns.read(j, j + size).inputs)
+            block = contract(first, second, dtype)
+            at_row, at_column = i * num_outputs, j * num_outputs
+            kernel[at_row : at_row + block.shape[0], at_column : at_column + block.shape[1]] = block
+            if symmetric and i != j:
+                kernel[at_column : at_column + block.shape[1], at_row : at_row + block.shape[0]] = block.T
+            advance(cost)
     return kernel
+
+
+def _operations(
+    blocks: list[tuple[int, int]], size: int, samples: tuple[int, int], symmetric: bool, outputs: int, parameters: int
+) -> list[float]:
+    """Multiply-adds of every block: of its product, and of the Jacobians made for it."""
+    operations, held = [], None
+    for i, j in blocks:
+        height, width = min(size, samples[0] - i), min(size, samples[1] - j)
+        made = (height if held != i else 0) + (0 if symmetric and i == j else width)
+        operations.append(float(outputs * parameters * (made * _JACOBIAN_COST + height * width * outputs)))
+        held = i
+    return operations

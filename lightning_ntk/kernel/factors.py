@@ -71,6 +71,11 @@ class Dense:
 
     jacobian: Tensor
 
+    @property
+    def shape(self) -> torch.Size:
+        """The parameter's shape."""
+        return self.jacobian.shape[2:]
+
     def dense(self) -> Tensor:
         """The Jacobian `(R, K, *shape)`."""
         return self.jacobian

@@ -38,10 +38,10 @@ def register_rule(*functions: Callable[..., Any]) -> Callable[[Rule], Rule]:
         A decorator.
 
     Example:
-        >>> @register_rule(torch.mul)  # torch.mul(input, scale), for inputs (N, D) and a parameter (D,)
-        ... def scaled(gradients, input, scale):
-        ...     yield scale, Dense((gradients * input).transpose(0, 1))
-        >>> RULES.pop(torch.mul) is scaled
+        >>> @register_rule(torch.sub)  # torch.sub(input, shift), for inputs (N, D) and a parameter (D,)
+        ... def shifted(gradients, input, shift):
+        ...     yield shift, Dense(-gradients.transpose(0, 1))
+        >>> RULES.pop(torch.sub) is shifted
         True
     """
 

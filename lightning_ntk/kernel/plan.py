@@ -3,7 +3,7 @@
 import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,6 +11,7 @@ from torch.utils import _pytree as pytree
 
 from lightning_ntk.kernel.capture import (
     Layout,
+    Usage,
     UsedParameter,
     by_sample,
     find_layout,
@@ -19,6 +20,15 @@ from lightning_ntk.kernel.capture import (
     record_usage,
 )
 from lightning_ntk.kernel.contraction import sample_jacobians
+from lightning_ntk.kernel.costs import (
+    PASS_COST,
+    Cost,
+    Method,
+    cheapest_method,
+    forward_cost,
+    kernel_size,
+    same_for_all_samples,
+)
 from lightning_ntk.kernel.factors import Dense, Factor, Factors, Gram, Outer, add_block, gram_of
 from lightning_ntk.linearization import Linearization, Tensors
 from lightning_ntk.reference import Reference
@@ -27,11 +37,6 @@ from lightning_ntk.reference import Reference
 _PROBE_SAMPLES = 3
 # Relative tolerance of the verification, in roundings of the type of the passes.
 _PROBE_ROUNDINGS = 1e4
-# An elementwise product, and an operation of the short products over positions, in operations of a long matrix product.
-_ELEMENTWISE_COST = 16
-_POSITIONS_COST = 3
-
-
 # Elements of a parameter whose Jacobian is joined with others.
 _SMALL = 1024
 
@@ -49,7 +54,19 @@ class Unit(NamedTuple):
     """
 
     names: tuple[str, ...]
-    method: Literal["gram", "shared", "dense"]
+    method: Method
+
+
+class Operations(NamedTuple):
+    """Floating-point operations, two for a multiply-add of a long matrix product.
+
+    Attributes:
+        kernel: Of the kernel of a data set with itself.
+        forward: Of one forward pass over the data set.
+    """
+
+    kernel: float
+    forward: float
 
 
 @dataclass(frozen=True)
@@ -60,6 +77,7 @@ class Plan:
         layouts: For every parameter with a rule, where the samples are in its rows.
         units: Parameters computed by rules.
         contracted: Parameters whose Jacobians are made by vmap.
+        cost: Operations, from the passes to the kernel.
         factor_bytes: Memory for the factors of one sample.
         pass_bytes: Memory for one sample during the passes that make them.
     """
@@ -67,8 +85,9 @@ class Plan:
     layouts: dict[str, Layout]
     units: tuple[Unit, ...]
     contracted: tuple[str, ...]
-    factor_bytes: int = 0
-    pass_bytes: int = 0
+    cost: Cost
+    factor_bytes: int
+    pass_bytes: int
 
 
 def make_plan(linearization: Linearization, rows: Reference, columns: Reference | None) -> Plan:
@@ -84,11 +103,8 @@ def make_plan(linearization: Linearization, rows: Reference, columns: Reference 
     cotangent: list[Tensor] = []
 
     def cotangents(outputs: Tensor) -> list[Tensor]:
-        generator = torch.Generator().manual_seed(0)
-        # Drawn on the CPU, so that the numbers are the same on every device.
-        cotangent.append(torch.randn(outputs.shape, generator=generator, dtype=torch.float64).to(outputs))
-        each_sample = torch.eye(samples, dtype=outputs.dtype, device=outputs.device).unsqueeze(2) * cotangent[0]
-        return [one_hot_cotangents(outputs), each_sample]
+        cotangent.append(_random_cotangent(outputs))
+        return [one_hot_cotangents(outputs), _one_sample_each(cotangent[0])]
 
     usage = record_usage(linearization, inputs, cotangents)
     if len(usage.outputs) != samples:
@@ -96,8 +112,12 @@ def make_plan(linearization: Linearization, rows: Reference, columns: Reference 
     layouts, coupled = _find_layouts(usage.factors[1])
     used = {name for name, _ in usage.factors[0]}
     merged = _merge(_by_parameter(usage.factors[0], layouts, samples, usage.uncovered | coupled))
+    outputs = usage.outputs.shape[1]
     sizes = len(rows), len(columns or rows)
-    units = tuple(Unit(names, _method(factors, *sizes, columns is None)) for names, factors in merged.items())
+    choices = {
+        names: cheapest_method(factors, outputs, *sizes, symmetric=columns is None) for names, factors in merged.items()
+    }
+    units = tuple(Unit(names, method) for names, (method, _) in choices.items())
 
     expected = linearization.predict_and_vjp([cotangent[0]], inputs)[1][0]
     parts = [pack([unit], merged, {}) for unit in units]
@@ -115,16 +135,64 @@ def make_plan(linearization: Linearization, rows: Reference, columns: Reference 
     contracted = usage.uncovered | coupled | culprits
     kept = [not contracted.intersection(unit.names) for unit in units]
     itemsize = linearization.dtype.itemsize
-    direct = sum(linearization.params[name].numel() for name in contracted) * usage.outputs.shape[1] * itemsize
+    direct = sum(linearization.params[name].numel() for name in contracted) * outputs * itemsize
     factor_bytes = direct + sum(part.nbytes for part, keep in zip(parts, kept, strict=True) if keep) // samples
     tensors = {id(t): t for _, factor in usage.factors[0] for t in _tensors(factor)}
     return Plan(
         layouts,
         tuple(unit for unit, keep in zip(units, kept, strict=True) if keep),
         tuple(name for name in linearization.params if name in contracted),
+        _total_cost(
+            linearization,
+            usage,
+            [cost for names, (_, cost) in choices.items() if not contracted.intersection(names)],
+            contracted,
+        ),
         factor_bytes,
         factor_bytes + 2 * sum(t.numel() * t.element_size() for t in tensors.values()) // samples,
     )
+
+
+def count_operations(linearization: Linearization, reference: Reference) -> Operations:
+    """What the kernel of a data set with itself and a pass over it would cost, from two backward passes over few samples.
+
+    The plan is made as for the kernel, but not verified.
+    """
+    inputs, samples = _probe_inputs(reference)
+
+    def cotangents(outputs: Tensor) -> list[Tensor]:
+        # One row for all samples, as the one-hot cotangents are: what a last layer makes of it is seen.
+        return [outputs.new_ones(1, 1, 1).expand(1, *outputs.shape), _one_sample_each(_random_cotangent(outputs))]
+
+    usage = record_usage(linearization, inputs, cotangents)
+    size = len(reference)
+    if len(usage.outputs) != samples:  # for the first pass over the data to complain about
+        return Operations(float(size) ** 2 * linearization.num_parameters, float(size) * linearization.num_parameters)
+    layouts, coupled = _find_layouts(usage.factors[1])
+    contracted = usage.uncovered | coupled
+    merged = _merge(_by_parameter(usage.factors[0], layouts, samples, contracted))
+    outputs = usage.outputs.shape[1]
+    costs = [cheapest_method(factors, outputs, size, size, symmetric=True)[1] for factors in merged.values()]
+    total = _total_cost(linearization, usage, costs, contracted)
+    return Operations(
+        2 * total.total(*kernel_size(size, size, symmetric=True)),
+        2 * size * _forward_cost(linearization, usage, contracted),
+    )
+
+
+def _forward_cost(linearization: Linearization, usage: Usage, contracted: set[str]) -> float:
+    """Multiply-adds of a forward pass of one sample, as far as they are with parameters."""
+    covered = [factor for name, factor in usage.factors[0] if name not in contracted]
+    rest = sum(linearization.params[name].numel() for name in contracted)
+    return forward_cost(covered, len(usage.outputs)) + rest
+
+
+def _total_cost(linearization: Linearization, usage: Usage, costs: Sequence[Cost], contracted: set[str]) -> Cost:
+    """That of the passes, of all units, and of the parameters without a rule."""
+    outputs = usage.outputs.shape[1]
+    passes = PASS_COST * (1 + 2 * outputs) * _forward_cost(linearization, usage, contracted)
+    direct = sum(linearization.params[name].numel() for name in contracted)
+    return sum(costs, Cost((2 if contracted else 1) * passes, outputs**2 * direct))
 
 
 def collect(linearization: Linearization, inputs: Any, plan: Plan) -> Factors:
@@ -149,15 +217,15 @@ def collect(linearization: Linearization, inputs: Any, plan: Plan) -> Factors:
 def pack(units: Sequence[Unit], merged: dict[tuple[str, ...], list[Factor]], jacobians: Tensors) -> Factors:
     """The factors laid out for products: a Gram for each unit that has one, and the dense Jacobians."""
     grams: list[Gram] = []
-    dense: list[Tensor] = [jacobian.flatten(2) for jacobian in jacobians.values()]
+    dense: list[Tensor] = [_by_row(jacobian) for jacobian in jacobians.values()]
     for unit in units:
         factors = merged[unit.names]
         if unit.method == "dense":
-            dense += [factor.dense().flatten(2) for factor in factors]
+            dense += [_by_row(factor.dense()) for factor in factors]
             continue
         outers = [factor for factor in factors if isinstance(factor, Outer)]
         shared = unit.method == "shared"
-        if len(outers) < len(factors) or (shared and not _same_for_all_samples(outers[0])):
+        if len(outers) < len(factors) or (shared and not same_for_all_samples(outers[0])):
             raise PlanChangedError(f"Some samples use the parameters {sorted(unit.names)} differently from others.")
         grams.append(gram_of(outers, shared=shared))
     small = [jacobian for jacobian in dense if jacobian.shape[2] < _SMALL]
@@ -166,12 +234,28 @@ def pack(units: Sequence[Unit], merged: dict[tuple[str, ...], list[Factor]], jac
     return Factors(tuple(grams), (*joined, *(jacobian for jacobian in dense if jacobian.shape[2] >= _SMALL)))
 
 
+def _by_row(jacobian: Tensor) -> Tensor:
+    """`(N, K, P)`, also for a parameter without axes."""
+    return jacobian.reshape(*jacobian.shape[:2], -1)
+
+
 def _probe_inputs(rows: Reference) -> tuple[Any, int]:
     inputs = rows.read(0, _PROBE_SAMPLES).inputs
     if len(rows) > 1:
         return inputs, min(_PROBE_SAMPLES, len(rows))
     # One sample alone would not show which axis is the samples'.
     return pytree.tree_map_only(Tensor, lambda tensor: torch.cat([tensor, tensor]), inputs), 2
+
+
+def _random_cotangent(outputs: Tensor) -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    # Drawn on the CPU, so that the numbers are the same on every device.
+    return torch.randn(outputs.shape, generator=generator, dtype=torch.float64).to(outputs)
+
+
+def _one_sample_each(cotangent: Tensor) -> Tensor:
+    """A stack of `(N, K)` for every sample, zero for the others."""
+    return torch.eye(len(cotangent), dtype=cotangent.dtype, device=cotangent.device).unsqueeze(2) * cotangent
 
 
 def _find_layouts(factors: Iterable[UsedParameter]) -> tuple[dict[str, Layout], set[str]]:
@@ -226,33 +310,6 @@ def _merge(uses: dict[str, list[Factor]]) -> dict[tuple[str, ...], list[Factor]]
             factor = Outer(torch.cat([f.inputs for f in outers], 2), gradients, outers[0].shape, outers[0].input_first)
         groups.setdefault(id(gradients), {})[name] = factor
     return {tuple(group): list(group.values()) for group in groups.values()}
-
-
-def _method(factors: Sequence[Factor], rows: int, columns: int, symmetric: bool) -> Literal["gram", "shared", "dense"]:
-    """The method with the fewest operations, in multiply-adds."""
-    outers = [factor for factor in factors if isinstance(factor, Outer)]
-    if not outers:
-        return "dense"
-    _, outputs, groups, positions, size = outers[0].gradients.shape
-    if _same_for_all_samples(outers[0]):
-        return "shared"
-    pairs = rows * columns / (2 if symmetric else 1)
-    samples = rows if symmetric else rows + columns
-    width = sum(factor.width for factor in outers)
-    gram_width = sum(1 if factor.one_hot else factor.width for factor in outers)
-    dense = samples * outputs * groups * positions * size * width + pairs * outputs**2 * groups * size * width
-    if positions == 1:
-        gram = pairs * groups * (gram_width + outputs**2 * (size + _ELEMENTWISE_COST))
-    else:
-        mixed = positions**2 * outputs * size + outputs**2 * positions * size
-        gram = pairs * groups * (positions**2 * gram_width + _POSITIONS_COST * mixed)
-    return "gram" if gram < dense else "dense"
-
-
-def _same_for_all_samples(factor: Outer) -> bool:
-    """Whether the gradients are one tensor repeated without copies: those at the outputs of the network itself."""
-    samples, _, groups, positions, _ = factor.gradients.shape
-    return groups == positions == 1 and (samples == 1 or factor.gradients.stride(0) == 0)
 
 
 def _agrees(part: Factors, cotangent: Tensor, expected: Sequence[Tensor]) -> bool:

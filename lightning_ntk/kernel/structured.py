@@ -4,7 +4,7 @@ Rules: layers.py. Which parameters they cover, and their verification: plan.py.
 """
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -15,7 +15,7 @@ from lightning_ntk.kernel.factors import Factors, add_block, cat_factors
 from lightning_ntk.kernel.plan import Plan, PlanChangedError, collect, make_plan
 from lightning_ntk.linearization import Linearization
 from lightning_ntk.memory import empty_matrix
-from lightning_ntk.progress import track
+from lightning_ntk.progress import track_operations
 from lightning_ntk.reference import Reference
 
 # Samples in one pass, at most, whatever memory allows: larger batches are not faster.
@@ -31,6 +31,11 @@ class Tile(NamedTuple):
 
     rows: range
     columns: range
+
+    @property
+    def pairs(self) -> int:
+        """Pairs of samples."""
+        return len(self.rows) * len(self.columns)
 
 
 def structured_kernel(
@@ -109,31 +114,45 @@ def _assemble(
     tile_columns = max(1, _TILE_COLUMNS // num_outputs)
     tiles = [(first, second, _tiles(first, second, symmetric, tile_rows, tile_columns)) for first, second in pairs]
 
+    def factors(data: Reference, block: range) -> Factors:
+        parts = []
+        for part in _ranges(block.start, block.stop, pass_size):
+            parts.append(collect(linearization, data.read(part.start, part.stop).inputs, plan).to(dtype))
+            advance(plan.cost.total(samples=len(part), pairs=0))
+        return cat_factors(parts)
+
     def blocks() -> Iterator[tuple[Tile, Factors, Factors]]:
         held: tuple[range, Factors] | None = None
         for first, second, grid in tiles:
             if held is None or held[0] != first:
                 held = None  # freed before the next block is made
-                held = (first, _factors(linearization, rows, first, plan, pass_size, dtype))
+                held = (first, factors(rows, first))
             left = held[1]
-            right = (
-                left
-                if symmetric and first == second
-                else _factors(linearization, columns, second, plan, pass_size, dtype)
-            )
+            right = left if symmetric and first == second else factors(columns, second)
             for tile in grid:
                 i, j = tile.rows.start - first.start, tile.columns.start - second.start
                 yield tile, left.narrow(i, i + len(tile.rows)), right.narrow(j, j + len(tile.columns))
 
     # Memory that is used again is in the cache.
     scratch = kernel.new_empty(tile_rows * tile_columns * num_outputs**2)
-    total = sum(len(grid) for *_, grid in tiles)
-    for tile, left, right in track(blocks(), "structured kernel", total=total, enabled=progress):
-        shape = (len(tile.rows), num_outputs, len(tile.columns), num_outputs)
-        block = scratch[: len(tile.rows) * len(tile.columns) * num_outputs**2].view(shape).zero_()
-        add_block(block, left, right)
-        _write(kernel, block, tile, symmetric)
+    total = _total_operations(plan, tiles, symmetric)
+    with track_operations("structured kernel", total=total, enabled=progress) as advance:
+        for tile, left, right in blocks():
+            shape = (len(tile.rows), num_outputs, len(tile.columns), num_outputs)
+            block = scratch[: len(tile.rows) * len(tile.columns) * num_outputs**2].view(shape).zero_()
+            add_block(block, left, right)
+            _write(kernel, block, tile, symmetric)
+            advance(plan.cost.total(samples=0, pairs=tile.pairs))
     return kernel
+
+
+def _total_operations(plan: Plan, tiles: Sequence[tuple[range, range, list[Tile]]], symmetric: bool) -> float:
+    """Multiply-adds for all tiles, and for making the factors as often as they are made."""
+    samples, held = 0, None
+    for first, second, _ in tiles:
+        samples += (len(first) if first != held else 0) + (0 if symmetric and first == second else len(second))
+        held = first
+    return plan.cost.total(samples, sum(tile.pairs for *_, grid in tiles for tile in grid))
 
 
 def _block_size(rows: int, columns: int, symmetric: bool, factor_bytes: int, limit: int) -> int:
@@ -142,13 +161,6 @@ def _block_size(rows: int, columns: int, symmetric: bool, factor_bytes: int, lim
     if 2 * samples * factor_bytes <= limit:  # twice while they are joined
         return max(rows, columns)
     return max(1, limit // (3 * max(factor_bytes, 1)))
-
-
-def _factors(
-    linearization: Linearization, data: Reference, block: range, plan: Plan, pass_size: int, dtype: torch.dtype
-) -> Factors:
-    passes = _ranges(block.start, block.stop, pass_size)
-    return cat_factors([collect(linearization, data.read(p.start, p.stop).inputs, plan).to(dtype) for p in passes])
 
 
 def _ranges(start: int, stop: int, size: int) -> list[range]:

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from lightning_ntk import LinearizedTraining
 from lightning_ntk.dynamics.filters import Start
-from lightning_ntk.dynamics.sgd import ModalSGD, SGDSettings
-from lightning_ntk.dynamics.stability import growth, max_learning_rate
+from lightning_ntk.dynamics.sgd import LinearSGD, ModalSGD, SGDSettings
+from lightning_ntk.dynamics.stability import credited_decay, growth, max_learning_rate
 from tests.problems import LinearModel, flatten, make, relative_error
 
 STEPS = 200
@@ -286,6 +286,25 @@ def test_nothing_bounds_the_rate_of_what_never_moves() -> None:
     assert growth(SGDSettings(0.1, maximize=True), 3.0) == pytest.approx(1.3)
 
 
+@pytest.mark.parametrize("settings", STEP_SETTINGS, ids=str)
+@pytest.mark.parametrize("fraction", [0.003, 0.05, 0.4, 0.9, 0.999])
+def test_no_mode_responds_more_than_one_without_curvature(settings: SGDSettings, fraction: float) -> None:
+    def zeros(size: int) -> Tensor:
+        return torch.zeros(size, dtype=torch.float64)
+
+    curvatures = torch.linspace(0, 1, 201, dtype=torch.float64)
+    settings = settings._replace(lr=fraction * max_learning_rate(settings, 1.0))
+    # With buffers, so that dampening acts on the impulse.
+    modes, bound = LinearSGD([zeros(201)], [zeros(201)]), LinearSGD([zeros(1)], [zeros(1)])
+    credited = settings._replace(weight_decay=credited_decay(settings, 1.0))
+    for step in range(150):
+        impulse = 1.0 if step == 0 else 0.0
+        modes.step([curvatures * modes.values[0] - impulse], settings)
+        bound.step([zeros(1) - impulse], credited)
+        allowed = bound.values[0].item() * (1.1 if settings.nesterov and settings.weight_decay else 1 + 1e-9)
+        assert modes.values[0].abs().max().item() <= allowed + 1e-14
+
+
 @pytest.mark.parametrize("options", [o for o in OPTIMIZERS if o["momentum"] or o["weight_decay"]], ids=str)
 @pytest.mark.parametrize("schedule", ["constant", "cosine"])
 @pytest.mark.parametrize("fraction", [0.3, 0.95])
@@ -304,6 +323,23 @@ def test_lanczos_stays_within_its_bound(options: dict, schedule: str, fraction: 
             error = (flatten(training.displacement(t)) - expected).norm().item()
             assert error <= training.error_bound(t) + 1e-11 * expected.norm().item()
             assert training.error_bound(t, relative=True) <= 1.01 * tolerance
+
+
+@pytest.mark.parametrize("way", [{"matrix_free": False}, {"matrix_free": True}, {"jacobian": "stored"}], ids=str)
+def test_krylov_spaces_of_all_carried_vectors_are_bounded(way: dict) -> None:
+    module, inputs, targets = make("conv", 3, samples=21)
+    model = LinearModel(module, inputs)
+    buffers = torch.randn(len(model.start), generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    options = {"momentum": 0.8, "weight_decay": 0.05, "momentum_buffers": model.unflatten(10 * buffers)}
+    exact = linearized(module, inputs, targets, solver="eigh", **options)
+    for tolerance in (1e-2, 1e-5):
+        training = linearized(module, inputs, targets, solver="lanczos", tolerance=tolerance, **options, **way)
+        for t in (30, 200, None):
+            expected = flatten(exact.displacement(t))
+            error = (flatten(training.displacement(t)) - expected).norm().item()
+            assert 1e-9 * tolerance < error <= training.error_bound(t) + 1e-11 * expected.norm().item()
+            assert training.error_bound(t, relative=True) <= 1.01 * tolerance
+        assert training._modal.solver.num_products < 63  # not by exhausting the spaces
 
 
 def test_later_times_go_on_from_earlier_ones() -> None:

@@ -44,8 +44,8 @@ def assert_agrees(module, inputs, *, predict=outputs_of, contracted=(), toleranc
 def assert_every_method_agrees(monkeypatch, module, inputs, **options):
     """As `assert_agrees`, with Gram matrices of positions and with dense Jacobians, whichever is cheaper."""
     for cost in (0.0, 1e12):
-        monkeypatch.setattr("lightning_ntk.kernel.plan._POSITIONS_COST", cost)
-        monkeypatch.setattr("lightning_ntk.kernel.plan._ELEMENTWISE_COST", cost)
+        monkeypatch.setattr("lightning_ntk.kernel.costs._POSITIONS_COST", cost)
+        monkeypatch.setattr("lightning_ntk.kernel.costs._ELEMENTWISE_COST", cost)
         assert_agrees(module, inputs, **options)
 
 

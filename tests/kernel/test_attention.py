@@ -37,17 +37,30 @@ def test_extra_keys_are_contracted():
     assert_agrees(SelfAttention(True, add_bias_kv=True), randn(3, 4, 4), contracted=names)
 
 
-def test_cross_attention():
-    class Cross(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.attention = nn.MultiheadAttention(4, 2, batch_first=True)
+class CrossAttention(nn.Module):
+    def __init__(self, **options):
+        super().__init__()
+        self.attention = nn.MultiheadAttention(4, 2, batch_first=True, **options)
 
-        def forward(self, x, y):
-            return self.attention(x, y, y)[0]
+    def forward(self, x, y, z=None):
+        return self.attention(x, y, y if z is None else z)[0]
 
-    split = ["attention.in_proj_weight", "attention.in_proj_bias"]
-    assert_agrees(Cross(), (randn(3, 4, 4), randn(3, 5, 4)), contracted=split)
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("separate", [True, False])  # one product for keys and values, or two
+def test_cross_attention(bias, separate):
+    inputs = randn(3, 4, 4), randn(3, 5, 4), 2 * randn(3, 5, 4)
+    assert_agrees(CrossAttention(bias=bias), inputs if separate else inputs[:2])
+
+
+def test_cross_attention_with_keys_of_another_size():
+    assert_agrees(CrossAttention(kdim=3, vdim=2), (randn(3, 4, 4), randn(3, 5, 3), randn(3, 5, 2)))
+
+
+@pytest.mark.parametrize("norm_first", [True, False])
+def test_decoder_layer(norm_first):
+    layer = nn.TransformerDecoderLayer(4, 2, 6, batch_first=True, norm_first=norm_first)
+    assert_agrees(layer, (randn(4, 3, 4), randn(4, 5, 4)))
 
 
 @pytest.mark.parametrize("norm_first", [True, False])

@@ -1,0 +1,103 @@
+"""The kernel next to what a user would otherwise do, and to the products that cannot be avoided."""
+
+import json
+import os
+import resource
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from models import MODELS, digits
+from peers.plain_torch import ntk_vector_products, row_by_row, vmap_jacrev
+from timing import Comparison, seconds
+from torch import Tensor, nn
+
+from lightning_ntk import empirical_ntk
+
+# Samples on which the ways that are slow or large are run, next to this package on as many.
+SAMPLES = {"MLP": 256, "CNN": 256, "transformer": 128}
+FEW, VERY_FEW = 32, 8
+PEER_SCRIPT = Path(__file__).parent / "peers" / "neural_tangents_kernel.py"
+
+
+def against_plain_torch() -> Iterator[Comparison]:
+    """Every network, every way."""
+    for name, samples in SAMPLES.items():
+        for way, size in ((vmap_jacrev, samples), (row_by_row, FEW), (ntk_vector_products, VERY_FEW)):
+            module, inputs = network(name, size)
+            kernel, expected = empirical_ntk(module, inputs), way(module, inputs)
+            yield Comparison(
+                f"kernel, {name}, N = {size}",
+                seconds(lambda module=module, inputs=inputs: empirical_ntk(module, inputs)),  # type: ignore[misc]
+                WAYS[way.__name__],
+                seconds(lambda way=way, module=module, inputs=inputs: way(module, inputs), 1, warm_up=False),  # type: ignore[misc]
+                {"relative difference": ((kernel - expected).norm() / expected.norm()).item()},
+            )
+
+
+WAYS = {
+    "vmap_jacrev": "torch.func: vmap(jacrev), contracted",
+    "row_by_row": "a backward pass for each row, stacked, mm",
+    "ntk_vector_products": "torch.func: NTK-vector products",
+}
+
+
+def full_training_set() -> Comparison:
+    """The kernel of all 1797 images, and half of G G^T for every layer's output gradients G."""
+    module, inputs = network("MLP", 1797)
+    rows = 10 * len(inputs)
+    gradients = [torch.randn(rows, width) for width in (512, 512)]
+    block = 2048
+    scratch = torch.empty(block, block)
+
+    def products() -> None:
+        for factor in gradients:
+            for i in range(0, rows, block):
+                for j in range(i, rows, block):
+                    left, right = factor[i : i + block], factor[j : j + block]
+                    torch.mm(left, right.T, out=scratch[: len(left), : len(right)])
+
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    kernel = empirical_ntk(module, inputs)
+    peak = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024 / kernel.nbytes
+    del kernel
+    floor = seconds(products)
+    elapsed = seconds(lambda: empirical_ntk(module, inputs))
+    notes = {"peak memory in kernels": peak, "time over the floor": elapsed / floor}
+    return Comparison("kernel, MLP, N = 1797", elapsed, "floor: its matrix products", floor, notes)
+
+
+def against_neural_tangents(python: str, implementations: list[str], samples: int = 128) -> Iterator[Comparison]:
+    """The fastest of the peer's implementations, compile time excluded; ours before and after it, on the same core.
+
+    Args:
+        python: An interpreter that has peers/requirements.txt.
+        implementations: Of neural-tangents, by name.
+        samples: N.
+    """
+    allowed = os.sched_getaffinity(0)
+    # XLA's thread pool does not listen to a number of threads.
+    os.sched_setaffinity(0, {min(allowed)})
+    try:
+        before = {name: _ours(name, samples) for name in MODELS}
+        command = [python, str(PEER_SCRIPT), str(samples), "3", *implementations]
+        printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+        after = {name: _ours(name, samples) for name in MODELS}
+    finally:
+        os.sched_setaffinity(0, allowed)
+    for name, times in json.loads(printed.splitlines()[-1]).items():
+        best = min(times, key=times.__getitem__)
+        ours = (before[name] + after[name]) / 2
+        yield Comparison(f"kernel, {name}, N = {samples}", ours, f"neural-tangents: {best}", times[best])
+
+
+def _ours(name: str, samples: int) -> float:
+    module, inputs = network(name, samples)
+    return seconds(lambda: empirical_ntk(module, inputs))
+
+
+def network(name: str, samples: int) -> tuple[nn.Module, Tensor]:
+    """A network of the benchmarks and its inputs."""
+    torch.manual_seed(0)
+    return MODELS[name]().eval(), digits(name, samples)[0]

@@ -1,0 +1,20 @@
+"""Sweeps over configurations, on Optuna: one short file, from one process to a cluster."""
+
+from lightning_ntk.sweep.grid import Range, grid, latin_hypercube, product, random_sample
+from lightning_ntk.sweep.plot import plot_scaling
+from lightning_ntk.sweep.results import Results
+from lightning_ntk.sweep.runner import Sweep
+from lightning_ntk.sweep.statistics import PowerLaw, log_log_slope
+
+__all__ = [
+    "PowerLaw",
+    "Range",
+    "Results",
+    "Sweep",
+    "grid",
+    "latin_hypercube",
+    "log_log_slope",
+    "plot_scaling",
+    "product",
+    "random_sample",
+]

@@ -1,0 +1,159 @@
+"""The command line: `lightning-ntk sweep run | worker | status | table | plot FILE.yaml`."""
+
+import argparse
+import sys
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from lightning_ntk.sweep.file import SweepFile
+from lightning_ntk.sweep.objective import ImportedObjective
+from lightning_ntk.sweep.plot import plot_scaling
+from lightning_ntk.sweep.queue import Queue
+from lightning_ntk.sweep.results import Results
+from lightning_ntk.sweep.storage import open_storage
+from lightning_ntk.sweep.worker import set_threads, work
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command; returns the exit status: 0, 1 if configurations failed or an argument is wrong, 130 on Ctrl-C."""
+    options = _parser().parse_args(arguments)
+    try:
+        with warnings.catch_warnings():
+            warnings.showwarning = _show_warning
+            file = SweepFile.read(options.file, storage=options.storage, name=options.name)
+            status: int = options.command(file, options)
+    except (ValueError, TypeError, ImportError, OSError, RuntimeError) as error:
+        print(f"lightning-ntk: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    return status
+
+
+def _run(file: SweepFile, options: argparse.Namespace) -> int:
+    if isinstance(file.objective, ImportedObjective):
+        file.objective.load()  # an import error is reported once, here, and not by each worker
+    sweep = file.sweep()
+    sweep.run(
+        workers=file.workers if options.workers is None else options.workers,
+        threads=file.threads,
+        retry_failed=options.retry_failed,
+        progress=not options.quiet,
+    )
+    return _summary(sweep.queue)
+
+
+def _worker(file: SweepFile, options: argparse.Namespace) -> int:
+    if file.threads is not None:
+        set_threads(file.threads)
+    sweep = file.sweep()
+    sweep.enqueue()
+    ended = work(sweep.queue, sweep.objective, patience=file.patience, wait=options.wait)
+    print(f"This worker ended {ended} trials.")
+    return 0
+
+
+def _status(file: SweepFile, options: argparse.Namespace) -> int:
+    queue = _existing(file)
+    for entry in queue.entries().values():
+        where = f"  on {entry.worker['host']}, process {entry.worker['pid']}" if entry.worker else ""
+        took = f", {entry.seconds:.1f} s" if entry.seconds is not None else ""
+        print(f"{entry.state:<9} {entry.configuration}{where}{took}")
+        if entry.error:
+            print("    " + entry.error.strip().replace("\n", "\n    "))
+    return _summary(queue)
+
+
+def _table(file: SweepFile, options: argparse.Namespace) -> int:
+    results = _results(file)
+    rows = results.rows if options.all_steps else results.final
+    text = results.csv(rows) if options.format == "csv" else results.markdown(rows) + "\n"
+    if options.output:
+        options.output.write_text(text)
+    else:
+        sys.stdout.write(text)
+    return 0
+
+
+def _plot(file: SweepFile, options: argparse.Namespace) -> int:
+    results = _results(file)
+    figure, axis = plot_scaling(
+        results, options.x, options.y, over=options.group, step=options.step, confidence=options.confidence
+    )
+    output = options.output or Path(f"{file.name}.png")
+    figure.savefig(output, dpi=150)
+    for text in axis.get_legend().get_texts():
+        print(text.get_text())
+    print(f"Figure: {output}")
+    return 0
+
+
+def _existing(file: SweepFile) -> Queue:
+    if "://" not in file.storage and not Path(file.storage).exists():
+        raise FileNotFoundError(f"Expected the storage {file.storage} but it does not exist: run the sweep first.")
+    return Queue(open_storage(file.storage), file.name)
+
+
+def _results(file: SweepFile) -> Results:
+    results = Results(_existing(file).entries(rows=True).values())
+    if not results.configurations:
+        raise ValueError(f"Expected complete results in the sweep {file.name!r} but it has none yet.")
+    return results
+
+
+def _summary(queue: Queue) -> int:
+    states = [entry.state for entry in queue.entries().values()]
+    waiting = states.count("waiting") + states.count("missing")
+    print(
+        f"{len(states)} configurations: {states.count('complete')} complete, {states.count('failed')} failed, "
+        f"{states.count('running')} running, {waiting} waiting"
+    )
+    return 1 if "failed" in states else 0
+
+
+def _show_warning(message: Any, category: Any, *_: Any, **__: Any) -> None:
+    # A sentence for the user of a command, who has no use for the line of code that says it.
+    print(f"{category.__name__}: {message}", file=sys.stderr)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="lightning-ntk", description="Comparing networks with their linearisation.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    sweep = commands.add_parser("sweep", help="run one objective for many configurations")
+    actions = sweep.add_subparsers(required=True, metavar="ACTION")
+
+    def action(name: str, command: Any, description: str) -> argparse.ArgumentParser:
+        added = actions.add_parser(name, help=description, description=description)
+        added.add_argument("file", metavar="FILE.yaml", help="describes the sweep")
+        added.add_argument("--storage", help="path or URL instead of the one in the file")
+        added.add_argument("--name", help="name of the sweep instead of the one in the file")
+        added.set_defaults(command=command)
+        return added
+
+    run = action("run", _run, "run, or resume, all configurations in worker processes")
+    run.add_argument("--workers", type=int, help="processes; 0: in this one")
+    run.add_argument("--retry-failed", action="store_true", help="try failed configurations again")
+    run.add_argument("--quiet", action="store_true", help="without a progress bar")
+    worker = action("worker", _worker, "one more worker, on this machine or another, until nothing waits")
+    worker.add_argument(
+        "--wait", action="store_true", help="stay until everything has ended, to replace workers that die"
+    )
+    action("status", _status, "state of every configuration, with the tracebacks of those that failed")
+    table = action("table", _table, "results as a table, the last step of each configuration")
+    table.add_argument("--format", choices=("markdown", "csv"), default="markdown")
+    table.add_argument("--all-steps", action="store_true", help="a row for each step")
+    table.add_argument("--output", type=Path, help="file; default: the terminal")
+    plot = action("plot", _plot, "one scalar over one parameter, log-log, with fitted slopes and their intervals")
+    plot.add_argument("--x", required=True, help="numeric parameter, for example width")
+    plot.add_argument("--y", required=True, help="scalar, for example ntk/relative_weight_distance")
+    plot.add_argument("--group", help="parameter of repetitions, for example seed")
+    plot.add_argument("--step", type=float, help="of the measurement; default: the last")
+    plot.add_argument("--confidence", type=float, default=0.95, help="of the intervals")
+    plot.add_argument("--output", type=Path, help="figure file; default: NAME.png")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

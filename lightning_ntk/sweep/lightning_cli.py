@@ -1,0 +1,105 @@
+"""A LightningCLI configuration as the objective: parameters of the sweep are options of its command line."""
+
+import hashlib
+import json
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lightning_ntk.callback import LinearizationMonitor
+from lightning_ntk.sweep.grid import Configuration, configuration_key
+from lightning_ntk.sweep.objective import add_to_path, import_path
+
+
+@dataclass(frozen=True)
+class CommandLineObjective:
+    """Runs `fit` of a LightningCLI with the parameters as overrides, such as `model.init_args.width` or `seed_everything`.
+
+    A `LinearizationMonitor` is added to the Trainer's callbacks if the configuration has none. Each configuration gets its own
+    `trainer.default_root_dir`, `directory` and a hash of the parameters, so that logs and checkpoints do not meet.
+
+    Args:
+        config: Configuration files, later ones override earlier ones: those of `python main.py fit --config ...`.
+        model: Import path of the LightningModule that the project gives to its LightningCLI. None: the configuration names it by
+            `class_path`.
+        data: Import path of the LightningDataModule, as for `model`.
+        cli: Import path of the project's own subclass of LightningCLI. None: LightningCLI itself.
+        directory: For logs and checkpoints.
+        search: Directory in which modules and files are searched.
+
+    Raises:
+        ValueError: If no configuration file is given.
+        FileNotFoundError: If one does not exist.
+    """
+
+    config: tuple[str, ...]
+    model: str | None = None
+    data: str | None = None
+    cli: str | None = None
+    directory: str = "sweep.runs"
+    search: str = "."
+
+    def __post_init__(self) -> None:
+        if not self.config:
+            raise ValueError("Expected at least one configuration file for the LightningCLI but got none.")
+        for file in self.config:
+            if not Path(self.search, file).is_file():
+                raise FileNotFoundError(f"Expected a configuration file of LightningCLI at {Path(self.search, file)}.")
+
+    @property
+    def identity(self) -> str:
+        """The name under which its results are kept."""
+        return f"LightningCLI {' '.join(Path(file).name for file in self.config)}"
+
+    def root(self, configuration: Configuration) -> Path:
+        """The directory for logs and checkpoints of a configuration."""
+        digest = hashlib.sha256(configuration_key(configuration).encode()).hexdigest()[:12]
+        return Path(self.search, self.directory, digest)
+
+    def arguments(self, configuration: Configuration) -> list[str]:
+        """The command line that is run."""
+        files = [f"--config={Path(self.search, file)}" for file in self.config]
+        values = {name: value if isinstance(value, str) else json.dumps(value) for name, value in configuration.items()}
+        root = {"trainer.default_root_dir": str(self.root(configuration))}
+        return ["fit", *files, *(f"--{name}={value}" for name, value in {**root, **values}.items())]
+
+    def __call__(self, configuration: Configuration) -> LinearizationMonitor:
+        """Trains.
+
+        Raises:
+            ModuleNotFoundError: If jsonargparse is not installed.
+            ValueError: If an override is none of the command line's options, or there are several monitors.
+        """
+        from jsonargparse import ArgumentError
+        from lightning.pytorch.cli import LightningCLI
+
+        add_to_path(self.search)
+        base: Any = LightningCLI if self.cli is None else import_path(self.cli, self.search)
+        model, data = (path and import_path(path, self.search) for path in (self.model, self.data))
+        monitors: list[LinearizationMonitor] = []
+
+        class SweepCLI(base):  # type: ignore[misc]
+            def before_fit(self) -> None:
+                if hasattr(super(), "before_fit"):
+                    super().before_fit()
+                monitors.extend(c for c in self.trainer.callbacks if isinstance(c, LinearizationMonitor))
+                if not monitors:
+                    monitors.append(LinearizationMonitor(progress=False))
+                    # First, so that checkpoints and early stopping see its values.
+                    self.trainer.callbacks.insert(0, monitors[0])
+
+        # jsonargparse ends the process at a wrong option unless told otherwise, for the subcommand too.
+        raising = {"exit_on_error": False, "fit": {"exit_on_error": False}}
+        try:
+            warnings.filterwarnings("ignore", message="LightningCLI's args parameter")  # sys.argv is of the sweep
+            SweepCLI(model, data, args=self.arguments(configuration), save_config_callback=None, parser_kwargs=raising)
+        except ArgumentError as error:
+            raise ValueError(
+                f"Expected a configuration and parameters that the LightningCLI knows but got {configuration}: {error}"
+            ) from error
+        if len(monitors) > 1:
+            raise ValueError(
+                f"Expected at most one LinearizationMonitor among the callbacks of the Trainer but there are {len(monitors)}."
+            )
+        return monitors[0]

@@ -1,0 +1,205 @@
+"""The YAML file and the commands."""
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import tomllib
+import yaml
+
+from lightning_ntk.sweep.cli import _parser, main
+from lightning_ntk.sweep.file import SweepFile
+
+OBJECTIVE = """
+def objective(config):
+    if config["width"] == 32 and not (HERE / "repaired").exists():
+        raise RuntimeError("no luck")
+    return {"ntk/distance": 3 * config["width"] ** -0.5 * 1.1 ** config["seed"]}
+"""
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    (tmp_path / "train.py").write_text(f"from pathlib import Path\n\nHERE = Path({str(tmp_path)!r})\n{OBJECTIVE}")
+    return write(tmp_path, objective="train.py:objective", grid={"width": [16, 64, 256], "seed": [-1, 0, 1]}, workers=0)
+
+
+def write(directory: Path, **content: object) -> Path:
+    path = directory / "widths.yaml"
+    path.write_text(yaml.safe_dump(content, sort_keys=False))
+    return path
+
+
+def sweep(capsys: pytest.CaptureFixture[str], *arguments: object, status: int = 0) -> str:
+    assert main(["sweep", *map(str, arguments)]) == status
+    captured = capsys.readouterr()
+    return captured.out if status == 0 else captured.out + captured.err
+
+
+def test_run_status_table_and_plot(file: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert "9 configurations: 9 complete, 0 failed, 0 running, 0 waiting" in sweep(capsys, "run", file, "--quiet")
+    assert (tmp_path / "widths.journal").exists()  # beside the file, wherever the command is called
+    status = sweep(capsys, "status", file)
+    assert status.count("complete  {'width':") == 9
+    table = sweep(capsys, "table", file, "--format", "csv")
+    assert table.splitlines()[1] == f"0,16,-1,{3 * 16**-0.5 * 1.1**-1}"
+    sweep(capsys, "table", file, "--output", tmp_path / "t.md")
+    assert (tmp_path / "t.md").read_text().startswith("| trial | width | seed | ntk/distance |")
+    figure = tmp_path / "f.png"
+    arguments = ["--x", "width", "--y", "ntk/distance", "--group", "seed", "--output", figure]
+    assert "slope -0.50, 95% [-0.5" in sweep(capsys, "plot", file, *arguments)
+    assert figure.stat().st_size > 10_000
+
+
+def test_failures_are_shown_with_their_traceback_and_tried_again_on_request(
+    file: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    write(tmp_path, objective="train.py:objective", grid={"width": [16, 32], "seed": [0]}, workers=0)
+    shown = sweep(capsys, "run", file, "--quiet", status=1)
+    assert "UserWarning: 1 of 2 configurations failed" in shown
+    assert "2 configurations: 1 complete, 1 failed" in shown
+    status = sweep(capsys, "status", file, status=1)
+    assert 'train.py", line' in status
+    assert "RuntimeError: no luck" in status
+    (tmp_path / "repaired").touch()
+    assert "2 complete, 0 failed" in sweep(capsys, "run", file, "--quiet", "--retry-failed")
+
+
+def test_a_worker_serves_the_queue_of_the_file(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "This worker ended 9 trials." in sweep(capsys, "worker", file, "--wait")
+    assert "This worker ended 0 trials." in sweep(capsys, "worker", file)
+    assert "9 complete" in sweep(capsys, "status", file)
+
+
+def test_storage_and_name_may_be_given_instead(file: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    storage = f"sqlite:///{tmp_path}/other.db"
+    sweep(capsys, "run", file, "--quiet", "--storage", storage, "--name", "second")
+    assert (tmp_path / "other.db").exists()
+    assert "9 complete" in sweep(capsys, "status", file, "--storage", storage, "--name", "second")
+    assert "does not exist: run the sweep first" in sweep(capsys, "status", file, status=1)
+    assert "but it has ['second']" in sweep(capsys, "table", file, "--storage", storage, status=1)
+
+
+def test_a_path_in_the_file_is_relative_to_it(file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    content = SweepFile.read("../widths.yaml")
+    assert Path(content.storage) == tmp_path / "widths.journal"
+    assert content.logs == tmp_path / "widths.logs"
+    assert content.objective.load()({"width": 9, "seed": 0}) == {"ntk/distance": 1.0}
+    assert SweepFile.read("../widths.yaml", storage="here.journal").storage == "here.journal"
+
+
+def test_numbers_of_yaml_1_2_are_numbers(tmp_path: Path) -> None:
+    path = tmp_path / "s.yaml"
+    path.write_text("objective: a:b\ngrid: {lr: [1e-3, 2.5E+2, -1e4, 3, 1.5, .5e0], name: [1e, e3, v1e3, '1e3']}\n")
+    configurations = SweepFile.read(path).configurations
+    assert list(dict.fromkeys(c["lr"] for c in configurations)) == [1e-3, 250.0, -1e4, 3, 1.5, 0.5]
+    assert list(dict.fromkeys(c["name"] for c in configurations)) == ["1e", "e3", "v1e3", "1e3"]
+
+
+def test_samples_times_a_grid(tmp_path: Path) -> None:
+    ranges = {"lr": {"low": 1e-3, "high": 1.0, "log": True}, "activation": ["tanh", "relu"]}
+    path = write(
+        tmp_path, objective="a:b", latin_hypercube={"samples": 5, "seed": 2, "ranges": ranges}, grid={"seed": [0, 1]}
+    )
+    configurations = SweepFile.read(path).configurations
+    assert len(configurations) == 10
+    assert len({c["lr"] for c in configurations}) == 5
+    path = write(tmp_path, objective="a:b", random={"samples": 4, "ranges": ranges})
+    assert len(SweepFile.read(path).configurations) == 4
+    path = write(tmp_path, objective="a:b", grid=[{"width": 3}, {"depth": 2}])
+    assert SweepFile.read(path).configurations == [{"width": 3}, {"depth": 2}]
+
+
+GRID = {"grid": {"a": [1]}}
+
+
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [
+        ({"objective": "a:b"}, "to have configurations under one of ['grid', 'random', 'latin_hypercube']"),
+        (GRID, "to have the keys ['objective']"),
+        ({"objective": "a:b", "gird": {"a": [1]}}, "but it has ['gird']"),
+        ({"objective": "a:b", "grid": {"a": [1, 1]}}, "Expected distinct values for the parameter 'a'"),
+        ({"objective": "a:b", "grid": {}}, "zero trials"),
+        ({"objective": "a:b", "grid": None}, "zero trials"),
+        ({"objective": "a:b", "random": {"samples": 0, "ranges": {"x": [1, 2]}}}, "Expected argument `samples`"),
+        ({"objective": "a:b", "random": {"samples": 2}}, "Expected random to have the keys ['ranges']"),
+        (
+            {"objective": "a:b", "random": {"samples": 1, "ranges": {"x": {"low": 1}}}},
+            "the range of x to have the keys ['high']",
+        ),
+        ({"objective": "b", **GRID}, 'Expected the objective as "package.module:function"'),
+        ({"objective": {"cli": 3}, **GRID}, "Expected objective to have keys among ['lightning_cli']"),
+        (
+            {"objective": {"lightning_cli": {"config": "no.yaml"}}, **GRID},
+            "Expected a configuration file of LightningCLI",
+        ),
+        ({"objective": "no_such_module:f", **GRID}, "No module named 'no_such_module'"),
+        ({"objective": "train.py:f", **GRID}, "/train.py but there is none"),
+    ],
+)
+def test_a_wrong_file_is_refused_in_a_sentence(
+    file: Path, content: dict[str, object], sentence: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write(file.parent, **content)
+    assert sentence in sweep(capsys, "run", file, status=1)
+    assert not (file.parent / "widths.journal").exists()
+
+
+@pytest.mark.parametrize("text", ["a: [1", "- 1\n- 2\n", "", "just words"])
+def test_a_file_that_is_no_description_is_refused(file: Path, text: str, capsys: pytest.CaptureFixture[str]) -> None:
+    file.write_text(text)
+    assert "lightning-ntk: Expected" in sweep(capsys, "run", file, status=1)
+    assert "Expected a YAML file that describes a sweep" in sweep(capsys, "run", file.parent / "no.yaml", status=1)
+
+
+def test_a_table_of_nothing_says_so(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write(file.parent, objective="train.py:objective", grid={"width": [32], "seed": [0]}, workers=0)
+    assert "1 of 1 configurations failed" in sweep(capsys, "run", file, "--quiet", status=1)
+    assert "Expected complete results in the sweep 'widths' but it has none yet" in sweep(
+        capsys, "table", file, status=1
+    )
+
+
+def test_the_command_is_installed_under_its_name() -> None:
+    project = tomllib.loads((Path(__file__).parent.parent.parent / "pyproject.toml").read_text())["project"]
+    module, _, function = project["scripts"]["lightning-ntk"].partition(":")
+    assert getattr(__import__(module, fromlist=[function]), function) is main
+
+
+def test_the_example_is_a_description() -> None:
+    example = SweepFile.read(Path(__file__).parent.parent.parent / "examples" / "sweep.yaml")
+    assert len(example.configurations) == 9
+    assert example.objective.load().__name__ == "objective"
+
+
+DOCUMENTATION = (Path(__file__).parent.parent.parent / "docs" / "sweep.md").read_text()
+
+
+@pytest.mark.parametrize("command", re.findall(r"lightning-ntk (sweep \w+ widths\.yaml[^#`\n]*)", DOCUMENTATION))
+def test_the_documented_commands_exist(command: str) -> None:
+    assert _parser().parse_args(command.split()).file == "widths.yaml"
+
+
+def test_the_documented_file_is_the_example(tmp_path: Path) -> None:
+    example = Path(__file__).parent.parent.parent / "examples"
+    (tmp_path / "widths.yaml").write_text(re.findall(r"```yaml\n(.*?)```", DOCUMENTATION, flags=re.DOTALL)[0])
+    assert (
+        SweepFile.read(tmp_path / "widths.yaml").configurations == SweepFile.read(example / "sweep.yaml").configurations
+    )
+
+
+def options(arguments: Sequence[str]) -> int:
+    with pytest.raises(SystemExit) as stopped:
+        main(arguments)
+    code: int = stopped.value.code
+    return code
+
+
+def test_unknown_commands_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert options(["sweep", "dance", "f.yaml"]) == 2
+    assert "invalid choice: 'dance'" in capsys.readouterr().err
+    assert options(["sweep", "plot", "--help"]) == 0

@@ -1,0 +1,43 @@
+from pathlib import Path
+
+import pytest
+
+from lightning_ntk.sweep.liveness import worker_identity
+from lightning_ntk.sweep.queue import Queue
+from lightning_ntk.sweep.storage import open_storage
+
+
+def test_a_journal_survives_a_writer_killed_in_the_middle_of_a_line(tmp_path: Path) -> None:
+    path = tmp_path / "sweep.journal"
+    reader = Queue(open_storage(path), "sweep", "f")
+    reader.enqueue([{"a": 1}])
+    whole = path.read_bytes()
+    with path.open("ab") as file:
+        file.write(b'{"op_code":8,"trial_id":0,"user_a')
+    assert len(reader.entries()) == 1  # read while it is torn
+    writer = Queue(open_storage(path), "sweep", "f")
+    writer.enqueue([{"a": 2}])
+    assert path.read_bytes().startswith(whole)
+    assert b"user_a{" not in path.read_bytes()
+    assert len(writer.entries()) == len(reader.entries()) == len(Queue(open_storage(path), "sweep").entries()) == 2
+    assert reader.claim(worker_identity()) is not None
+
+
+def test_a_relative_path_is_one_file_wherever_the_process_goes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    queue = Queue(open_storage("results/sweep.journal"), "sweep", "f")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    queue.enqueue([{"a": 1}])
+    assert len(Queue(open_storage(tmp_path / "results" / "sweep.journal"), "sweep").entries()) == 1
+
+
+@pytest.mark.parametrize(
+    "content", [b"SQLite format 3\0\xff\xfe\n\x80\n", b"some notes\nof mine\n", b'{"a": 1}\n{"b": 2}\n']
+)
+def test_a_file_that_is_no_journal_is_refused_and_kept(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "notes"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match="Expected argument `storage` to be a journal file of Optuna"):
+        Queue(open_storage(path), "sweep", "f")
+    assert path.read_bytes() == content
