@@ -98,6 +98,8 @@ def test_a_run_has_a_row_of_every_scalar_for_every_measured_step() -> None:
     assert monitor.history[-1]["relative_weight_distance"] > 1e-3
 
 
+@pytest.mark.tested("precision 64-true", "gradient_descent")
+@pytest.mark.tested("learning-rate schedule", "gradient_descent")
 def test_distances_equal_brute_force_in_float64() -> None:
     def schedule(step: int) -> float:
         return 0.5 * (1 + math.cos(step / 10))
@@ -126,6 +128,7 @@ def test_distances_equal_brute_force_in_float64() -> None:
     assert row["linearized_loss"] == pytest.approx(nn.functional.mse_loss(prediction, targets).item(), rel=1e-9)
 
 
+@pytest.mark.tested("training bitwise unchanged", "gradient_descent", "replay")
 @pytest.mark.parametrize("body", [mlp, ConvNet])
 @pytest.mark.parametrize("batch_size", [11, 4])
 def test_training_is_bitwise_the_same_with_and_without(body, batch_size: int) -> None:
@@ -179,6 +182,7 @@ def test_the_first_step_of_the_linearised_weights_is_the_gradient_of_the_module_
         torch.testing.assert_close(training.displacement(1)[name], -0.3 * p.grad, rtol=1e-10, atol=1e-14)
 
 
+@pytest.mark.tested("TensorBoard and CSV loggers", "gradient_descent")
 def test_tensorboard_has_every_tag_at_the_right_steps(tmp_path: Path) -> None:
     monitor = LinearizationMonitor(name="lazy")
     logger = TensorBoardLogger(tmp_path)
@@ -195,6 +199,7 @@ def test_tensorboard_has_every_tag_at_the_right_steps(tmp_path: Path) -> None:
     assert "lazy/relative_weight_distance" in header
 
 
+@pytest.mark.tested("ModelCheckpoint and EarlyStopping", "gradient_descent")
 def test_metrics_can_be_monitored_by_other_callbacks(tmp_path: Path) -> None:
     monitor = LinearizationMonitor(steps=1)
     best = ModelCheckpoint(tmp_path, monitor="ntk/loss", every_n_epochs=1)
@@ -205,6 +210,7 @@ def test_metrics_can_be_monitored_by_other_callbacks(tmp_path: Path) -> None:
     assert float(best.best_model_score) == pytest.approx(min(row["loss"] for row in monitor.history), rel=1e-5)
 
 
+@pytest.mark.tested("end by max_steps, max_epochs or a callback", "gradient_descent")
 def test_the_last_step_is_measured_however_training_ends() -> None:
     class StopAtEleven(Callback):
         def on_train_epoch_end(self, trainer, pl_module):
@@ -223,6 +229,7 @@ def test_the_last_step_is_measured_however_training_ends() -> None:
         assert [row["step"] for row in monitor.history] == [0, last]
 
 
+@pytest.mark.tested("gradient accumulation", "gradient_descent")
 def test_accumulated_batches_count_as_one_step() -> None:
     monitor = LinearizationMonitor(steps=1, strict=True)
     data = TensorDataset(*(tensor[:10].double() for tensor in digits().tensors))
@@ -235,6 +242,7 @@ def test_accumulated_batches_count_as_one_step() -> None:
     assert monitor.history[1]["relative_weight_distance"] < 1e-12
 
 
+@pytest.mark.tested("second fit", "gradient_descent")
 def test_a_second_fit_captures_anew() -> None:
     monitor = LinearizationMonitor(steps=10)
     _, module = fit(monitor, make_module(), max_steps=20)
@@ -245,6 +253,7 @@ def test_a_second_fit_captures_anew() -> None:
     assert monitor.history[0]["weight_distance"] == 0
 
 
+@pytest.mark.tested("passes in float64", "gradient_flow")
 def test_gradient_flow_and_float64_passes() -> None:
     monitor = LinearizationMonitor(dynamics="gradient_flow", dtype="float64", steps=[30], jacobian="stored")
     fit(monitor, make_module(lr=0.01))
@@ -308,6 +317,7 @@ def test_full_batch_gradient_descent_says_nothing() -> None:
         fit(LinearizationMonitor(), make_module(), max_steps=3)
 
 
+@pytest.mark.tested("divergence", "gradient_descent")
 def test_a_schedule_that_becomes_unstable_is_named_once_and_training_goes_on() -> None:
     monitor = LinearizationMonitor(steps=200)
     module = make_module(body=lambda outputs: nn.Sequential(nn.Linear(6, outputs), nn.Tanh()), lr=0.5)
@@ -321,6 +331,7 @@ def test_a_schedule_that_becomes_unstable_is_named_once_and_training_goes_on() -
     assert monitor.history[-1]["step"] < 1200
 
 
+@pytest.mark.tested("failing measurement", "gradient_descent")
 def test_a_failing_measurement_is_reported_once_and_does_not_end_training() -> None:
     class Broken(Dataset):
         calls = 0
@@ -394,6 +405,7 @@ def test_more_memory_than_there_is_ends_the_run_before_training(monkeypatch: pyt
         fit(LinearizationMonitor(), Untouched())
 
 
+@pytest.mark.tested("several monitors", "gradient_descent", "gradient_flow")
 def test_equal_names_are_refused() -> None:
     with pytest.raises(MisconfigurationException, match="have the name 'ntk'"):
         fit(LinearizationMonitor(), make_module(), callbacks=[LinearizationMonitor(steps=5)])
@@ -412,6 +424,7 @@ def test_bad_arguments_are_named(argument: str, value: object) -> None:
         LinearizationMonitor(**{argument: value})
 
 
+@pytest.mark.tested("batch transfer hooks", "gradient_descent")
 def test_data_module_hooks_apply_to_the_reference() -> None:
     class Scaled(Regression):
         def on_after_batch_transfer(self, batch, dataloader_idx):

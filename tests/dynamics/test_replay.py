@@ -143,6 +143,13 @@ def assert_same(
     assert relative_error(replay.predictions - problem.model.outputs, change) < tolerance
 
 
+@pytest.mark.tested("minibatches", "replay")
+@pytest.mark.tested("gradient accumulation", "replay")
+@pytest.mark.tested("momentum, dampening, Nesterov", "replay")
+@pytest.mark.tested("weight decay", "replay")
+@pytest.mark.tested("learning-rate schedule", "replay")
+@pytest.mark.tested("clipping by norm", "replay")
+@pytest.mark.tested("cross-entropy and other losses", "replay")
 @pytest.mark.parametrize(("optimizer", "decay", "schedule", "clipped", "loss"), COVERING)
 def test_replay_equals_sgd_on_the_linear_model(
     optimizer: str, decay: str, schedule: str, clipped: bool, loss: str
@@ -156,6 +163,7 @@ def test_replay_equals_sgd_on_the_linear_model(
     assert_same(problem, replay, moved, 1e-13)
 
 
+@pytest.mark.tested("late start with a momentum buffer", "replay")
 @pytest.mark.parametrize("decay", DECAYS)
 @pytest.mark.parametrize("optimizer", ["momentum", "dampening", "nesterov"])
 def test_a_late_start_continues_the_momentum_buffer(optimizer: str, decay: str) -> None:
@@ -222,6 +230,7 @@ def test_every_way_to_read_the_kernel(
     assert_same(problem, replay, moved, tolerance)
 
 
+@pytest.mark.tested("divergence", "replay")
 def test_a_diverged_replay_goes_on_and_says_so_when_read() -> None:
     problem = Problem("mse")
     replay = problem.replay()
@@ -231,6 +240,7 @@ def test_a_diverged_replay_goes_on_and_says_so_when_read() -> None:
             getattr(replay, name)
 
 
+@pytest.mark.tested("saved and continued state", "replay")
 @pytest.mark.parametrize("optimizer", ["plain", "nesterov"])
 def test_a_saved_state_continues_exactly(optimizer: str) -> None:
     problem, steps = Problem(), 12
@@ -253,6 +263,7 @@ def test_a_saved_state_continues_exactly(optimizer: str) -> None:
         assert replay.steps == steps
 
 
+@pytest.mark.tested("inference mode", "replay")
 def test_inference_mode_may_come_and_go() -> None:
     problem = Problem()
     batches, options = problem.batches(9), settings_of("momentum", "coupled", "cosine", 9)

@@ -75,6 +75,8 @@ def train(
     return weights.detach()
 
 
+@pytest.mark.tested("momentum, dampening, Nesterov", "gradient_descent")
+@pytest.mark.tested("learning-rate schedule", "gradient_descent")
 @pytest.mark.parametrize("solver", SOLVERS, ids=["eigh", "lanczos"])
 @pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize("options", OPTIMIZERS, ids=str)
@@ -92,6 +94,7 @@ def test_weights_and_predictions_equal_brute_force(options: dict, schedule: str,
     assert relative_error(online.state.predictions, model.predict(expected)) < 1e-10
 
 
+@pytest.mark.tested("weight decay", "gradient_descent")
 @pytest.mark.parametrize("solver", SOLVERS, ids=["eigh", "lanczos"])
 @pytest.mark.parametrize("decay", ["coupled", "decoupled", "initial"])
 @pytest.mark.parametrize(
@@ -123,6 +126,7 @@ def test_maximize_goes_up_and_is_never_stable() -> None:
         training.weights(None)
 
 
+@pytest.mark.tested("late start with a momentum buffer", "gradient_descent")
 @pytest.mark.parametrize("solver", SOLVERS, ids=["eigh", "lanczos"])
 @pytest.mark.parametrize(
     "options",
@@ -165,6 +169,7 @@ def test_infinite_time_is_where_a_long_run_ends(options: dict, decay: dict, late
         assert relative_error(flatten(training.displacement(None)), expected - model.start) < 1e-9
 
 
+@pytest.mark.tested("parameter groups", "gradient_descent")
 @pytest.mark.parametrize("solver", [*SOLVERS, {"solver": "lanczos", "matrix_free": True, "tolerance": 1e-12}], ids=str)
 @pytest.mark.parametrize("jacobian", ["streamed", "stored"])
 @pytest.mark.parametrize("options", [{}, {"momentum": 0.9}], ids=str)
@@ -189,6 +194,7 @@ def test_learning_rates_of_parameter_groups(options: dict, jacobian: str, solver
     assert torch.equal(training.weights(STEPS)["layer.bias"], training.initial_weights["layer.bias"])
 
 
+@pytest.mark.tested("frozen, tied or unused parameters", "gradient_descent")
 @pytest.mark.parametrize("solver", SOLVERS, ids=["eigh", "lanczos"])
 def test_frozen_groups_do_not_decay(solver: dict) -> None:
     module, inputs, targets = make("mlp")
@@ -215,6 +221,7 @@ def test_a_given_kernel_has_to_be_the_weighted_one() -> None:
         linearized(module, inputs, targets, lr_scales={"0.bias": 3.0}, ntk=plain.ntk)
 
 
+@pytest.mark.tested("weight decay", "gradient_flow")
 @pytest.mark.parametrize("decay", ["coupled", "initial"])
 def test_gradient_flow_with_decay_is_the_limit_of_small_steps(decay: str) -> None:
     module, inputs, targets = make("mlp")

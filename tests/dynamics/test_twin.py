@@ -130,12 +130,21 @@ def compare(make_optimizer: Make, loss: str, *, network: str = "mlp", accumulate
     return run
 
 
+@pytest.mark.tested("minibatches", "twin")
+@pytest.mark.tested("momentum, dampening, Nesterov", "twin")
+@pytest.mark.tested("weight decay", "twin")
+@pytest.mark.tested("Adam and other optimizers", "twin")
+@pytest.mark.tested("cross-entropy and other losses", "twin")
 @pytest.mark.parametrize("loss", LOSSES)
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_equals_the_optimizer_on_the_explicit_linear_model(optimizer: str, loss: str) -> None:
     compare(OPTIMIZERS[optimizer], loss)
 
 
+@pytest.mark.tested("gradient accumulation", "twin")
+@pytest.mark.tested("clipping by norm", "twin")
+@pytest.mark.tested("clipping by value", "twin")
+@pytest.mark.tested("learning-rate schedule", "twin")
 @pytest.mark.parametrize("loss", ["mse", "cross_entropy"])
 @pytest.mark.parametrize("optimizer", ["momentum", "nesterov", "adam", "adamw", "rmsprop", "adagrad"])
 @pytest.mark.parametrize("schedule", [warm_up_and_cosine, one_cycle])
@@ -144,6 +153,7 @@ def test_accumulation_clipping_and_schedules(optimizer: str, loss: str, schedule
     compare(OPTIMIZERS[optimizer], loss, accumulate=3, schedule=schedule, **clipping)
 
 
+@pytest.mark.tested("frozen, tied or unused parameters", "twin")
 @pytest.mark.parametrize("network", NETWORKS)
 @pytest.mark.parametrize("optimizer", ["momentum", "adamw"])
 def test_frozen_tied_unused_and_convolutional_parameters(network: str, optimizer: str) -> None:
@@ -164,6 +174,7 @@ def two_groups(parameters: dict[str, Tensor]) -> torch.optim.Optimizer:
     return torch.optim.AdamW([first, {"params": [parameters["2.weight"], parameters["2.bias"]]}], lr=0.005)
 
 
+@pytest.mark.tested("parameter groups", "twin")
 def test_parameter_groups_and_parameters_that_no_group_holds() -> None:
     run = compare(two_groups, "cross_entropy", schedule=warm_up_and_cosine, clip_norm=0.1)
     assert run.twin.displacement["0.bias"].eq(0).all()
@@ -214,6 +225,7 @@ def test_batches_that_are_dicts_and_outputs_without_a_second_dimension() -> None
     assert run.error(model.fit(steps, targets, nn.MSELoss(), OPTIMIZERS["adam"])) < 1e-13
 
 
+@pytest.mark.tested("late start with a momentum buffer", "twin")
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_a_late_twin_starts_with_the_state_of_the_optimizer(optimizer: str) -> None:
     module, inputs, targets = make("mlp")
@@ -248,6 +260,7 @@ def test_the_run_shares_nothing_with_its_twin() -> None:
     assert not run.linearization.params["0.weight"].equal(run.twin.weights["0.weight"])
 
 
+@pytest.mark.tested("saved and continued state", "twin")
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_a_stored_twin_continues_in_the_middle_of_an_accumulation(optimizer: str) -> None:
     module, inputs, targets = make("mlp")
@@ -405,6 +418,7 @@ def test_the_state_takes_the_type_of_the_passes(live: torch.dtype) -> None:
     assert all(p.dtype == live for p in parameters.values())
 
 
+@pytest.mark.tested("divergence", "twin")
 def test_a_diverging_twin_says_so_and_keeps_its_last_weights() -> None:
     module, inputs, targets = make("mlp")
     module, inputs, targets = module.float(), inputs.float(), targets.float()

@@ -1,0 +1,155 @@
+"""The documentation: it builds, its snippets run and print what the pages show, and its pages name what there is."""
+
+import importlib
+import re
+import subprocess
+import sys
+import zlib
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from lightning_ntk import LinearizationMonitor
+from lightning_ntk.kernel.layers import RULES
+from tests.test_callback import digits, fit, make_module
+
+ROOT = Path(__file__).parent.parent
+DOCS = ROOT / "docs"
+SNIPPET = re.compile(r"^```python\n(.*?)^```\n(?:\n```text\n(.*?)^```\n)?", flags=re.DOTALL | re.MULTILINE)
+NUMBER = re.compile(r"(?<![\w.])-?\d+(?:\.\d+)?(?:e[+-]?\d+)?")
+PAGES = [page for page in sorted(DOCS.glob("*.md")) if SNIPPET.search(page.read_text())]
+
+
+def namespace() -> tuple[dict[str, Any], list[str]]:
+    """What snippets may use without defining it, and the lines that they print."""
+    lines: list[str] = []
+    inputs, targets = digits().tensors
+    names = {
+        "module": make_module(),
+        "inputs": inputs,
+        "targets": targets,
+        "train_loader": DataLoader(digits(), batch_size=11),
+        "print": lambda *values: lines.extend(" ".join(map(str, values)).splitlines()),
+    }
+    return names, lines
+
+
+def same(printed: str, shown: str) -> bool:
+    """Whether two outputs have the same words, and numbers that agree as far as other processors compute them alike."""
+    printed, shown = printed.strip(), shown.strip()
+    if NUMBER.sub("#", printed) != NUMBER.sub("#", shown):
+        return False
+    pairs = zip(NUMBER.findall(printed), NUMBER.findall(shown), strict=True)
+    return all(float(a) == pytest.approx(float(b), rel=0.05, abs=1e-5) for a, b in pairs)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_snippets_print_what_the_page_shows(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    names, lines = namespace()
+    rules = dict(RULES)
+    try:
+        for snippet, shown in SNIPPET.findall(page.read_text()):
+            lines.clear()
+            exec(snippet, names)
+            printed = "\n".join(lines)
+            assert same(printed, shown), f"{snippet}\nprinted\n{printed}\nand the page shows\n{shown}"
+    finally:
+        RULES.clear()
+        RULES.update(rules)
+
+
+def test_outputs_are_compared_by_words_and_numbers() -> None:
+    assert same("loss after 10 steps: 0.0690", "loss after 10 steps: 0.0692")
+    assert not same("loss after 10 steps: 0.06", "loss after 10 steps: 0.07")
+    assert not same("loss 0.06", "losses 0.06")
+    assert not same("", "0.06")
+
+
+def test_it_builds_without_a_warning_and_names_everything_public(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "sphinx", "-W", "-q", "docs", str(tmp_path)]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert not list(ROOT.glob("docs/**/*.html"))  # nothing is written beside the sources
+    packed = (tmp_path / "objects.inv").read_bytes().split(b"\n", 4)[4]
+    documented = {line.split()[0].split(".")[-1] for line in zlib.decompress(packed).decode().splitlines()}
+    for package in ("lightning_ntk", "lightning_ntk.metrics", "lightning_ntk.plots", "lightning_ntk.kernel"):
+        assert set(importlib.import_module(package).__all__) <= documented
+    table = (tmp_path / "tested.html").read_text()
+    assert "●" in table
+    assert "<!-- matrix -->" not in table
+
+
+def matrix() -> Any:
+    sys.path.append(str(DOCS))
+    try:
+        return importlib.import_module("make_matrix")
+    finally:
+        sys.path.remove(str(DOCS))
+
+
+def test_the_matrix_has_every_marker() -> None:
+    page = matrix().matrix_page(ROOT / "tests")
+    marked = 0
+    for path in (ROOT / "tests").rglob("test_*.py"):
+        if path == Path(__file__):
+            continue
+        for setting, columns in re.findall(
+            r'^@pytest\.mark\.tested\("([^"]*)", (.*)\)$', path.read_text(), re.MULTILINE
+        ):
+            marked += 1
+            (row,) = re.findall(rf"^\| {re.escape(setting)} \|(.*)\|$", page, re.MULTILINE)
+            filled = [cell.strip() != "" for cell in row.split("|")]
+            names = list(matrix().COLUMNS)
+            assert all(filled[names.index(column)] for column in re.findall(r'"([^"]*)"', columns))
+    assert marked > 40
+    assert page.count("\n: `tests/") == len(matrix().collect(ROOT / "tests")) >= marked
+
+
+def test_markers_stand_on_functions_classes_cases_and_modules(tmp_path: Path) -> None:
+    tests = tmp_path / "tests"
+    (tests / "dynamics").mkdir(parents=True)
+    (tests / "test_a.py").write_text(
+        'pytestmark = pytest.mark.tested("all", "twin")\n\n'
+        '@pytest.mark.tested("class", "replay")\nclass TestIt:\n    pass\n\n'
+        '@pytest.mark.parametrize("x", [pytest.param(1, marks=pytest.mark.tested("case", "twin", "replay"))])\n'
+        "def test_x(x):\n    pass\n"
+    )
+    (tests / "dynamics" / "test_b.py").write_text('@pytest.mark.tested("class", "twin")\ndef test_y():\n    pass\n')
+    found = {(tested.setting, tested.columns, tested.test) for tested in matrix().collect(tests)}
+    assert found == {
+        ("all", ("twin",), "tests/test_a.py"),
+        ("class", ("replay",), "tests/test_a.py::TestIt"),
+        ("case", ("twin", "replay"), "tests/test_a.py::test_x"),
+        ("class", ("twin",), "tests/dynamics/test_b.py::test_y"),
+    }
+    assert "| class |  |  | ● | ○ |" in matrix().matrix_page(tests)
+
+
+@pytest.mark.parametrize("arguments", ['"resume"', '"resume", "adam"', 'RESUME, "twin"', '"resume", dynamics="twin"'])
+def test_a_marker_with_other_arguments_is_refused(arguments: str, tmp_path: Path) -> None:
+    (tmp_path / "test_a.py").write_text(f"@pytest.mark.tested({arguments})\ndef test_x():\n    pass\n")
+    with pytest.raises(ValueError, match=r"test_a.py:1: expected `pytest.mark.tested\(setting, dynamics"):
+        matrix().collect(tmp_path)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_the_scalars_page_has_every_scalar() -> None:
+    page = (DOCS / "scalars.md").read_text()
+    labelled = TensorDataset(digits().tensors[0], torch.arange(11) % 3)
+    options = {"per_parameter": True, "evaluation": labelled, "loss": nn.MSELoss(), "reference": labelled}
+    names: set[str] = set()
+    for more in ({"dynamics": "gradient_descent", "modes": 2}, {"dynamics": "twin", "twin_every": 2}):
+        monitor = LinearizationMonitor(strict=True, **options, **more)
+        fit(monitor, make_module(), max_steps=2)
+        names |= set(monitor.history[-1])
+    assert {"mode/2/residual", "evaluation/loss", "twin_coverage", "taylor_accuracy"} <= names
+    for name in names:
+        name = re.sub(r"^mode/\d+", "mode/<i>", name.removeprefix("evaluation/"))
+        name = re.sub(r"^parameter/.*", "parameter/<name>", name)
+        assert f"`{name}`" in page, name
