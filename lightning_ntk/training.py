@@ -79,7 +79,7 @@ class LinearizedTraining:
         dtype: Type of the Jacobian passes, by default that of the parameters. Spectra are always float64.
         progress: Whether long operations show a progress bar.
         batches: For a run on minibatches whose order was recorded: for every step the rows of its samples in the training
-            set, or a tuple of such, micro-batches whose gradients are averaged. Then `loss` may be any differentiable one, `t` is at most their
+            set, or a tuple of such, micro-batches whose gradients are averaged. Then `loss` may be any differentiable one,
             number, and the kernel is formed; there are no modes.
 
     Raises:
