@@ -257,15 +257,20 @@ class LinearizationMonitor(Callback):
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Adds the initial weights and the state of the linearised network."""
-        if self._observation is not None and self.save_state:
-            checkpoint.setdefault("lightning_ntk", {})[self.state_key] = self._observation.state_dict()
+        states = checkpoint.setdefault("lightning_ntk", {})
+        if not self._started:
+            states[self.state_key] = None
+        elif self._observation is not None and self.save_state:
+            states[self.state_key] = self._observation.state_dict()
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Refuses to resume from a checkpoint that does not know the weights at which to linearise."""
-        # Tuners save and restore before the first step, when there is nothing to resume.
-        if trainer.state.fn != TrainerFn.FITTING or checkpoint["global_step"] == 0:
+        states = checkpoint.get("lightning_ntk", {})
+        # Tuners save and restore before training starts, when there is nothing to resume.
+        tuned = self.state_key in states and states[self.state_key] is None
+        if trainer.state.fn != TrainerFn.FITTING or checkpoint["global_step"] == 0 or tuned:
             return
-        self._resumed = checkpoint.get("lightning_ntk", {}).get(self.state_key)
+        self._resumed = states.get(self.state_key)
         waiting = checkpoint["global_step"] <= self.capture_at
         if self._resumed is None and not waiting and not checkpoint["callbacks"].get(self.state_key, {}).get("lost"):
             raise MisconfigurationException(
