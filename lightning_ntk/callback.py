@@ -34,6 +34,7 @@ from lightning_ntk.trainer_view import (
     loss_scale,
     momentum_buffers,
     precision,
+    require_available,
     shows_progress,
     single_optimizer,
     step_settings,
@@ -229,6 +230,7 @@ class LinearizationMonitor(Callback):
         if stage != "fit":
             return
         self._reset()  # before tuners save and restore what an earlier fit left
+        require_available(self.device)
         if not isinstance(trainer.strategy, SingleDeviceStrategy):
             raise MisconfigurationException(
                 f"LinearizationMonitor expects training on a single device but got {type(trainer.strategy).__name__}. "

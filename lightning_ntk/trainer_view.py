@@ -33,6 +33,21 @@ def single_optimizer(trainer: Trainer) -> Optimizer:
     return trainer.optimizers[0]
 
 
+def require_available(device: str | None) -> None:
+    """Refuses a device that this machine has not.
+
+    Raises:
+        MisconfigurationException: If nothing can be put there.
+    """
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # the latter in builds of PyTorch without CUDA
+        raise MisconfigurationException(
+            f"LinearizationMonitor expects a device that can hold a kernel but got device={device!r}: {error}. "
+            'Use device="cpu", or None for that of the module.'
+        ) from error
+
+
 def step_settings(trainer: Trainer, optimizer: Optimizer, parameters: Mapping[str, Tensor]) -> StepSettings:
     """What the coming optimizer step depends on, of the live parameters that were linearised."""
     clip = trainer.gradient_clip_val or None  # the Trainer takes 0 for none, too

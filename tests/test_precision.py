@@ -5,8 +5,10 @@ from contextlib import nullcontext
 
 import pytest
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.plugins.precision import MixedPrecision
 from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_ntk import LinearizationMonitor
 from lightning_ntk.dynamics.twin import Twin
@@ -38,12 +40,12 @@ def test_training_is_bitwise_the_same_in_every_precision(precision: str) -> None
         train(module, loader(shuffle=True), callbacks, **with_precision(precision))
         return module
 
-    assert_trains_alike(run, watch(evaluation=digits(5)))
+    assert_trains_alike(run, watch(evaluation=digits(5)), follows=False)
 
 
-# Largest distance of a network that is its own linearisation: the rounding of the run itself. Measured over 24 steps: 3e-16,
-# 9e-8, 6e-4, 7e-5, 7e-3, 9e-4.
-ROUNDING = {"64-true": 1e-14, "32-true": 1e-6, "bf16-mixed": 3e-3, "16-mixed": 5e-4, "bf16-true": 0.03, "16-true": 5e-3}
+# The largest distance of a network that is its own linearisation is the rounding of the run. Measured over 24 steps: 1e-15, 2e-7,
+# 2e-3, 2e-4, 1.3e-2, 1.7e-3.
+ROUNDING = {"64-true": 1e-14, "32-true": 1e-6, "bf16-mixed": 5e-3, "16-mixed": 5e-4, "bf16-true": 0.03, "16-true": 5e-3}
 
 
 @pytest.mark.parametrize("precision", ROUNDING)
@@ -98,12 +100,11 @@ def test_steps_that_a_grad_scaler_skips_are_skipped_by_the_linearised_network(ac
         return module, trainer
 
     def loader64(batch_size):
-        data = torch.utils.data.TensorDataset(*(tensor.double() for tensor in digits().tensors))
-        return torch.utils.data.DataLoader(data, batch_size=batch_size, shuffle=True)
+        data = TensorDataset(*(tensor.double() for tensor in digits().tensors))
+        return DataLoader(data, batch_size=batch_size, shuffle=True)
 
     monitors = watch(("replay", "twin"))
-    with pytest.warns() as record:
-        assert_trains_alike(lambda callbacks: run(callbacks, 4, 0.9)[0], monitors)
+    assert_trains_alike(lambda callbacks: run(callbacks, 4, 0.9)[0], monitors)
     if accumulate == 1:
         descent = watch(("gradient_descent",))
         run(descent, 11, 0.9)
@@ -116,7 +117,6 @@ def test_steps_that_a_grad_scaler_skips_are_skipped_by_the_linearised_network(ac
         assert not taken[0]
         assert 0 < sum(taken) < len(taken)
         assert distance(monitor) < 1e-12
-    assert not [w for w in record if "does not follow the loss" in str(w.message)]
 
 
 def test_a_measurement_falls_on_the_counted_step_even_if_it_is_skipped() -> None:
@@ -130,12 +130,15 @@ def test_a_measurement_falls_on_the_counted_step_even_if_it_is_skipped() -> None
 
 def test_the_samples_of_half_precision_batches_are_recognised() -> None:
     """The reference is read in the precision of the run, in which samples are compared."""
+    inputs, targets = (tensor / 3 for tensor in digits().tensors)  # numbers that have no bfloat16 of their own
     monitor = LinearizationMonitor(dynamics="auto", steps=1, strict=True)
-    train(make(), loader(shuffle=True), [monitor], precision="bf16-true")
+    data = DataLoader(TensorDataset(inputs, targets), batch_size=4, shuffle=True)
+    train(make(), data, [monitor], precision="bf16-true")
     assert monitor._observation.dynamics == "replay"
     assert monitor._observation.initial_weights["body.weight"].dtype == torch.float32
     rows = torch.tensor([3, 1])
-    batch = [tensor[rows].bfloat16() for tensor in digits().tensors]
+    batch = [tensor[rows].bfloat16() for tensor in (inputs, targets)]
+    assert not torch.equal(batch[0].float(), inputs[rows])
     assert torch.equal(monitor._observation._follower.rows(*batch), rows)
 
 
@@ -171,6 +174,23 @@ def test_the_device_of_kernel_and_modes() -> None:
         LinearizationMonitor(device="nowhere")
     with pytest.raises(ValueError, match=r"Expected argument `device` to be a device .* but got 3"):
         LinearizationMonitor(device=3)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_device_that_is_not_there_is_refused_before_training() -> None:
+    with pytest.raises(MisconfigurationException, match=r"but got device='cuda': .* Use device=\"cpu\""):
+        train(make(), loader(), [LinearizationMonitor(device="cuda")])
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_kernel_and_modes_beside_passes_on_a_gpu() -> None:
+    here, there = watch(device="cpu"), watch()
+    train(make(mlp), loader(11), here, accelerator="gpu", devices=1)
+    train(make(mlp), loader(11), there, accelerator="gpu", devices=1)
+    for one, other in zip(here, there, strict=True):
+        assert one.history[-1] == pytest.approx(other.history[-1], rel=1e-9, abs=1e-12)
+    assert here[0].training.ntk.device.type == "cpu"
+    assert here[0].training.linearization.device.type == "cuda"
 
 
 @pytest.mark.parametrize("method", ["structured", "contraction"])

@@ -97,17 +97,21 @@ def random_state() -> tuple[Any, ...]:
 
 
 def assert_trains_alike(
-    run: Callable[[list[Callback]], LightningModule], monitors: list[LinearizationMonitor]
+    run: Callable[[list[Callback]], LightningModule], monitors: list[LinearizationMonitor], *, follows: bool = True
 ) -> LightningModule:
-    """The golden test: weights, buffers, modes and random states after a run with monitors are those of one without."""
+    """The golden test: weights, buffers, modes and random states after a run with monitors are those of one without.
+
+    And with `follows` the gradient of its first step is the one that is linearised.
+    """
     expected = run([])
     drawn = random_state()
     modes = [m.training for m in expected.modules()]
     weights = {name: value.clone() for name, value in expected.state_dict().items()}
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "LinearizationMonitor (compares|does not follow)")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
         actual = run(list(monitors))
     assert random_state() == drawn
+    assert not (follows and [w for w in caught if "does not follow" in str(w.message)])
     assert [m.training for m in actual.modules()] == modes
     assert actual.state_dict().keys() == weights.keys()
     for name, value in actual.state_dict().items():
