@@ -43,7 +43,7 @@ def measure(name: str, samples: int, batch_size: int, repeats: int) -> dict[str,
         module,
         torch.optim.SGD(module.parameters(), lr=0.01),
         options,
-        data=(inputs, targets),
+        data=lambda: (inputs, targets),
         differences=lambda *_: [],
         horizon=1,
     )

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.strategies import SingleDeviceStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
@@ -16,22 +15,31 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader, Dataset
 
-from lightning_ntk.arguments import require_choice, require_integer, require_steps
+from lightning_ntk.arguments import require_choice, require_device, require_integer, require_steps
 from lightning_ntk.dynamics.twin import require_supported_optimizer
 from lightning_ntk.following import StepSettings
+from lightning_ntk.linearization import plain_name
 from lightning_ntk.observation import FollowedDynamics, Observation, Options
 from lightning_ntk.plots import plot_history
 from lightning_ntk.reference import unpack_pair
 from lightning_ntk.run_differences import forward_differences, run_differences
 from lightning_ntk.trainer_view import (
     callbacks_of,
+    ends_with_averaged_weights,
+    gradients,
+    had_backward_pass,
+    has_averaged_weights,
     horizon,
     is_last_step,
+    loss_scale,
     momentum_buffers,
     precision,
+    require_available,
     shows_progress,
     single_optimizer,
     step_settings,
+    step_was_taken,
+    training_batch,
     training_data,
 )
 from lightning_ntk.training import LinearizedTraining
@@ -67,7 +75,8 @@ class LinearizationMonitor(Callback):
 
     Args:
         reference: The training set in a fixed order: a map-style Dataset, a DataLoader (its data set and collate function
-            are used, not its sampler), or "train" for the Trainer's own training set. None to compare weights only, which
+            are used, not its sampler), or "train" for the Trainer's own training set: the samples that it sees, with
+            `overfit_batches` for example the first ones. None to compare weights only, which
             the twin can do.
         steps: An integer n to measure every n optimizer steps, a list of steps, or "log" for roughly logarithmic steps.
             The first (0) and the last step are always measured.
@@ -86,7 +95,10 @@ class LinearizationMonitor(Callback):
             the run, with or without forming the kernel), or "auto" for the cheapest that fits into memory.
         jacobian: "streamed" or, for small models, "stored": see `LinearizedTraining`.
         batch_size: Samples in one pass.
-        dtype: Type of the passes, as "float32" or "float64". Default: that of the parameters.
+        dtype: Type of the passes, as "float32" or "float64". Default: that of the parameters, float32 for those in half
+            precision.
+        device: Where the kernel, its modes and vectors are kept, "cpu" for example where a GPU has no room for them. Passes
+            run on the device of the module. Default: there too.
         twin_every: Steps of the twin that share one gradient, that of the first of them. Above 1 the comparison is no longer
             exact, which `twin_coverage`, its reciprocal, records.
         name: Prefix of the logged tags.
@@ -127,6 +139,7 @@ class LinearizationMonitor(Callback):
         jacobian: Literal["streamed", "stored"] = "streamed",
         batch_size: int = 256,
         dtype: Literal["float32", "float64"] | None = None,
+        device: str | None = None,
         twin_every: int = 1,
         name: str = "ntk",
         per_parameter: bool = False,
@@ -150,6 +163,7 @@ class LinearizationMonitor(Callback):
         self.jacobian = jacobian
         self.batch_size = batch_size
         self.dtype = dtype
+        self.device = device
         self.twin_every = twin_every
         self.name = name
         self.per_parameter = per_parameter
@@ -171,6 +185,7 @@ class LinearizationMonitor(Callback):
         require_steps(self.steps)
         require_choice("dynamics", self.dynamics, FollowedDynamics)
         require_choice("dtype", self.dtype, Literal["float32", "float64", None])
+        require_device("device", self.device)
         require_integer("capture_at", self.capture_at, least=0)
         require_integer("twin_every", self.twin_every, least=1)
         require_integer("modes", self.modes, least=0)
@@ -189,6 +204,7 @@ class LinearizationMonitor(Callback):
         self._observation: Observation | None = None
         self._step = 0
         self._settings: StepSettings | None = None
+        self._loss_scale: float | None = None
         self._first_gradient: dict[str, Tensor | None] | None = None
         self._lost = False
         self._started = False
@@ -223,6 +239,8 @@ class LinearizationMonitor(Callback):
         """Refuses what cannot be supported, before any data is read."""
         if stage != "fit":
             return
+        self._reset()  # before tuners save and restore what an earlier fit left
+        require_available(self.device)
         if not isinstance(trainer.strategy, SingleDeviceStrategy):
             raise MisconfigurationException(
                 f"LinearizationMonitor expects training on a single device but got {type(trainer.strategy).__name__}. "
@@ -251,15 +269,20 @@ class LinearizationMonitor(Callback):
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Adds the initial weights and the state of the linearised network."""
-        if self._observation is not None and self.save_state:
-            checkpoint.setdefault("lightning_ntk", {})[self.state_key] = self._observation.state_dict()
+        states = checkpoint.setdefault("lightning_ntk", {})
+        if not self._started:
+            states[self.state_key] = None
+        elif self._observation is not None and self.save_state:
+            states[self.state_key] = self._observation.state_dict()
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Refuses to resume from a checkpoint that does not know the weights at which to linearise."""
-        # Tuners save and restore before the first step, when there is nothing to resume.
-        if trainer.state.fn != TrainerFn.FITTING or checkpoint["global_step"] == 0:
+        states = checkpoint.get("lightning_ntk", {})
+        # Tuners save and restore before training starts, when there is nothing to resume.
+        tuned = self.state_key in states and states[self.state_key] is None
+        if trainer.state.fn != TrainerFn.FITTING or checkpoint["global_step"] == 0 or tuned:
             return
-        self._resumed = checkpoint.get("lightning_ntk", {}).get(self.state_key)
+        self._resumed = states.get(self.state_key)
         waiting = checkpoint["global_step"] <= self.capture_at
         if self._resumed is None and not waiting and not checkpoint["callbacks"].get(self.state_key, {}).get("lost"):
             raise MisconfigurationException(
@@ -302,13 +325,15 @@ class LinearizationMonitor(Callback):
         if self._observation is None or self._lost:
             return
         parameters = dict(pl_module.named_parameters())
-        names = list(self._observation.initial_weights)
-        self._settings = step_settings(trainer, optimizer, {name: parameters[name] for name in names})
-        if self._observation.steps == 0:
-            gradients = {name: parameters[name].grad for name in names}
-            self._first_gradient = {n: None if g is None else g.detach().clone() for n, g in gradients.items()}
+        linearized = {name: parameters[name] for name in self._observation.initial_weights}
+        self._settings = step_settings(trainer, optimizer, linearized)
+        self._loss_scale = loss_scale(trainer)
+        if self._observation.steps_taken == 0:
+            self._first_gradient = gradients(optimizer, linearized, self._loss_scale)
         thawed = [
-            name for name, p in parameters.items() if p.requires_grad and name not in self._observation.initial_weights
+            plain_name(name)
+            for name, p in parameters.items()
+            if p.requires_grad and name not in self._observation.initial_weights
         ]
         if thawed:
             self._report_once(
@@ -321,7 +346,9 @@ class LinearizationMonitor(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Advances the linearised network if the optimizer stepped, and measures if it is time."""
-        stepped, self._step = trainer.global_step != self._step, trainer.global_step
+        stepped, self._step = trainer.global_step - self._step, trainer.global_step
+        if has_averaged_weights(trainer):
+            return
         if self._observation is None:
             if self.capture_at == self._step - self._start:
                 self._capture_late(trainer, pl_module)
@@ -329,8 +356,10 @@ class LinearizationMonitor(Callback):
         if self._lost:
             return
         try:
-            if outputs is not None:  # None where training_step returned None, so that there was no backward pass
+            if had_backward_pass(pl_module, outputs):
                 self._observation.see(*self._unpack(batch), 1 / trainer.accumulate_grad_batches)
+            if stepped > 1:
+                raise ValueError(f"Expected at most one optimizer step in a batch but `training_step` took {stepped}.")
             if stepped:
                 self._follow_step(trainer, pl_module)
         except Exception as error:
@@ -344,8 +373,7 @@ class LinearizationMonitor(Callback):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Measures the last step of a run that another callback stopped early."""
-        # Averaging callbacks have replaced the weights of the last step by now.
-        averaged = any(isinstance(c, StochasticWeightAveraging | WeightAveraging) for c in callbacks_of(trainer))
+        averaged = ends_with_averaged_weights(trainer, self) or has_averaged_weights(trainer)
         if self.history and self.history[-1]["step"] != self._step and not averaged and not self._lost:
             self._measure(trainer, pl_module)
 
@@ -357,12 +385,12 @@ class LinearizationMonitor(Callback):
             dynamics=self.dynamics,
             loss=self.loss,
             predict=self.predict,
-            # With the hooks of the LightningModule and the datamodule, so that the reference is what training sees.
-            unpack=lambda batch: self._unpack(trainer.strategy.batch_to_device(batch)),
+            unpack=lambda batch: self._unpack(training_batch(trainer, module, batch)),
             solver=self.solver,
             jacobian=self.jacobian,
             batch_size=self.batch_size,
             dtype=None if self.dtype is None else getattr(torch, self.dtype),
+            device=None if self.device is None else torch.device(self.device),
             twin_every=self.twin_every,
             per_parameter=self.per_parameter,
             taylor=self.taylor,
@@ -370,12 +398,12 @@ class LinearizationMonitor(Callback):
             modes=self.modes,
             progress=self.progress and shows_progress(trainer),
         )
-        remaining = horizon(trainer)
+        remaining, reference = horizon(trainer), self.reference
         self._observation = observation = Observation(
             module,
             optimizer,
             options,
-            data=training_data(trainer) if self.reference == "train" else self.reference,
+            data=None if reference is None else lambda: training_data(trainer) if reference == "train" else reference,
             evaluation=self.evaluation,
             differences=lambda dynamics, size: run_differences(trainer, module, optimizer, dynamics, size),
             horizon=None if remaining is None else remaining - self.capture_at,
@@ -385,7 +413,7 @@ class LinearizationMonitor(Callback):
         if observation.reason:
             rank_zero_info(f"LinearizationMonitor: {observation.reason}")
         differences = run_differences(trainer, module, optimizer, observation.dynamics, observation.num_samples)
-        differences += forward_differences(module)
+        differences += forward_differences(trainer, module)
         if differences:
             self._report_once(
                 "differences",
@@ -406,6 +434,10 @@ class LinearizationMonitor(Callback):
     def _follow_step(self, trainer: Trainer, module: LightningModule) -> None:
         assert self._observation is not None
         assert self._settings is not None
+        if not step_was_taken(trainer, self._settings, self._loss_scale, len(self._observation.initial_weights)):
+            self._first_gradient = None
+            self._observation.skip()
+            return
         if self._first_gradient is not None:
             mismatch = self._observation.check_first_gradient(self._first_gradient, precision(trainer, module))
             self._first_gradient = None

@@ -34,6 +34,8 @@ class Capture:
         jacobian: "streamed" or "stored".
         batch_size: Samples in one pass.
         dtype: Type of the passes.
+        device: Where the kernel and all that is as large as its rows is kept. Default: with the passes, on the device of the
+            parameters.
         progress: Whether passes show a progress bar.
         start: What `Linearization.state_dict` returned, to linearise at in the place of the module's own state.
 
@@ -61,6 +63,7 @@ class Capture:
         jacobian: JacobianStorage = "streamed",
         batch_size: int = 256,
         dtype: torch.dtype | None = None,
+        device: torch.device | None = None,
         progress: bool = False,
         start: Mapping[str, Mapping[str, Tensor]] | None = None,
     ) -> None:
@@ -68,6 +71,7 @@ class Capture:
         self.unpack = unpack
         with preserved_rng():
             self.linearization = Linearization(module, predict=predict, dtype=dtype)
+            self.device = device or self.linearization.device
             if start is not None:
                 self.linearization.load_state_dict(start)
             self.reference = Reference(data, batch_size=batch_size, unpack=unpack)
@@ -152,13 +156,15 @@ def training_kernel(given: Tensor | None, capture: Capture, *, dtype: torch.dtyp
             raise ValueError(f"Expected argument `ntk` of shape {(size, size)} but got {tuple(given.shape)}.")
         if not given.isfinite().all():
             raise ValueError("Expected argument `ntk` to be finite but it holds NaN or infinity.")
-        kernel = given.detach()
+        kernel = given.detach().to(capture.device)
         if not torch.allclose(kernel, kernel.T, rtol=1e-3, atol=1e-4 * kernel.abs().max().item()):
             raise ValueError("Expected argument `ntk` to be symmetric, the kernel of the training set with itself.")
     elif isinstance(jacobian, StoredJacobian):
-        kernel = contract(jacobian.blocks, jacobian.blocks, dtype)
+        kernel = contract(jacobian.blocks, jacobian.blocks, dtype).to(capture.device)
     else:
-        kernel = compute_kernel(linearization, capture.reference, dtype=dtype, progress=capture.progress)
+        kernel = compute_kernel(
+            linearization, capture.reference, dtype=dtype, device=capture.device, progress=capture.progress
+        )
     # A kernel computed earlier may come from float32 passes whatever its type is now.
     computed = linearization.dtype if given is None else torch.float32
     check_kernel(jacobian, kernel, capture.predictions, dtype=computed)

@@ -7,7 +7,7 @@ from torch import Tensor
 from lightning_ntk.capture import Capture
 from lightning_ntk.distances import norm, parameter_distances, ratio, root_mean_square, weight_distances
 from lightning_ntk.following import LinearizedNetwork
-from lightning_ntk.linearization import Tensors
+from lightning_ntk.linearization import Tensors, plain_name
 from lightning_ntk.training import LinearizedTraining
 
 
@@ -21,7 +21,8 @@ def compare_weights(displacement: Tensors, linearized: Tensors, *, per_parameter
     Args:
         displacement: w_t - w_0 of the trained network, by parameter name, in float64.
         linearized: w_lin(t) - w_0.
-        per_parameter: Whether to add `parameter/<name>`, the relative distance of each tensor.
+        per_parameter: Whether to add `parameter/<name>`, the relative distance of each tensor, under its name without
+            `torch.compile`.
 
     Returns:
         The scalars of `weight_distances`, and those of each parameter.
@@ -29,7 +30,7 @@ def compare_weights(displacement: Tensors, linearized: Tensors, *, per_parameter
     scalars = weight_distances(displacement, linearized)
     if per_parameter:
         distances = parameter_distances(displacement, linearized)
-        scalars |= {f"parameter/{name}": value for name, value in distances.items()}
+        scalars |= {f"parameter/{plain_name(name)}": value for name, value in distances.items()}
     return scalars
 
 

@@ -56,6 +56,9 @@ class Follower(Protocol):
     def step(self, settings: StepSettings) -> None:
         """One optimizer step, with the micro-batches seen since the last one."""
 
+    def skip(self) -> None:
+        """Forgets the micro-batches seen since the last step: the optimizer did not step."""
+
     def network(self) -> LinearizedNetwork:
         """The linearised network after the steps so far."""
 
@@ -85,6 +88,9 @@ class ModesFollower:
         """One step with the settings of the first parameter group."""
         self._settings.append(SGDSettings.of(settings.groups[0]))
         self._run.step(self._settings[-1])
+
+    def skip(self) -> None:
+        """Nothing: what a batch holds is not looked at."""
 
     def network(self) -> LinearizedNetwork:
         """One pass over the training set."""
@@ -165,6 +171,10 @@ class ReplayFollower:
             SGDSettings.of(settings.groups[0]), clip_norm=settings.clip_norm, clip_value=settings.clip_value
         )
 
+    def skip(self) -> None:
+        """Drops the batches seen since the last step."""
+        self._replay.forget()
+
     def network(self) -> LinearizedNetwork:
         """One pass over the training set."""
         coefficients = self._replay.coefficients.unsqueeze(0)
@@ -237,6 +247,10 @@ class TwinFollower:
             settings.groups, clip_norm=settings.clip_norm, clip_value=settings.clip_value, frozen=settings.frozen
         )
         self._steps += 1
+
+    def skip(self) -> None:
+        """Drops the gradient of the batches seen since the last step."""
+        self._twin.forget()
 
     def network(self) -> LinearizedNetwork:
         """No pass."""

@@ -26,6 +26,11 @@ def call_module(module: nn.Module, inputs: Any) -> Tensor:
     return outputs
 
 
+def plain_name(name: str) -> str:
+    """The name that a parameter has without `torch.compile`, which puts submodules below `_orig_mod`."""
+    return name.replace("_orig_mod.", "")
+
+
 def trainable_parameters(module: nn.Module) -> Tensors:
     """The live parameters that require a gradient, tied ones once, under their names in `named_parameters()`.
 

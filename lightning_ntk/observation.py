@@ -38,6 +38,7 @@ class Options:
     jacobian: JacobianStorage = "streamed"
     batch_size: int = 256
     dtype: torch.dtype | None = None
+    device: torch.device | None = None
     twin_every: int = 1
     per_parameter: bool = False
     taylor: bool = True
@@ -61,7 +62,7 @@ class Observation:
         module: The network, at the weights w0 at which to linearise.
         optimizer: Its optimizer, in the state that it has there.
         options: How to observe.
-        data: The training set in a fixed order; None for none, with the twin.
+        data: Gives the training set in a fixed order, or raises a `NoFixedOrderError`; None for none, with the twin.
         evaluation: Other data on which to compare functions.
         differences: Phrases on what the run does that the named dynamics do not describe.
         horizon: Optimizer steps still to come, if known.
@@ -72,6 +73,8 @@ class Observation:
         dynamics: Those that are followed.
         reason: Why, a sentence; empty if they were asked for.
         training: The captured problem of gradient descent or flow; None for other dynamics.
+        steps: Optimizer steps of the run since the capture.
+        steps_taken: Those that changed the weights.
 
     Raises:
         ValueError: If data, network, loss or optimizer cannot be used.
@@ -84,7 +87,7 @@ class Observation:
         optimizer: Optimizer,
         options: Options,
         *,
-        data: Data | None,
+        data: Callable[[], Data] | None,
         evaluation: Data | None = None,
         differences: Callable[[str, int | None], Sequence[str]],
         horizon: float | None = None,
@@ -112,10 +115,10 @@ class Observation:
         self._expected: Tensors | None = None
         self._objective = None if self._reference is None else self._reference.objective
         self._first_frozen: set[str] | None = None
-        self.steps = 0
+        self.steps = self.steps_taken = 0
         if state is not None:
             self._follower.load_state_dict(state["follower"])
-            self.steps = int(state["steps"])
+            self.steps, self.steps_taken = int(state["steps"]), int(state["steps_taken"])
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that the measurements to come depend on, as tensors, numbers, strings, dicts and lists.
@@ -131,6 +134,7 @@ class Observation:
             "data": self._fingerprints,
             "follower": self._follower.state_dict(),
             "steps": self.steps,
+            "steps_taken": self.steps_taken,
         }
 
     @property
@@ -167,7 +171,7 @@ class Observation:
     def see(self, inputs: Any, target: Tensor, scale: float) -> None:
         """One micro-batch, whose loss the run multiplied by `scale` before its backward pass."""
         with preserved_rng():
-            if self.steps == 0:
+            if self.steps_taken == 0:
                 self._add_expected_gradient(inputs, target, scale)
             self._follower.see(inputs, target, scale)
 
@@ -179,6 +183,13 @@ class Observation:
         """
         with preserved_rng():
             self._follower.step(settings)
+        self.steps += 1
+        self.steps_taken += 1
+
+    def skip(self) -> None:
+        """One optimizer step that is counted and was not taken, as without a gradient: what was seen for it is forgotten."""
+        self._follower.skip()
+        self._expected = None
         self.steps += 1
 
     def warnings(self, settings: StepSettings) -> Iterator[tuple[str, str]]:
@@ -270,14 +281,17 @@ class Observation:
         options = self._options
         return Capture(
             module, data, loss=options.loss, predict=options.predict, unpack=options.unpack, jacobian=options.jacobian,
-            batch_size=options.batch_size, dtype=options.dtype, progress=options.progress, start=self._start,
+            batch_size=options.batch_size, dtype=options.dtype, device=options.device, progress=options.progress,
+            start=self._start,
         )  # fmt: skip
 
-    def _capture_if_possible(self, module: nn.Module, data: Data | None) -> tuple[Capture | None, str | None]:
+    def _capture_if_possible(
+        self, module: nn.Module, data: Callable[[], Data] | None
+    ) -> tuple[Capture | None, str | None]:
         if data is None:
             return None, "there is no reference set"
         try:
-            return self._capture(module, data), None
+            return self._capture(module, data()), None
         except NoFixedOrderError as error:
             if self._options.dynamics not in ("auto", "twin"):
                 raise
@@ -297,7 +311,7 @@ class Observation:
             no_kernel=no_kernel,
             not_squared=reference is not None and reference.objective.factor is None,
             kernel_bytes=float(rows) ** 2 * self._linearization.dtype.itemsize,
-            free=min(available_memory(), available_memory(self._linearization.device)),
+            free=min(available_memory(), available_memory(options.device or self._linearization.device)),
         )
         return choice.dynamics, choice.reason
 

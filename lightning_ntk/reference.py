@@ -7,7 +7,15 @@ from typing import Any, NamedTuple, TypeAlias, cast
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
-from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, TensorDataset
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    Dataset,
+    IterableDataset,
+    SequentialSampler,
+    Subset,
+    TensorDataset,
+)
 from torch.utils.data import default_collate as _default_collate
 
 Data: TypeAlias = Dataset[Any] | DataLoader[Any] | Tensor | tuple[Any, Tensor]
@@ -160,6 +168,20 @@ class Reference:
     def num_batches(self) -> int:
         """Batches in one pass."""
         return -(-self.num_samples // self.batch_size)
+
+
+def seen_samples(loader: DataLoader[Any], batches: float) -> int | None:
+    """How many samples of its data set a DataLoader gives in epochs of a number of batches; None if it has no known size.
+
+    All of them, unless the order is fixed and the epoch ends early: `drop_last` and limits leave out the same ones every time.
+    """
+    dataset = loader.dataset
+    if isinstance(dataset, IterableDataset) or not isinstance(dataset, Sized):
+        return None
+    in_order = isinstance(loader.sampler, SequentialSampler) and type(loader.batch_sampler) is BatchSampler
+    if not in_order or loader.batch_size is None:
+        return len(dataset)
+    return int(min(len(dataset), batches * loader.batch_size))
 
 
 def unpack_pair(batch: Any) -> tuple[Any, Tensor | None]:

@@ -73,14 +73,14 @@ def solve(
     if not (problem.kernel_given or problem.jacobian_stored):
         kernel_operations, forward_operations = count_operations(linearization, capture.reference)
         problem = problem._replace(kernel_operations=kernel_operations, forward_operations=forward_operations)
-    free = min(available_memory(), available_memory(linearization.device))
+    free = min(available_memory(), available_memory(capture.device))
     choice = choose_solver(problem, solver=solver, matrix_free=matrix_free, free_memory=free)
     _log.info("%s", choice.reason)
     kernel: Tensor | None = None
     if not choice.matrix_free:
         # Summed in float32, the kernel puts the weights off by 2e-5 at eta * t * lambda_max = 1e4; in float64 by 3e-6.
         # Lanczos is for kernels whose size matters more than that.
-        summed = wide_dtype(outputs.device) if choice.solver == "eigh" else linearization.dtype
+        summed = wide_dtype(capture.device) if choice.solver == "eigh" else linearization.dtype
         kernel = _kernel(capture, scaling, ntk, summed)
         if choice.solver == "eigh":
             return Solution(CompleteModes(kernel, vectors), kernel, choice.reason)

@@ -161,7 +161,7 @@ class Replay:
                 "Expected a call of `accumulate` before `step`, as no gradient has come since the last step."
             )
         rows, gradients = torch.cat(self._rows), torch.cat(self._gradients)
-        self._rows, self._gradients = [], []
+        self.forget()
         image = self._products.image(rows, gradients)
         index = rows.to(image.device, non_blocking=True)
         if clip_norm is not None:
@@ -171,6 +171,10 @@ class Replay:
         coefficients = torch.zeros_like(image).index_add_(0, index, gradients)
         self._sgd.step([coefficients, image, torch.zeros_like(self._scales)], settings)
         self.steps += 1
+
+    def forget(self) -> None:
+        """Drops what was accumulated since the last step."""
+        self._rows, self._gradients = [], []
 
     def _require_possible(self, settings: SGDSettings, clip_norm: float | None, clip_value: float | None) -> None:
         if clip_value is not None:
@@ -251,7 +255,7 @@ class Replay:
         buffers = state["buffers"]
         known = not any(buffer is None for buffer in buffers)
         self._sgd = LinearSGD(values, [b.to(v) for b, v in zip(buffers, values, strict=True)] if known else None)
-        self._rows, self._gradients = [], []
+        self.forget()
         self.steps = int(state["steps"])
 
 

@@ -112,6 +112,7 @@ def contraction_kernel(
     num_outputs: int,
     memory_limit: int,
     dtype: torch.dtype | None = None,
+    device: torch.device | None = None,
     progress: bool = False,
 ) -> Tensor:
     """The kernel between two data sets, or of one with itself (half of the blocks computed, the others mirrored).
@@ -123,6 +124,7 @@ def contraction_kernel(
         num_outputs: K.
         memory_limit: Bytes for the Jacobians of two blocks of samples.
         dtype: Type in which the products are summed. Default: that of the passes.
+        device: Where the kernel is kept, tile by tile as it is made. Default: with the passes.
         progress: Whether to show a progress bar.
 
     Returns:
@@ -133,7 +135,8 @@ def contraction_kernel(
     jacobian_size = num_outputs * linearization.num_parameters * linearization.dtype.itemsize
     size = max(1, min(memory_limit // (2 * jacobian_size), len(rows), len(columns)))
     dtype = dtype or linearization.dtype
-    kernel = empty_matrix(len(rows) * num_outputs, len(columns) * num_outputs, dtype=dtype, device=linearization.device)
+    device = device or linearization.device
+    kernel = empty_matrix(len(rows) * num_outputs, len(columns) * num_outputs, dtype=dtype, device=device)
     blocks = [
         (i, j) for i in range(0, len(rows), size) for j in range(0, len(columns), size) if not symmetric or i <= j
     ]

@@ -75,21 +75,26 @@ def compute_kernel(
     method: str = "auto",
     memory_limit: int | None = None,
     dtype: torch.dtype | None = None,
+    device: torch.device | None = None,
     progress: bool = False,
 ) -> Tensor:
-    """`empirical_ntk` of a linearization, `(N1 K, N2 K)`, its products summed in `dtype`."""
+    """`empirical_ntk` of a linearization, `(N1 K, N2 K)`, its products summed in `dtype` and the result kept on `device`."""
     if method not in ("auto", "structured", "contraction"):
         raise ValueError(f'Expected argument `method` to be "auto", "structured" or "contraction" but got {method!r}.')
     num_outputs = linearization.predict(rows.read(0, 1).inputs).shape[1]
     size = len(rows) * len(columns or rows) * num_outputs**2 * (dtype or linearization.dtype).itemsize
-    free = available_memory(linearization.device)
+    free = available_memory(device or linearization.device)
     if size > free:
         raise MemoryError(
             f"The kernel of {len(rows)} x {len(columns or rows)} samples with {num_outputs} outputs needs {format_bytes(size)} "
             f"but {format_bytes(free)} are free. Use fewer samples."
         )
-    limit = int(_DEFAULT_MEMORY_SHARE * (free - size)) if memory_limit is None else memory_limit
+    if memory_limit is None:
+        elsewhere = device is not None and device != linearization.device
+        spare = available_memory(linearization.device) if elsewhere else free - size
+        memory_limit = int(_DEFAULT_MEMORY_SHARE * spare)
     kernel = contraction_kernel if method == "contraction" else structured_kernel
     return kernel(
-        linearization, rows, columns, num_outputs=num_outputs, memory_limit=limit, dtype=dtype, progress=progress
-    )
+        linearization, rows, columns, num_outputs=num_outputs, memory_limit=memory_limit, dtype=dtype, device=device,
+        progress=progress,
+    )  # fmt: skip

@@ -46,6 +46,7 @@ def structured_kernel(
     num_outputs: int,
     memory_limit: int,
     dtype: torch.dtype | None = None,
+    device: torch.device | None = None,
     progress: bool = False,
 ) -> Tensor:
     """The kernel between two data sets, or of one with itself (half of it computed, the other half mirrored).
@@ -60,6 +61,7 @@ def structured_kernel(
         memory_limit: Bytes for the factors. Where they do not fit, those of two blocks of samples are held at a time and
             made again when they are needed again.
         dtype: Type in which the products are summed. Default: that of the passes.
+        device: Where the kernel is kept, tile by tile as it is made. Default: with the passes.
         progress: Whether to show a progress bar.
 
     Returns:
@@ -71,8 +73,9 @@ def structured_kernel(
     try:
         plan = make_plan(linearization, rows, columns)
         return _assemble(
-            linearization, rows, columns, plan, num_outputs, memory_limit, dtype or linearization.dtype, progress
-        )
+            linearization, rows, columns, plan, num_outputs, memory_limit, dtype or linearization.dtype,
+            device or linearization.device, progress,
+        )  # fmt: skip
     except PlanChangedError as reason:
         warnings.warn(f"{reason} The whole kernel is computed by contraction instead.", stacklevel=3)
     return contraction_kernel(
@@ -82,6 +85,7 @@ def structured_kernel(
         num_outputs=num_outputs,
         memory_limit=memory_limit,
         dtype=dtype,
+        device=device,
         progress=progress,
     )
 
@@ -94,11 +98,12 @@ def _assemble(
     num_outputs: int,
     memory_limit: int,
     dtype: torch.dtype,
+    device: torch.device,
     progress: bool,
 ) -> Tensor:
     symmetric = columns is None
     columns = rows if columns is None else columns
-    kernel = empty_matrix(len(rows) * num_outputs, len(columns) * num_outputs, dtype=dtype, device=linearization.device)
+    kernel = empty_matrix(len(rows) * num_outputs, len(columns) * num_outputs, dtype=dtype, device=device)
     pass_size = max(1, min(memory_limit // 4 // max(plan.pass_bytes, 1), _PASS_SAMPLES))
     factor_bytes = plan.factor_bytes * dtype.itemsize // linearization.dtype.itemsize
     size = _block_size(len(rows), len(columns), symmetric, factor_bytes, memory_limit - memory_limit // 4)
@@ -134,7 +139,7 @@ def _assemble(
                 yield tile, left.narrow(i, i + len(tile.rows)), right.narrow(j, j + len(tile.columns))
 
     # Memory that is used again is in the cache.
-    scratch = kernel.new_empty(tile_rows * tile_columns * num_outputs**2)
+    scratch = torch.empty(tile_rows * tile_columns * num_outputs**2, dtype=dtype, device=linearization.device)
     total = _total_operations(plan, tiles, symmetric)
     with track_operations("structured kernel", total=total, enabled=progress) as advance:
         for tile, left, right in blocks():
