@@ -1,6 +1,6 @@
 """How much sooner two workers finish a sweep than one.
 
-    python benchmarks/sweep_workers.py [--trials 8] [--steps 4000] [--output benchmarks/results/sweep_workers.json]
+    python benchmarks/sweep_workers.py [--trials 8] [--steps 2000] [--output benchmarks/results/sweep_workers.json]
 
 The objective of examples/sweep.py, with as many seeds as trials, is run from scratch by one worker and by two, in turn. One
 worker has all processors of the machine for its threads, two have half of them each, as `Sweep.run` shares them. Times are of
@@ -43,7 +43,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--trials", type=int, default=8)
     parser.add_argument("--width", type=int, default=256)
-    parser.add_argument("--steps", type=int, default=4000, help="optimizer steps of a trial")
+    parser.add_argument("--steps", type=int, default=2000, help="optimizer steps of a trial")
     parser.add_argument("--repeats", type=int, default=1)
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "sweep_workers.json")
     options = parser.parse_args()
@@ -52,7 +52,10 @@ def main() -> None:
         for workers, runs in measured.items():
             runs.append(seconds(workers, options.trials, options.width, options.steps))
             last = runs[-1]
-            print(f"{workers} worker(s): {last['run']:.1f} s for {options.trials} trials, {last['trial']:.1f} s each")
+            print(
+                f"{workers} worker(s): {last['run']:.1f} s for {options.trials} trials, {last['trial']:.1f} s each",
+                flush=True,
+            )
     median = {workers: statistics.median(run["run"] for run in runs) for workers, runs in measured.items()}
     ratio = median[1] / median[2]
     print(

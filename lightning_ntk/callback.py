@@ -176,8 +176,8 @@ class LinearizationMonitor(Callback):
         require_integer("modes", self.modes, least=0)
         if self.dynamics in ("replay", "twin") and (self.closest or self.modes):
             raise ValueError(
-                f'Expected `closest=False` and `modes=0` with dynamics="{self.dynamics}" but got {self.closest} and {self.modes}, '
-                'which need the modes of the kernel, so dynamics="gradient_descent" or "gradient_flow".'
+                f'Expected `closest=False` and `modes=0` with dynamics="{self.dynamics}" but got {self.closest} and '
+                f'{self.modes}, which need the modes of the kernel, so dynamics="gradient_descent" or "gradient_flow".'
             )
         if self.reference is None and self.dynamics not in ("auto", "twin"):
             raise ValueError(

@@ -29,11 +29,23 @@ def test_digits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.
     assert [event.step for event in events.Scalars("ntk/weight_distance")] == [0, 1, 2, 3, 4, 6, 7, 10, 12]
 
 
-def test_digits_in_minibatches_says_what_is_not_described(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_digits_in_minibatches_are_replayed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     options = ["--width", "8", "--steps", "6", "--samples", "50", "--batch-size", "20", "--output", str(tmp_path)]
     monkeypatch.setattr(sys, "argv", ["digits.py", *options])
-    with pytest.warns(UserWarning, match="each step sees 20 of 50 samples"):
+    with caplog.at_level("INFO", logger="lightning.pytorch"):
         runpy.run_path(str(EXAMPLES / "digits.py"), run_name="__main__")
+    assert any("Replay of the run's minibatches" in message for message in caplog.messages)
+
+
+def test_three_optimizers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--width", "16", "--steps", "6", "--samples", "100", "--output", str(tmp_path / "optimizers.png")]
+    monkeypatch.setattr(sys, "argv", ["optimizers.py", *options])
+    runpy.run_path(str(EXAMPLES / "optimizers.py"), run_name="__main__")
+    printed = capsys.readouterr().out
+    assert "AdamW" in printed
+    assert (tmp_path / "optimizers.png").stat().st_size > 10_000
 
 
 def test_a_sweep_of_widths_and_seeds(

@@ -246,8 +246,7 @@ def _add_positions(tile: Tensor, inputs: Tensor, first: Tensor, second: Tensor) 
         # (T N1) x S times S x (K O) for each sample of the second block, into (T, N1, N2, K, O).
         mixed = first.new_empty(positions * rows, width, outputs * size)
         weights = inputs[:, :, start : start + width].transpose(0, 1).reshape(positions * rows, width, -1)
-        for column in range(width):
-            torch.mm(weights[:, column], block[column].flatten(1), out=mixed[:, column])
+        torch.bmm(weights.transpose(0, 1), block.flatten(2), out=mixed.transpose(0, 1))
         mixed = mixed.view(positions, rows, width * outputs, size)
         total = first.new_zeros(rows, outputs, width * outputs)
         for position in range(positions):

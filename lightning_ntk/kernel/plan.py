@@ -296,7 +296,7 @@ def _merge(uses: dict[str, list[Factor]]) -> dict[tuple[str, ...], list[Factor]]
         kinds = {(f.one_hot, f.input_first, f.gradients.shape[2], f.gradients.shape[4]) for f in outers}
         factor: Factor
         if len(outers) < len(factors) or len(kinds) > 1:
-            factor = factors[0] if len(factors) == 1 else Dense(torch.stack([f.dense() for f in factors]).sum(0))
+            factor = factors[0] if len(factors) == 1 else _sum_of(factors)
             groups[id(factor)] = {name: factor}
             continue
         key = tuple(id(f.gradients) for f in outers)
@@ -310,6 +310,14 @@ def _merge(uses: dict[str, list[Factor]]) -> dict[tuple[str, ...], list[Factor]]
             factor = Outer(torch.cat([f.inputs for f in outers], 2), gradients, outers[0].shape, outers[0].input_first)
         groups.setdefault(id(gradients), {})[name] = factor
     return {tuple(group): list(group.values()) for group in groups.values()}
+
+
+def _sum_of(factors: Sequence[Factor]) -> Dense:
+    """The Jacobian through uses of different kinds, of which at most two are in memory at a time."""
+    total = factors[0].dense().clone()
+    for factor in factors[1:]:
+        total += factor.dense()
+    return Dense(total)
 
 
 def _agrees(part: Factors, cotangent: Tensor, expected: Sequence[Tensor]) -> bool:

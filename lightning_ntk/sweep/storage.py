@@ -2,6 +2,8 @@
 
 import json
 import os
+import random
+import time
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -10,6 +12,8 @@ from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
 
 # Seconds for which a process waits for another one's transaction on an SQLite file.
 _SQLITE_PATIENCE = 60
+# To open a database in which other processes make the tables.
+_ATTEMPTS = 8
 
 
 def open_storage(storage: str | os.PathLike[str]) -> BaseStorage:
@@ -23,10 +27,8 @@ def open_storage(storage: str | os.PathLike[str]) -> BaseStorage:
         ValueError: If the file at the path is no journal.
     """
     url = os.fspath(storage)
-    if url.startswith("sqlite:"):
-        return get_storage(_sqlite(url))
     if "://" in url:
-        return get_storage(url)
+        return get_storage(_database(url))
     path = Path(url).expanduser().resolve()
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
@@ -68,6 +70,19 @@ def _cut_torn_line(file: BinaryIO) -> None:
     if file.read(1) != b"\n":
         file.seek(0)
         file.truncate(file.read().rfind(b"\n") + 1)
+
+
+def _database(url: str) -> RDBStorage:
+    from sqlalchemy.exc import DBAPIError
+
+    create = _sqlite if url.startswith("sqlite:") else RDBStorage
+    for attempt in range(1, _ATTEMPTS):
+        try:
+            return create(url)
+        except DBAPIError:
+            # Of several processes that make the tables of an empty database at once, one succeeds.
+            time.sleep(random.uniform(0, 0.2 * attempt))
+    return create(url)
 
 
 def _sqlite(url: str) -> RDBStorage:

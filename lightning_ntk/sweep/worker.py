@@ -56,7 +56,12 @@ def work(
             queue.enqueue([])
         task = queue.claim(identity)
         if task is not None:
-            _run(queue, objective, task, patience / _BEATS)
+            try:
+                _run(queue, objective, task, patience / _BEATS)
+            except (KeyboardInterrupt, SystemExit):
+                # Also if it came before the trial started: in a notebook this process lives on and would seem to work on it.
+                queue.release(task.trial_id, interrupted=True)
+                raise
             ended += 1
             after_trial()
         elif wait and any(entry.state in ("running", "waiting", "missing") for entry in queue.entries().values()):
@@ -87,7 +92,6 @@ def _run(queue: Queue, objective: Objective, task: Task, beat_every: float) -> N
             else:
                 stopped.append(signal.SIGINT)
         if stopped:
-            queue.release(task.trial_id, interrupted=True)
             raise KeyboardInterrupt
 
 
