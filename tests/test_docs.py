@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch.cli import LightningCLI
+from lightning.pytorch.demos.boring_classes import BoringDataModule, BoringModel
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -89,6 +91,15 @@ def test_it_builds_without_a_warning_and_names_everything_public(tmp_path: Path)
     table = (tmp_path / "tested.html").read_text()
     assert "●" in table
     assert "<!-- matrix -->" not in table
+
+
+def test_the_yaml_of_the_callback_is_what_the_command_line_takes(tmp_path: Path) -> None:
+    (yaml,) = re.findall(r"^```yaml\n(.*?)^```", (DOCS / "lightning.md").read_text(), re.DOTALL | re.MULTILINE)
+    (tmp_path / "config.yaml").write_text(yaml)
+    cli = LightningCLI(BoringModel, BoringDataModule, run=False, args=[f"--config={tmp_path / 'config.yaml'}"])
+    (monitor,) = [c for c in cli.trainer.callbacks if isinstance(c, LinearizationMonitor)]
+    assert (monitor.steps, monitor.dynamics, monitor.per_parameter) == ([1, 10, 100, 1000], "twin", True)
+    assert monitor.loss is nn.functional.cross_entropy
 
 
 def matrix() -> Any:
