@@ -80,7 +80,7 @@ class LinearizedTraining:
         progress: Whether long operations show a progress bar.
         batches: For a run on minibatches whose order was recorded: for every step the rows of its samples in the training
             set, or a tuple of such, micro-batches whose gradients are averaged. Then `loss` may be any differentiable one,
-            number, and the kernel is formed; there are no modes.
+            `t` is at most their number, and the kernel is formed; there are no modes.
 
     Raises:
         ValueError: If an argument, the data or the network cannot be used; the message says what was expected.
