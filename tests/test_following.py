@@ -59,6 +59,11 @@ FULL_BATCH = {
 }
 
 
+@pytest.mark.tested("capture_at", "gradient_descent", "replay", "twin")
+@pytest.mark.tested("momentum, dampening, Nesterov", "gradient_descent", "replay", "twin")
+@pytest.mark.tested("learning-rate schedule", "gradient_descent", "replay", "twin")
+@pytest.mark.tested("weight decay", "gradient_descent", "replay", "twin")
+@pytest.mark.tested("precision 64-true", "gradient_descent", "replay", "twin")
 @pytest.mark.parametrize("name", FULL_BATCH)
 @pytest.mark.parametrize("capture_at", [0, 6])
 def test_modes_replay_and_twin_agree_on_a_full_batch_run(name: str, capture_at: int) -> None:
@@ -79,6 +84,11 @@ MINIBATCH = {
 }
 
 
+@pytest.mark.tested("minibatches", "replay", "twin")
+@pytest.mark.tested("gradient accumulation", "replay", "twin")
+@pytest.mark.tested("clipping by norm", "replay", "twin")
+@pytest.mark.tested("cross-entropy and other losses", "replay", "twin")
+@pytest.mark.tested("evaluation set", "replay", "twin")
 @pytest.mark.parametrize("name", MINIBATCH)
 def test_replay_and_twin_agree_on_minibatches(name: str) -> None:
     options, run = MINIBATCH[name]
@@ -91,6 +101,7 @@ def test_replay_and_twin_agree_on_minibatches(name: str) -> None:
     assert_same(first, second, 1e-8)
 
 
+@pytest.mark.tested("Adam and other optimizers", "twin")
 def test_the_twin_of_an_adam_run_is_brute_force() -> None:
     data, module = classes(), classifier(lr=0.02, optimizer=torch.optim.AdamW, weight_decay=0.1)
     inputs, labels = data.tensors
@@ -145,6 +156,8 @@ OPTIMIZERS = {
 }
 
 
+@pytest.mark.tested("Adam and other optimizers", "twin")
+@pytest.mark.tested("precision 32-true", "replay", "twin")
 @pytest.mark.parametrize("precision", ["64-true", "32-true"])
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_a_linear_model_is_its_linearisation_under_every_optimizer(name: str, precision: str) -> None:
@@ -216,6 +229,7 @@ class Stream(IterableDataset):
         yield from zip(*digits().tensors, strict=True)
 
 
+@pytest.mark.tested("augmented or streamed data", "twin")
 @pytest.mark.parametrize("data", [Noisy(), Stream()])
 def test_data_without_a_fixed_order_is_for_the_twin_alone(data: Dataset) -> None:
     def run(dynamics: str) -> LinearizationMonitor:
@@ -335,6 +349,7 @@ def test_parameters_that_thaw_or_freeze_are_said() -> None:
     assert len(ratios) == 1
 
 
+@pytest.mark.tested("residuals of leading modes", "gradient_descent")
 def test_residuals_of_leading_modes() -> None:
     data, module = digits(), make_module(lr=0.2)
     monitor = LinearizationMonitor(
@@ -352,6 +367,7 @@ def test_residuals_of_leading_modes() -> None:
     assert "mode/3/residual" not in row
 
 
+@pytest.mark.tested("closest time", "gradient_descent")
 @pytest.mark.parametrize("momentum", [0.0, 0.5])
 def test_the_closest_time_is_that_of_a_search_by_brute_force(momentum: float) -> None:
     data = TensorDataset(*(tensor.double() for tensor in digits().tensors))
@@ -378,6 +394,7 @@ def test_what_needs_modes_is_refused_without_them() -> None:
         LinearizationMonitor(dynamics="twin", closest=True)
 
 
+@pytest.mark.tested("shared gradients, twin_every", "twin")
 def test_shared_gradients_of_the_twin_are_marked() -> None:
     histories = [
         rows("twin", classifier(lr=0.3), classes(), {"batch_size": 7}, loss=nn.CrossEntropyLoss(), twin_every=n)
