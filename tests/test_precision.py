@@ -33,6 +33,7 @@ def with_precision(precision: str) -> dict:
     )
 
 
+@pytest.mark.tested("training bitwise unchanged", "gradient_descent", "replay", "twin")
 @pytest.mark.parametrize("precision", ["32-true", "64-true", "bf16-mixed", "16-mixed", "bf16-true", "16-true"])
 def test_training_is_bitwise_the_same_in_every_precision(precision: str) -> None:
     def run(callbacks):
@@ -48,6 +49,12 @@ def test_training_is_bitwise_the_same_in_every_precision(precision: str) -> None
 ROUNDING = {"64-true": 1e-14, "32-true": 1e-6, "bf16-mixed": 5e-3, "16-mixed": 5e-4, "bf16-true": 0.03, "16-true": 5e-3}
 
 
+@pytest.mark.tested("precision 32-true", "gradient_descent", "replay", "twin")
+@pytest.mark.tested("precision 64-true", "gradient_descent", "replay", "twin")
+@pytest.mark.tested("precision 16-mixed", "gradient_descent", "replay", "twin")
+@pytest.mark.tested("precision 16-true", "gradient_descent", "replay", "twin")
+@pytest.mark.tested("precision bf16-mixed", "gradient_descent", "replay", "twin")
+@pytest.mark.tested("precision bf16-true", "gradient_descent", "replay", "twin")
 @pytest.mark.parametrize("precision", ROUNDING)
 def test_a_linear_network_stays_as_close_as_the_precision_of_the_run(precision: str) -> None:
     monitors = watch(("replay", "twin"))
@@ -88,6 +95,7 @@ class Overflowing(Task):
         return loss * math.inf if self.micro in self.BATCHES else loss
 
 
+@pytest.mark.tested("steps skipped by a GradScaler", "gradient_descent", "replay", "twin")
 @pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_steps_that_a_grad_scaler_skips_are_skipped_by_the_linearised_network(accumulate: int, fused: bool) -> None:

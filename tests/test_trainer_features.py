@@ -75,6 +75,7 @@ class Rates(Callback):
         self.rates.append(optimizer.param_groups[0]["lr"])
 
 
+@pytest.mark.tested("learning-rate schedule", "gradient_descent", "replay", "twin")
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_learning_rates_are_followed_as_they_are_used(schedule: str) -> None:
     rates = Rates()
@@ -107,6 +108,11 @@ SETTINGS = {
 }  # fmt: skip
 
 
+@pytest.mark.tested("minibatches", "replay", "twin")
+@pytest.mark.tested("gradient accumulation", "replay", "twin")
+@pytest.mark.tested("clipping by norm", "replay", "twin")
+@pytest.mark.tested("limit_train_batches", "replay", "twin")
+@pytest.mark.tested("validation between steps", "replay", "twin")
 @pytest.mark.parametrize("setting", SETTINGS)
 def test_minibatches_are_followed(setting: str) -> None:
     of_module, of_trainer, of_loader = SETTINGS[setting]
@@ -124,6 +130,8 @@ def test_minibatches_are_followed(setting: str) -> None:
     check(monitors, MINIBATCH)
 
 
+@pytest.mark.tested("Adam and other optimizers", "twin")
+@pytest.mark.tested("clipping by value", "twin")
 def test_any_optimizer_is_followed_by_the_twin() -> None:
     for optimizer in (torch.optim.AdamW, torch.optim.RMSprop, torch.optim.NAdam):
 
@@ -156,6 +164,7 @@ class Absent(Task):
         return None if (self.trainer.current_epoch + batch_idx) % 3 == 0 else loss
 
 
+@pytest.mark.tested("batches left out by training_step", "gradient_descent", "replay", "twin")
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_batches_that_training_step_leaves_out(accumulate: int) -> None:
     def run(callbacks):
@@ -202,6 +211,7 @@ class Manual(Task):
             optimizer.zero_grad()
 
 
+@pytest.mark.tested("manual optimisation", "replay", "twin")
 @pytest.mark.parametrize("every", [1, 2])
 def test_manual_optimization_with_one_optimizer(every: int) -> None:
     def run(callbacks):
@@ -255,6 +265,7 @@ class EveryStep(WeightAveraging):
         return step_idx is not None
 
 
+@pytest.mark.tested("WeightAveraging and StochasticWeightAveraging", "replay", "twin")
 @pytest.mark.parametrize("body", [linear, Wobbly])
 @pytest.mark.parametrize("averaging", [EveryStep, EMAWeightAveraging, StochasticWeightAveraging])
 @pytest.mark.parametrize("first", [True, False])
@@ -309,6 +320,7 @@ class Tuned(Task):
         return loader()
 
 
+@pytest.mark.tested("LearningRateFinder and BatchSizeFinder", "replay", "twin")
 @pytest.mark.parametrize("finder", [
     lambda: LearningRateFinder(num_training_steps=30, min_lr=1e-3),
     lambda: BatchSizeFinder(steps_per_trial=2, max_trials=2),
@@ -353,6 +365,7 @@ def test_a_finder_in_a_second_fit_does_not_bring_back_the_first(tmp_path: Path) 
     assert distance(monitor) < EXACT
 
 
+@pytest.mark.tested("Tuner", "replay", "twin")
 def test_the_tuner_before_a_fit(tmp_path: Path) -> None:
     monitors = watch()
     module = make(task=Tuned)
@@ -419,6 +432,7 @@ def test_compiled_modules(whole: bool, fresh_dynamo) -> None:
         assert {tag for tag in monitor.history[-1] if tag.startswith("parameter/")} == names
 
 
+@pytest.mark.tested("torch.compile", "gradient_descent", "replay", "twin")
 def test_a_compiled_network_has_the_distances_of_a_plain_one(fresh_dynamo) -> None:
     compiled, plain = watch(per_parameter=True), watch(per_parameter=True)
     train(make(mlp, task=CompiledBody), loader(11), compiled, max_epochs=6)
@@ -460,6 +474,7 @@ class Late(Task):
         return self.head(inputs)
 
 
+@pytest.mark.tested("configure_model", "replay", "twin")
 def test_parameters_made_in_configure_model() -> None:
     def run(callbacks):
         module = Late()
@@ -475,6 +490,7 @@ def test_parameters_made_in_configure_model() -> None:
 # --- Parts of the data
 
 
+@pytest.mark.tested("overfit_batches", "gradient_descent", "replay", "twin")
 def test_overfit_batches_are_the_reference() -> None:
     """Training sees the same first samples in every epoch, and as one batch they are gradient descent."""
 
@@ -521,6 +537,7 @@ def test_drop_last_in_order_leaves_the_last_samples_out_of_the_reference() -> No
     assert shuffled[0]._observation.num_samples == 11
 
 
+@pytest.mark.tested("fast_dev_run", "gradient_descent", "replay", "twin")
 @pytest.mark.parametrize("batches", [True, 3])
 def test_fast_dev_run(batches, tmp_path: Path) -> None:
     monitors = watch()
@@ -551,6 +568,9 @@ class Standardised(LightningDataModule):
         return (batch[0] - 0.5) * 2, batch[1]
 
 
+@pytest.mark.tested("datamodule", "replay", "twin")
+@pytest.mark.tested("batch transfer hooks", "replay", "twin")
+@pytest.mark.tested("evaluation set", "replay", "twin")
 def test_the_hooks_of_a_datamodule_are_part_of_the_reference() -> None:
     def run(callbacks):
         module = make()
@@ -588,6 +608,7 @@ class Stream(IterableDataset):
         yield from (digits()[i] for i in (5, 2, 9, 0, 7, 1, 10))
 
 
+@pytest.mark.tested("augmented or streamed data", "twin")
 def test_iterable_data_is_followed_by_the_twin_and_refused_by_the_kernel() -> None:
     def run(callbacks):
         module = make(momentum=0.9)
@@ -615,6 +636,7 @@ def first_of(batch):
     return tuple(batch)
 
 
+@pytest.mark.tested("several training loaders", "replay", "twin")
 @pytest.mark.parametrize("combine", [
     lambda a, b: {"a": a, "b": b}, lambda a, b: [a, b], lambda a, b: CombinedLoader({"a": a, "b": b}, "max_size_cycle"),
 ], ids=["dict", "list", "CombinedLoader"])  # fmt: skip
@@ -636,6 +658,7 @@ def test_several_train_loaders(combine) -> None:
 # --- Several fits, and what is no fit
 
 
+@pytest.mark.tested("second fit", "gradient_descent", "replay", "twin")
 def test_a_second_fit_captures_anew_whatever_the_dynamics() -> None:
     monitors = watch()
     module = make(mlp)
@@ -650,6 +673,7 @@ def test_a_second_fit_captures_anew_whatever_the_dynamics() -> None:
             assert torch.equal(start, between[name])
 
 
+@pytest.mark.tested("validate, test, predict", "gradient_descent", "replay", "twin")
 def test_validation_and_test_leave_a_monitor_as_it_is() -> None:
     fresh = watch()
     trainer = train(make(), loader(), [], max_epochs=1)
@@ -670,6 +694,7 @@ def test_validation_and_test_leave_a_monitor_as_it_is() -> None:
     assert all(len(history) == 4 for history in histories)
 
 
+@pytest.mark.tested("several monitors", "gradient_descent", "replay", "twin")
 def test_several_monitors_do_not_disturb_each_other() -> None:
     """Each has the history that it has alone."""
     references = {"whole": digits(), "part": Subset(digits(), [3, 1, 4])}
@@ -690,6 +715,7 @@ def test_several_monitors_do_not_disturb_each_other() -> None:
         assert f"{monitor.name}/loss" in trainer.callback_metrics
 
 
+@pytest.mark.tested("end by max_steps, max_epochs or a callback", "gradient_descent", "replay", "twin")
 def test_early_stopping_ends_with_a_measurement_in_all_dynamics() -> None:
     def run(callbacks):
         module = make(mlp, lr=1e-6)
