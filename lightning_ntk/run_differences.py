@@ -8,6 +8,7 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import nn
 from torch.optim import SGD, Optimizer
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset, RandomSampler, SequentialSampler
+from torch.utils.data.distributed import DistributedSampler
 
 Exact = Literal["gradient_descent", "replay", "twin"]
 _SGD_OPTIONS = ("lr", "momentum", "dampening", "nesterov", "weight_decay", "maximize")
@@ -99,16 +100,24 @@ def _of_batches(trainer: Trainer, reference_size: int | None) -> Iterable[str]:
     samples = len(loader.dataset)
     if samples != reference_size:
         yield f"it trains on {samples} samples while the reference has {reference_size}"
-    if (
-        not isinstance(loader.sampler, SequentialSampler | RandomSampler)
-        or type(loader.batch_sampler) is not BatchSampler
-    ):
+    known = (SequentialSampler, RandomSampler, DistributedSampler)
+    if not isinstance(loader.sampler, known) or type(loader.batch_sampler) is not BatchSampler:
         yield f"it draws its samples with {type(loader.sampler).__name__}"
+    own, processes = samples, 1
+    if isinstance(loader.sampler, DistributedSampler):
+        own, processes = loader.sampler.num_samples, loader.sampler.num_replicas
+        if processes * own != samples:
+            does = (
+                f"repeats {processes * own - samples}"
+                if processes * own > samples
+                else f"omits {samples - processes * own}"
+            )
+            yield f"it {does} of {samples} samples in every epoch so that all {processes} processes have {own}"
     micro_batches = min(trainer.accumulate_grad_batches, int(trainer.num_training_batches))
     seen = micro_batches * (loader.batch_size or 1)
-    if seen < samples:
-        yield f"each step sees {seen} of {samples} samples"
+    if seen < own:
+        yield f"each step sees {seen * processes} of {samples} samples"
     elif micro_batches < trainer.accumulate_grad_batches:
         yield f"it divides gradients by {trainer.accumulate_grad_batches} though an epoch has {micro_batches} batches"
-    elif micro_batches > 1 and samples % micro_batches:
+    elif micro_batches > 1 and own % micro_batches:
         yield "it accumulates over batches of unequal size"

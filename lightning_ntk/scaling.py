@@ -94,7 +94,9 @@ class Scaling:
         total: Tensor | None = None
         for multiple in sorted(set(self.multiples.values()) - {0.0}):
             group = capture.linearization.restricted([n for n, value in self.multiples.items() if value == multiple])
-            part = multiple * compute_kernel(group, capture.reference, dtype=dtype, progress=capture.progress)
+            part = multiple * compute_kernel(
+                group, capture.reference, dtype=dtype, progress=capture.progress, shards=capture.shards
+            )
             total = part if total is None else total.add_(part)
         assert total is not None
         return training_kernel(total, scaled, dtype=dtype)

@@ -9,7 +9,6 @@ from torch import Tensor
 
 from lightning_ntk.capture import Capture, training_kernel
 from lightning_ntk.jacobian import StoredJacobian, wide_dtype
-from lightning_ntk.memory import available_memory
 from lightning_ntk.refinement import CompleteModes, ModalSolver, solve_by_lanczos
 from lightning_ntk.scaling import Scaling
 from lightning_ntk.solvers import Problem, Solver, choose_solver
@@ -69,7 +68,7 @@ def solve(
         jacobian_stored=isinstance(capture.jacobian, StoredJacobian),
         vectors=len(vectors),
     )
-    free = min(available_memory(), available_memory(linearization.device))
+    free = capture.shards.free_memory("cpu", linearization.device)
     choice = choose_solver(problem, solver=solver, matrix_free=matrix_free, free_memory=free)
     _log.info("%s", choice.reason)
     kernel: Tensor | None = None
@@ -81,7 +80,9 @@ def solve(
         if choice.solver == "eigh":
             return Solution(CompleteModes(kernel, vectors), kernel, choice.reason)
     jacobian = capture.jacobian if scaling is None else scaling.capture.jacobian
-    modes = solve_by_lanczos(jacobian, kernel, vectors, tolerance=tolerance, max_products=choice.max_products)
+    modes = solve_by_lanczos(
+        jacobian, kernel, vectors, tolerance=tolerance, max_products=choice.max_products, shards=capture.shards
+    )
     return Solution(modes, kernel, choice.reason)
 
 

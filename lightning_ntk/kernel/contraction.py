@@ -17,6 +17,7 @@ from lightning_ntk.linearization import Linearization, Tensors
 from lightning_ntk.memory import empty_matrix
 from lightning_ntk.progress import track
 from lightning_ntk.reference import Reference
+from lightning_ntk.shards import ALONE, Shards
 
 # Samples whose activations, K times each, are held at once while their Jacobians are made.
 _VMAP_CHUNK = 32
@@ -109,6 +110,7 @@ def contraction_kernel(
     memory_limit: int,
     dtype: torch.dtype | None = None,
     progress: bool = False,
+    shards: Shards = ALONE,
 ) -> Tensor:
     """The kernel between two data sets, or of one with itself (half of the blocks computed, the others mirrored).
 
@@ -120,6 +122,7 @@ def contraction_kernel(
         memory_limit: Bytes for the Jacobians of two blocks of samples.
         dtype: Type in which the products are summed. Default: that of the passes.
         progress: Whether to show a progress bar.
+        shards: The processes that share the blocks; each one holds the whole kernel in the end.
 
     Returns:
         The kernel `(N1 K, N2 K)`, in `dtype`.
@@ -127,14 +130,20 @@ def contraction_kernel(
     symmetric = columns is None
     columns = rows if columns is None else columns
     jacobian_size = num_outputs * linearization.num_parameters * linearization.dtype.itemsize
-    size = max(1, min(memory_limit // (2 * jacobian_size), len(rows), len(columns)))
+    # Blocks enough that every process has some.
+    longest = max(1, min(len(rows), len(columns)) // shards.size)
+    size = max(1, min(memory_limit // (2 * jacobian_size), longest))
     dtype = dtype or linearization.dtype
     kernel = empty_matrix(len(rows) * num_outputs, len(columns) * num_outputs, dtype=dtype, device=linearization.device)
     blocks = [
         (i, j) for i in range(0, len(rows), size) for j in range(0, len(columns), size) if not symmetric or i <= j
     ]
+    # Exact zeros where the blocks of other processes are, so that the sum is their copy.
+    if shards.size > 1:
+        kernel.zero_()
+    own = shards.rows(len(blocks))
     held: tuple[int, Tensors] | None = None
-    for i, j in track(blocks, "kernel by contraction", enabled=progress):
+    for i, j in track(blocks[own.start : own.stop], "kernel by contraction", enabled=progress):
         if held is None or held[0] != i:
             held = None  # freed before the next block is made
             held = (i, sample_jacobians(linearization, rows.read(i, i + size).inputs))
@@ -145,4 +154,4 @@ def contraction_kernel(
         kernel[at_row : at_row + block.shape[0], at_column : at_column + block.shape[1]] = block
         if symmetric and i != j:
             kernel[at_column : at_column + block.shape[1], at_row : at_row + block.shape[0]] = block.T
-    return kernel
+    return shards.sum_(kernel)

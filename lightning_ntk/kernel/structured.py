@@ -4,7 +4,8 @@ Rules: layers.py. Which parameters they cover, and their verification: plan.py.
 """
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from itertools import accumulate
 from typing import NamedTuple
 
 import torch
@@ -17,6 +18,7 @@ from lightning_ntk.linearization import Linearization
 from lightning_ntk.memory import empty_matrix
 from lightning_ntk.progress import track
 from lightning_ntk.reference import Reference
+from lightning_ntk.shards import ALONE, Shards
 
 # Samples in one pass, at most, whatever memory allows: larger batches are not faster.
 _PASS_SAMPLES = 256
@@ -42,6 +44,7 @@ def structured_kernel(
     memory_limit: int,
     dtype: torch.dtype | None = None,
     progress: bool = False,
+    shards: Shards = ALONE,
 ) -> Tensor:
     """The kernel between two data sets, or of one with itself (half of it computed, the other half mirrored).
 
@@ -56,6 +59,7 @@ def structured_kernel(
             made again when they are needed again.
         dtype: Type in which the products are summed. Default: that of the passes.
         progress: Whether to show a progress bar.
+        shards: The processes that share the tiles; each one holds the whole kernel in the end.
 
     Returns:
         The kernel `(N1 K, N2 K)`, in `dtype`.
@@ -64,10 +68,19 @@ def structured_kernel(
         UserWarning: If a rule disagrees with plain autograd; its parameters are then contracted.
     """
     try:
-        plan = make_plan(linearization, rows, columns)
-        return _assemble(
-            linearization, rows, columns, plan, num_outputs, memory_limit, dtype or linearization.dtype, progress
-        )
+        with shards.agreement():
+            plan = make_plan(linearization, rows, columns)
+            return _assemble(
+                linearization,
+                rows,
+                columns,
+                plan,
+                num_outputs,
+                memory_limit,
+                dtype or linearization.dtype,
+                progress,
+                shards,
+            )
     except PlanChangedError as reason:
         warnings.warn(f"{reason} The whole kernel is computed by contraction instead.", stacklevel=3)
     return contraction_kernel(
@@ -78,6 +91,7 @@ def structured_kernel(
         memory_limit=memory_limit,
         dtype=dtype,
         progress=progress,
+        shards=shards,
     )
 
 
@@ -90,6 +104,7 @@ def _assemble(
     memory_limit: int,
     dtype: torch.dtype,
     progress: bool,
+    shards: Shards,
 ) -> Tensor:
     symmetric = columns is None
     columns = rows if columns is None else columns
@@ -108,10 +123,14 @@ def _assemble(
         tile_rows = min(tile_rows, -(-len(rows) // _STRIPS))
     tile_columns = max(1, _TILE_COLUMNS // num_outputs)
     tiles = [(first, second, _tiles(first, second, symmetric, tile_rows, tile_columns)) for first, second in pairs]
+    owners = _owners([tile for *_, grid in tiles for tile in grid], shards.size)
 
     def blocks() -> Iterator[tuple[Tile, Factors, Factors]]:
         held: tuple[range, Factors] | None = None
-        for first, second, grid in tiles:
+        for first, second, whole_grid in tiles:
+            grid = [tile for tile in whole_grid if owners[tile] == shards.rank]
+            if not grid:
+                continue
             if held is None or held[0] != first:
                 held = None  # freed before the next block is made
                 held = (first, _factors(linearization, rows, first, plan, pass_size, dtype))
@@ -127,13 +146,47 @@ def _assemble(
 
     # Memory that is used again is in the cache.
     scratch = kernel.new_empty(tile_rows * tile_columns * num_outputs**2)
-    total = sum(len(grid) for *_, grid in tiles)
+    total = list(owners.values()).count(shards.rank)
     for tile, left, right in track(blocks(), "structured kernel", total=total, enabled=progress):
-        shape = (len(tile.rows), num_outputs, len(tile.columns), num_outputs)
-        block = scratch[: len(tile.rows) * len(tile.columns) * num_outputs**2].view(shape).zero_()
+        block = _block(scratch, tile, num_outputs).zero_()
         add_block(block, left, right)
         _write(kernel, block, tile, symmetric)
+    if shards.size > 1:
+        _exchange(kernel, owners, scratch, num_outputs, symmetric, shards)
     return kernel
+
+
+def _owners(tiles: list[Tile], processes: int) -> dict[Tile, int]:
+    """Which process computes each tile: consecutive ones, for few blocks of factors, and equal areas."""
+    areas = [len(tile.rows) * len(tile.columns) for tile in tiles]
+    before = accumulate(areas, initial=0)
+    return {
+        tile: int((at + area / 2) * processes / sum(areas))
+        for tile, area, at in zip(tiles, areas, before, strict=False)
+    }
+
+
+def _exchange(
+    kernel: Tensor, owners: Mapping[Tile, int], scratch: Tensor, outputs: int, symmetric: bool, shards: Shards
+) -> None:
+    """Gives every process the tiles of all others: half of what a sum of whole symmetric kernels would send."""
+    for tile, owner in owners.items():
+        block = _block(scratch, tile, outputs)
+        if owner == shards.rank:
+            block.flatten(2).flatten(0, 1).copy_(kernel[_slices(tile, outputs)])
+        shards.broadcast_(block, owner)
+        if owner != shards.rank:
+            _write(kernel, block, tile, symmetric)
+
+
+def _block(scratch: Tensor, tile: Tile, outputs: int) -> Tensor:
+    shape = (len(tile.rows), outputs, len(tile.columns), outputs)
+    return scratch[: len(tile.rows) * len(tile.columns) * outputs**2].view(shape)
+
+
+def _slices(tile: Tile, outputs: int) -> tuple[slice, slice]:
+    rows = slice(tile.rows.start * outputs, tile.rows.stop * outputs)
+    return rows, slice(tile.columns.start * outputs, tile.columns.stop * outputs)
 
 
 def _block_size(rows: int, columns: int, symmetric: bool, factor_bytes: int, limit: int) -> int:
@@ -167,8 +220,7 @@ def _tiles(first: range, second: range, symmetric: bool, rows: int, columns: int
 def _write(kernel: Tensor, block: Tensor, tile: Tile, symmetric: bool) -> None:
     outputs = block.shape[1]
     matrix = block.flatten(2).flatten(0, 1)
-    rows = slice(tile.rows.start * outputs, tile.rows.stop * outputs)
-    columns = slice(tile.columns.start * outputs, tile.columns.stop * outputs)
+    rows, columns = _slices(tile, outputs)
     kernel[rows, columns] = matrix
     if symmetric and columns.stop > rows.stop:
         mirrored = slice(max(columns.start, rows.stop), columns.stop)
