@@ -61,6 +61,10 @@ def _of_training_step(trainer: Trainer, module: LightningModule) -> Iterable[str
     for hook in ("configure_gradient_clipping", "optimizer_step", "backward"):
         if is_overridden(hook, module):
             yield f"it has a `{hook}` of its own"
+    if getattr(trainer.strategy, "_ddp_comm_hook", None) is not None:
+        yield "its processes exchange gradients through a communication hook"
+    if getattr(trainer.strategy, "_model_averager", None) is not None:
+        yield "its processes average weights, not gradients"
 
 
 def _of_optimizer(optimizer: Optimizer, dynamics: str, *, clips: bool) -> Iterable[str]:

@@ -8,7 +8,7 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import TQDMProgressBar
-from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
+from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
@@ -25,7 +25,8 @@ def require_supported_strategy(trainer: Trainer) -> None:
         MisconfigurationException: With the name of the strategy.
     """
     strategy = trainer.strategy
-    if not isinstance(strategy, SingleDeviceStrategy | DDPStrategy):
+    supported = isinstance(strategy, SingleDeviceStrategy | DDPStrategy)
+    if not supported or isinstance(strategy, DeepSpeedStrategy):  # which derives from DDPStrategy
         raise MisconfigurationException(
             "LinearizationMonitor expects training on a single device, or on several with DDPStrategy, where every process "
             f'holds the whole network, but got {type(strategy).__name__}. Use Trainer(devices=1) or Trainer(strategy="ddp").'

@@ -4,8 +4,8 @@ Rules: layers.py. Which parameters they cover, and their verification: plan.py.
 """
 
 import warnings
-from collections.abc import Iterator, Mapping
-from itertools import accumulate
+from collections.abc import Iterable, Iterator
+from itertools import chain
 from typing import NamedTuple
 
 import torch
@@ -122,13 +122,13 @@ def _assemble(
     if symmetric:
         tile_rows = min(tile_rows, -(-len(rows) // _STRIPS))
     tile_columns = max(1, _TILE_COLUMNS // num_outputs)
-    tiles = [(first, second, _tiles(first, second, symmetric, tile_rows, tile_columns)) for first, second in pairs]
-    owners = _owners([tile for *_, grid in tiles for tile in grid], shards.size)
+    grids = [_tiles(first, second, symmetric, tile_rows, tile_columns) for first, second in pairs]
+    shares = _shares(grids, shards.size)
 
     def blocks() -> Iterator[tuple[Tile, Factors, Factors]]:
         held: tuple[range, Factors] | None = None
-        for first, second, whole_grid in tiles:
-            grid = [tile for tile in whole_grid if owners[tile] == shards.rank]
+        for (first, second), share in zip(pairs, shares, strict=True):
+            grid = [tile for owner, tile in share if owner == shards.rank]
             if not grid:
                 continue
             if held is None or held[0] != first:
@@ -146,31 +146,42 @@ def _assemble(
 
     # Memory that is used again is in the cache.
     scratch = kernel.new_empty(tile_rows * tile_columns * num_outputs**2)
-    total = list(owners.values()).count(shards.rank)
+    total = sum(owner == shards.rank for share in shares for owner, _ in share)
     for tile, left, right in track(blocks(), "structured kernel", total=total, enabled=progress):
         block = _block(scratch, tile, num_outputs).zero_()
         add_block(block, left, right)
         _write(kernel, block, tile, symmetric)
     if shards.size > 1:
-        _exchange(kernel, owners, scratch, num_outputs, symmetric, shards)
+        _exchange(kernel, chain.from_iterable(shares), scratch, num_outputs, symmetric, shards)
     return kernel
 
 
-def _owners(tiles: list[Tile], processes: int) -> dict[Tile, int]:
-    """Which process computes each tile: consecutive ones, for few blocks of factors, and equal areas."""
-    areas = [len(tile.rows) * len(tile.columns) for tile in tiles]
-    before = accumulate(areas, initial=0)
-    return {
-        tile: int((at + area / 2) * processes / sum(areas))
-        for tile, area, at in zip(tiles, areas, before, strict=False)
-    }
+def _shares(grids: list[list[Tile]], processes: int) -> list[list[tuple[int, Tile]]]:
+    """The tiles with the process that computes each: consecutive ones, for few blocks of factors, of equal areas in all."""
+    whole = sum(len(tile.rows) * len(tile.columns) for grid in grids for tile in grid)
+    done = 0
+    shares = []
+    for grid in grids:
+        share = []
+        for tile in grid:
+            rest = tile
+            while rest.columns:
+                owner = done * processes // whole
+                # Where the share of the owner ends within a tile, the tile is divided.
+                wanted = -(-(whole * (owner + 1) // processes - done) // len(rest.rows))
+                count = min(len(rest.columns), max(1, wanted))
+                share.append((owner, Tile(rest.rows, rest.columns[:count])))
+                rest = Tile(rest.rows, rest.columns[count:])
+                done += count * len(rest.rows)
+        shares.append(share)
+    return shares
 
 
 def _exchange(
-    kernel: Tensor, owners: Mapping[Tile, int], scratch: Tensor, outputs: int, symmetric: bool, shards: Shards
+    kernel: Tensor, tiles: Iterable[tuple[int, Tile]], scratch: Tensor, outputs: int, symmetric: bool, shards: Shards
 ) -> None:
     """Gives every process the tiles of all others: half of what a sum of whole symmetric kernels would send."""
-    for tile, owner in owners.items():
+    for owner, tile in tiles:
         block = _block(scratch, tile, outputs)
         if owner == shards.rank:
             block.flatten(2).flatten(0, 1).copy_(kernel[_slices(tile, outputs)])
