@@ -3,6 +3,7 @@
 Every case is a function of the strategy's options; what it returns is compared with the same case in one process.
 """
 
+import os
 import sys
 import warnings
 from collections.abc import Callable
@@ -14,6 +15,7 @@ import torch.distributed as dist
 from lightning.pytorch import LightningModule, Trainer, seed_everything
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
+from torch.utils.data.distributed import DistributedSampler
 
 from lightning_ntk import LinearizationMonitor, LinearizedTraining
 from lightning_ntk.capture import Capture
@@ -39,6 +41,17 @@ class Regression(LightningModule):
         return self.make_optimizer(self.parameters())
 
 
+class SamplesOfAll(DistributedSampler[Any]):
+    """What all processes together draw, in the order in which it makes up their batches, with the samples that come twice."""
+
+    def __iter__(self):
+        indices = list(super().__iter__())
+        return iter(indices + indices[: -len(indices) % PROCESSES])
+
+    def __len__(self) -> int:
+        return super().__len__() + -super().__len__() % PROCESSES
+
+
 def samples(count: int) -> TensorDataset:
     generator = torch.Generator().manual_seed(3)
     return TensorDataset(
@@ -56,19 +69,21 @@ def fit(
     processes: int,
     monitor: LinearizationMonitor | None,
     strategy: str = "ddp",
-    shuffle: bool = False,
+    ordered: bool = False,
     **options: Any,
 ) -> dict[str, Any]:
-    """A run on `processes`; one process gets the batches of all of them as one, with the repeated samples."""
+    """A run on `processes`, shuffled by Lightning unless `ordered`; one process gets the batches of all of them as one."""
     seed_everything(1, verbose=False)
     module = Regression(body(3), optimizer).double()
     settings: dict[str, Any] = {"strategy": strategy, "devices": processes}
-    trained_on: Dataset[Any] = data
+    sampler: DistributedSampler[Any] | None = None
     if processes == 1:
         settings = {"devices": 1}
-        count = len(data)  # type: ignore[arg-type]
-        trained_on = Subset(data, [*range(count), *range(-count % PROCESSES)])
+        sampler = SamplesOfAll(data, num_replicas=1, rank=0, seed=1)
         batch_size *= PROCESSES
+    elif ordered:
+        settings["use_distributed_sampler"] = False
+        sampler = DistributedSampler(data, PROCESSES, int(os.environ["LOCAL_RANK"]), shuffle=False)
     trainer = Trainer(
         accelerator="cpu", precision="64-true", logger=False, enable_checkpointing=False, enable_progress_bar=False,
         enable_model_summary=False, callbacks=[monitor] if monitor else [], max_epochs=-1,
@@ -76,7 +91,7 @@ def fit(
     )  # fmt: skip
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        trainer.fit(module, DataLoader(trained_on, batch_size=batch_size, shuffle=shuffle))
+        trainer.fit(module, DataLoader(data, batch_size=batch_size, sampler=sampler))
     observation = None if monitor is None else monitor._observation
     return {
         "history": [] if monitor is None else monitor.history,
@@ -115,9 +130,7 @@ def replay(processes: int) -> dict[str, Any]:
     data = samples(11)
     return fit(
         mlp, sgd(momentum=0.5, nesterov=True, weight_decay=0.02), data=data, batch_size=2, processes=processes,
-        max_steps=9, gradient_clip_val=0.2,
-        # One process is given the repeated sample explicitly, so that its data is not the reference.
-        monitor=monitor(data, batch_size=4, dynamics="auto" if processes > 1 else "replay"),
+        max_steps=9, gradient_clip_val=0.2, monitor=monitor(data, batch_size=4),
     )  # fmt: skip
 
 
@@ -211,8 +224,7 @@ def unchanged_weights() -> bool:
     """Whether a shuffled run with dropout and BatchNorm has bitwise the weights that it has without a monitor."""
     data = samples(13)
     arguments: dict[str, Any] = {
-        "body": ConvNet, "optimizer": sgd(), "data": data, "batch_size": 3, "processes": PROCESSES, "shuffle": True,
-        "max_steps": 8,
+        "body": ConvNet, "optimizer": sgd(), "data": data, "batch_size": 3, "processes": PROCESSES, "max_steps": 8,
     }  # fmt: skip
     with_it, without = (fit(monitor=m, **arguments) for m in (monitor(data, capture_at=3, dynamics="replay"), None))
     assert len(with_it["history"]) > 2
@@ -241,8 +253,7 @@ def failures() -> dict[str, Any]:
     def run(name: str, observed: LinearizationMonitor, **options: Any) -> None:
         arguments = {"max_steps": 4, "batch_size": 1, "data": data} | options
         try:
-            results[name] = fit(mlp, sgd(), processes=PROCESSES, monitor=observed, **arguments)
-            results[name]["seconds"] = None
+            results[name] = fit(mlp, sgd(), processes=PROCESSES, monitor=observed, ordered=True, **arguments)
         except Exception as error:
             results[name] = f"{type(error).__name__}: {error}"
 
