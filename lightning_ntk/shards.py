@@ -87,12 +87,12 @@ class Shards:
         return int(self.minimum(min(own)))
 
     def require_same(self, digest: str, what: str) -> None:
-        """Raises a ValueError where processes have different digests, in hexadecimal, of what should be the same."""
+        """Raises a ValueError in all processes if they have different digests, in hexadecimal, of what should be the same."""
         own = torch.frombuffer(bytearray.fromhex(digest), dtype=torch.uint8)
-        if not torch.equal(self.broadcast_(own.clone()), own):
+        if self.any(not torch.equal(self.broadcast_(own.clone()), own)):
             raise ValueError(
-                f"Expected the same {what} in all processes but that of process {self.rank} is not that of process 0. Make it "
-                "the same everywhere: draw random splits and samples from a fixed seed."
+                f"Expected the same {what} in all processes but its content or order differs between them. Make it the same "
+                "everywhere: draw random splits and samples from a fixed seed."
             )
 
     @contextmanager
