@@ -224,9 +224,7 @@ class Observation:
         """
         expected, self._expected = self._expected, None
         assert expected is not None
-        if self._shards.size > 1:
-            expected = mean_over(self._shards, expected)
-        return check_gradient(actual, expected, dtype=precision)
+        return check_gradient(actual, mean_over(self._shards, expected), dtype=precision)
 
     def measure(self, weights: Mapping[str, Tensor]) -> dict[str, float]:
         """The scalars of trained weights w_t, with the names of `initial_weights`; others are ignored."""
@@ -312,13 +310,8 @@ class Observation:
         if self.dynamics == "twin":
             loss = options.loss or nn.MSELoss()
             return TwinFollower(
-                self._linearization,
-                self._optimizer,
-                self._parameters,
-                loss,
-                every=options.twin_every,
-                shards=self._shards,
-            )
+                self._linearization, self._optimizer, self._parameters, loss, every=options.twin_every, shards=self._shards
+            )  # fmt: skip
         assert self._reference is not None
         settings, multiples = self._settings[0], self._multiples()
         momentum = self._momentum if settings["momentum"] else None

@@ -158,6 +158,8 @@ def sum_over(shards: Shards, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]
 
 def mean_over(shards: Shards, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The means over the processes, as `sum_over`."""
+    if shards.size == 1:
+        return dict(tensors)
     return {name: value / shards.size for name, value in sum_over(shards, tensors).items()}
 
 
