@@ -26,8 +26,8 @@ from lightning_ntk.linearization import Linearization
 from lightning_ntk.reference import Reference
 from lightning_ntk.shards import ALONE, Shards
 
-CASES = (("MLP", 1000), ("CNN", 512))
-REPEATS = 5
+CASES = (("MLP", 1000), ("CNN", 512), ("CNN", 1024))
+REPEATS = 3
 
 
 def capture(name: str, samples: int, shards: Shards) -> dict[str, float]:
