@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.strategies import SingleDeviceStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
@@ -23,6 +22,7 @@ from lightning_ntk.observation import FollowedDynamics, Observation, Options
 from lightning_ntk.plots import plot_history
 from lightning_ntk.reference import unpack_pair
 from lightning_ntk.run_differences import forward_differences, run_differences
+from lightning_ntk.shards import ALONE
 from lightning_ntk.trainer_view import (
     callbacks_of,
     ends_with_averaged_weights,
@@ -35,6 +35,8 @@ from lightning_ntk.trainer_view import (
     momentum_buffers,
     precision,
     require_available,
+    require_supported_strategy,
+    shards_of,
     shows_progress,
     single_optimizer,
     step_settings,
@@ -70,8 +72,11 @@ class LinearizationMonitor(Callback):
 
     A run resumed with `ckpt_path` goes on as if it had not been interrupted.
 
-    Not supported: several optimizers, training on several devices. They raise a `MisconfigurationException` before training
-    starts.
+    On several devices, with DDP, captures and measurements are shared by the processes, and the linearised network is trained
+    on the batches of all of them.
+
+    Not supported: several optimizers, and strategies that divide the network itself, as FSDP. They raise a
+    `MisconfigurationException` before training starts.
 
     Args:
         reference: The training set in a fixed order: a map-style Dataset, a DataLoader (its data set and collate function
@@ -202,6 +207,7 @@ class LinearizationMonitor(Callback):
     def _reset(self) -> None:
         self.history = []
         self._observation: Observation | None = None
+        self._shards = ALONE
         self._step = 0
         self._settings: StepSettings | None = None
         self._loss_scale: float | None = None
@@ -241,11 +247,7 @@ class LinearizationMonitor(Callback):
             return
         self._reset()  # before tuners save and restore what an earlier fit left
         require_available(self.device)
-        if not isinstance(trainer.strategy, SingleDeviceStrategy):
-            raise MisconfigurationException(
-                f"LinearizationMonitor expects training on a single device but got {type(trainer.strategy).__name__}. "
-                "Use Trainer(devices=1)."
-            )
+        require_supported_strategy(trainer)
         if sum(isinstance(c, LinearizationMonitor) and c.name == self.name for c in callbacks_of(trainer)) > 1:
             raise MisconfigurationException(
                 f"Two LinearizationMonitor callbacks have the name {self.name!r} and would log the same tags. "
@@ -299,11 +301,13 @@ class LinearizationMonitor(Callback):
         if loaded is not None and self._step > 0:
             self.history, self._start, self._lost = loaded["history"], loaded["start"], loaded["lost"]
             self._reported = set(loaded["reported"])
+        self._shards = shards_of(trainer)
         optimizer = single_optimizer(trainer)
         try:
             require_supported_optimizer(optimizer)
             if resumed is not None or (self.capture_at == 0 and not self._lost):
-                self._capture(trainer, pl_module, optimizer, resumed)
+                with self._shards.agreement():
+                    self._capture(trainer, pl_module, optimizer, resumed)
         except (ValueError, TypeError, MemoryError) as error:
             raise MisconfigurationException(f"LinearizationMonitor cannot capture this run. {error}") from error
         if self._observation is not None and resumed is None:
@@ -314,7 +318,8 @@ class LinearizationMonitor(Callback):
         if self._observation is None or self._observation.steps > 0 or self._lost:
             return
         try:
-            reason = self._observation.check_batch(*self._unpack(batch))
+            with self._shards.agreement():
+                reason = self._observation.check_batch(*self._unpack(batch))
         except ValueError as error:
             raise MisconfigurationException(f"LinearizationMonitor cannot replay this run. {error}") from error
         if reason is not None:
@@ -356,12 +361,15 @@ class LinearizationMonitor(Callback):
         if self._lost:
             return
         try:
-            if had_backward_pass(pl_module, outputs):
-                self._observation.see(*self._unpack(batch), 1 / trainer.accumulate_grad_batches)
-            if stepped > 1:
-                raise ValueError(f"Expected at most one optimizer step in a batch but `training_step` took {stepped}.")
-            if stepped:
-                self._follow_step(trainer, pl_module)
+            with self._shards.agreement():
+                if had_backward_pass(pl_module, outputs):
+                    self._observation.see(*self._unpack(batch), 1 / trainer.accumulate_grad_batches)
+                if stepped > 1:
+                    raise ValueError(
+                        f"Expected at most one optimizer step in a batch but `training_step` took {stepped}."
+                    )
+                if stepped:
+                    self._follow_step(trainer, pl_module)
         except Exception as error:
             self._fail(
                 error, f"The linearised network is lost in step {self._step}, and measurements end; training goes on."
@@ -409,6 +417,7 @@ class LinearizationMonitor(Callback):
             horizon=None if remaining is None else remaining - self.capture_at,
             momentum=momentum_buffers(module, optimizer),
             state=state,
+            shards=self._shards,
         )
         if observation.reason:
             rank_zero_info(f"LinearizationMonitor: {observation.reason}")
@@ -424,7 +433,8 @@ class LinearizationMonitor(Callback):
 
     def _capture_late(self, trainer: Trainer, module: LightningModule) -> None:
         try:
-            self._capture(trainer, module, single_optimizer(trainer))
+            with self._shards.agreement():
+                self._capture(trainer, module, single_optimizer(trainer))
         except Exception as error:
             self._fail(error, f"The capture at step {self._step} failed and nothing is measured; training goes on.")
             self._lost = True
@@ -453,7 +463,8 @@ class LinearizationMonitor(Callback):
         assert self._observation is not None
         started = time.perf_counter()
         try:
-            scalars = self._observation.measure(dict(module.named_parameters()))
+            with self._shards.agreement():
+                scalars = self._observation.measure(dict(module.named_parameters()))
         except Exception as error:
             self._fail(error, f"The measurement at step {self._step} failed, and so may later ones; training goes on.")
             return

@@ -1,7 +1,7 @@
 """What is computed once, when the training of a network is captured."""
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Literal
 
 import torch
@@ -10,14 +10,15 @@ from torch import Tensor, nn
 from lightning_ntk.checks import check_adjoint, check_determinism, check_kernel
 from lightning_ntk.classes import Classes
 from lightning_ntk.isolation import preserved_rng
-from lightning_ntk.jacobian import Jacobian, StoredJacobian, StreamedJacobian, predict
+from lightning_ntk.jacobian import Jacobian, StoredJacobian, StreamedJacobian, join_outputs, predict
 from lightning_ntk.kernel import compute_kernel
 from lightning_ntk.kernel.contraction import contract, sample_jacobians
 from lightning_ntk.linearization import Linearization, Predict, Tensors
 from lightning_ntk.losses import Loss, Objective
 from lightning_ntk.progress import track
-from lightning_ntk.reference import Data, Reference, Unpack
+from lightning_ntk.reference import Batch, Data, Reference, Unpack
 from lightning_ntk.sample_index import sample_digests
+from lightning_ntk.shards import ALONE, Shards
 
 JacobianStorage = Literal["streamed", "stored"]
 
@@ -38,6 +39,8 @@ class Capture:
             parameters.
         progress: Whether passes show a progress bar.
         start: What `Linearization.state_dict` returned, to linearise at in the place of the module's own state.
+        shards: The processes that share the passes. All of them read the whole data set once, later only their rows. Buffers
+            are those of the first process, as in distributed training.
 
     Attributes:
         linearization: The network at w0.
@@ -66,18 +69,22 @@ class Capture:
         device: torch.device | None = None,
         progress: bool = False,
         start: Mapping[str, Mapping[str, Tensor]] | None = None,
+        shards: Shards = ALONE,
     ) -> None:
         self.progress = progress
+        self.shards = shards
         self.unpack = unpack
         with preserved_rng():
             self.linearization = Linearization(module, predict=predict, dtype=dtype)
             self.device = device or self.linearization.device
             if start is not None:
                 self.linearization.load_state_dict(start)
+            share_buffers(self.linearization, shards)
             self.reference = Reference(data, batch_size=batch_size, unpack=unpack)
             self.predictions, targets, self.fingerprint = first_pass(
-                self.linearization, self.reference, progress=progress
+                self.linearization, self.reference, progress=progress, shards=shards
             )
+            shards.require_same(self.fingerprint, "reference data")
             check_determinism(self.linearization, self.reference, self.predictions)
             self.objective = Objective(
                 nn.MSELoss() if loss is None else loss, self.predictions, targets, flat=self.linearization.flat
@@ -85,7 +92,9 @@ class Capture:
             self.jacobian: Jacobian = (
                 store_jacobian(self.linearization, self.reference, progress=progress)
                 if jacobian == "stored"
-                else StreamedJacobian(self.linearization, self.reference, self.predictions, progress=progress)
+                else StreamedJacobian(
+                    self.linearization, self.reference, self.predictions, progress=progress, shards=shards
+                )
             )
             check_adjoint(self.linearization, self.jacobian, self.predictions)
         squared = self.objective.factor is not None
@@ -99,7 +108,9 @@ class Capture:
     def predict(self, weights: Mapping[str, Tensor]) -> Tensor:
         """Outputs of the (non-linear) network at other weights, `(N, K)`: one forward pass over the training set."""
         with preserved_rng():
-            return predict(self.linearization, self.reference, params=weights, progress=self.progress)
+            return predict(
+                self.linearization, self.reference, params=weights, progress=self.progress, shards=self.shards
+            )
 
     def push_forward(self, tangent: Mapping[str, Tensor]) -> Tensor:
         """J v, `(N, K)` in float64."""
@@ -116,24 +127,43 @@ class Capture:
         return self.objective.value(predictions.detach().cpu(), self.objective.targets).item()
 
 
-def first_pass(linearization: Linearization, reference: Reference, *, progress: bool) -> tuple[Tensor, Tensor, str]:
+def share_buffers(linearization: Linearization, shards: Shards) -> None:
+    """Gives all processes the buffers of the first one: their batches, and with them running statistics, differ."""
+    if shards.size > 1:
+        for buffer in linearization.buffers.values():
+            shards.broadcast_(buffer)
+
+
+def first_pass(
+    linearization: Linearization, reference: Reference, *, progress: bool, shards: Shards = ALONE
+) -> tuple[Tensor, Tensor, str]:
     """Outputs `(N, K)`, targets and a digest of the whole data set.
 
     Raises:
         ValueError: If there are no targets, or if anything is NaN or infinite.
     """
     outputs, targets, digest = [], [], hashlib.blake2b(digest_size=16)
-    for batch in track(reference.batches(), "initial predictions", total=reference.num_batches, enabled=progress):
+    own = shards.rows(len(reference))
+    for batch in track(
+        _batches_around(reference, own), "initial predictions", total=reference.num_batches, enabled=progress
+    ):
         if batch.target is None:
             raise ValueError("Expected the training set to have targets but its batches hold inputs only.")
         for name, value in (("inputs", batch.inputs), ("targets", batch.target)):
             _require_finite(name, value, batch.rows)
         for sample in sample_digests(batch.inputs, batch.target):
             digest.update(sample)
-        outputs.append(linearization.predict(batch.inputs))
         targets.append(batch.target.detach().cpu())
-        _require_finite("initial outputs", outputs[-1], batch.rows)
-    return torch.cat(outputs), torch.cat(targets), digest.hexdigest()
+        if batch.rows.start in own:
+            outputs.append(linearization.predict(batch.inputs))
+            _require_finite("initial outputs", outputs[-1], batch.rows)
+    return join_outputs(outputs, linearization, reference, shards), torch.cat(targets), digest.hexdigest()
+
+
+def _batches_around(reference: Reference, own: range) -> Iterator[Batch]:
+    """All batches in order, none of which holds rows inside and outside of `own`."""
+    for rows in (range(own.start), own, range(own.stop, len(reference))):
+        yield from reference.batches(rows)
 
 
 def store_jacobian(linearization: Linearization, reference: Reference, *, progress: bool) -> StoredJacobian:
@@ -163,7 +193,12 @@ def training_kernel(given: Tensor | None, capture: Capture, *, dtype: torch.dtyp
         kernel = contract(jacobian.blocks, jacobian.blocks, dtype).to(capture.device)
     else:
         kernel = compute_kernel(
-            linearization, capture.reference, dtype=dtype, device=capture.device, progress=capture.progress
+            linearization,
+            capture.reference,
+            dtype=dtype,
+            device=capture.device,
+            progress=capture.progress,
+            shards=capture.shards,
         )
     # A kernel computed earlier may come from float32 passes whatever its type is now.
     computed = linearization.dtype if given is None else torch.float32

@@ -16,6 +16,7 @@ from lightning_ntk.linearization import Linearization, Tensors
 from lightning_ntk.losses import Loss, Objective
 from lightning_ntk.sample_index import SampleIndex
 from lightning_ntk.scaling import Scaling
+from lightning_ntk.shards import ALONE, Shards, mean_over
 from lightning_ntk.training import LinearizedTraining
 
 
@@ -145,6 +146,7 @@ class ReplayFollower:
             capture.objective,
             initial_image=self._image(self._decaying),
             momentum_image=self._image(self._momentum),
+            shards=capture.shards,
         )
 
     def _in_coordinates(self, vector: Tensors | None) -> Tensors | None:
@@ -209,6 +211,7 @@ class TwinFollower:
         parameters: The live parameters, with the names of `linearization.params`.
         loss: Of outputs and targets.
         every: Steps that share one gradient, that of the first of them; 1 is exact.
+        shards: The processes whose gradients a step averages, as distributed training does; each sees its own batches.
     """
 
     def __init__(
@@ -219,7 +222,9 @@ class TwinFollower:
         loss: Loss,
         *,
         every: int = 1,
+        shards: Shards = ALONE,
     ) -> None:
+        self._shards = shards
         self._linearization = linearization
         self._loss = loss
         self._every = every
@@ -238,11 +243,12 @@ class TwinFollower:
 
     def step(self, settings: StepSettings) -> None:
         """One step of the twin's optimizer."""
-        if self._every > 1:
-            if self._kept is not None and self._steps % self._every:
-                self._twin.gradients = self._kept
-            else:
-                self._kept = self._twin.gradients
+        if self._kept is not None and self._steps % self._every:
+            self._twin.gradients = self._kept
+        else:
+            if self._shards.size > 1:
+                self._twin.gradients = mean_over(self._shards, self._twin.gradients)
+            self._kept = self._twin.gradients if self._every > 1 else None
         self._twin.step(
             settings.groups, clip_norm=settings.clip_norm, clip_value=settings.clip_value, frozen=settings.frozen
         )

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_ntk.capture import Capture, JacobianStorage
+from lightning_ntk.capture import Capture, JacobianStorage, share_buffers
 from lightning_ntk.comparison import compare_closest, compare_functions, compare_modes, compare_weights
 from lightning_ntk.distances import difference
 from lightning_ntk.dynamics_choice import choose_dynamics
@@ -17,9 +17,9 @@ from lightning_ntk.gradient_check import GradientMismatch, check_gradient
 from lightning_ntk.isolation import preserved_rng
 from lightning_ntk.linearization import Linearization, Predict, Tensors, trainable_parameters
 from lightning_ntk.losses import Loss, Objective
-from lightning_ntk.memory import available_memory
 from lightning_ntk.reference import Data, NoFixedOrderError, Unpack
 from lightning_ntk.sample_index import UnknownSamplesError
+from lightning_ntk.shards import ALONE, Shards, mean_over
 from lightning_ntk.solvers import Solver
 from lightning_ntk.training import LinearizedTraining
 
@@ -68,6 +68,7 @@ class Observation:
         horizon: Optimizer steps still to come, if known.
         momentum: The optimizer's momentum buffers, by parameter name.
         state: What `state_dict` returned in an earlier part of the run, to go on from.
+        shards: The processes of a distributed run, each of which observes its own batches. They call the methods together.
 
     Attributes:
         dynamics: Those that are followed.
@@ -93,8 +94,10 @@ class Observation:
         horizon: float | None = None,
         momentum: Tensors | None = None,
         state: Mapping[str, Any] | None = None,
+        shards: Shards = ALONE,
     ) -> None:
         self._options = options
+        self._shards = shards
         self._start = None if state is None else state["start"]
         self._optimizer = optimizer
         self._momentum = momentum if state is None else state["momentum"]
@@ -159,7 +162,8 @@ class Observation:
         if self.steps > 0 or not isinstance(self._follower, ReplayFollower):
             return None
         try:
-            self._follower.rows(inputs, target)
+            with self._shards.agreement():
+                self._follower.rows(inputs, target)
         except UnknownSamplesError as error:
             if self._options.dynamics != "auto":
                 raise
@@ -232,7 +236,7 @@ class Observation:
         """
         expected, self._expected = self._expected, None
         assert expected is not None
-        return check_gradient(actual, expected, dtype=precision)
+        return check_gradient(actual, mean_over(self._shards, expected), dtype=precision)
 
     def measure(self, weights: Mapping[str, Tensor]) -> dict[str, float]:
         """The scalars of trained weights w_t, with the names of `initial_weights`; others are ignored."""
@@ -275,6 +279,7 @@ class Observation:
         linearization = Linearization(module, predict=self._options.predict, dtype=self._options.dtype)
         if self._start is not None:
             linearization.load_state_dict(self._start)
+        share_buffers(linearization, self._shards)
         return linearization
 
     def _capture(self, module: nn.Module, data: Data) -> Capture:
@@ -282,7 +287,7 @@ class Observation:
         return Capture(
             module, data, loss=options.loss, predict=options.predict, unpack=options.unpack, jacobian=options.jacobian,
             batch_size=options.batch_size, dtype=options.dtype, device=options.device, progress=options.progress,
-            start=self._start,
+            start=self._start, shards=self._shards,
         )  # fmt: skip
 
     def _capture_if_possible(
@@ -291,7 +296,8 @@ class Observation:
         if data is None:
             return None, "there is no reference set"
         try:
-            return self._capture(module, data()), None
+            with self._shards.agreement():
+                return self._capture(module, data()), None
         except NoFixedOrderError as error:
             if self._options.dynamics not in ("auto", "twin"):
                 raise
@@ -311,7 +317,7 @@ class Observation:
             no_kernel=no_kernel,
             not_squared=reference is not None and reference.objective.factor is None,
             kernel_bytes=float(rows) ** 2 * self._linearization.dtype.itemsize,
-            free=min(available_memory(), available_memory(options.device or self._linearization.device)),
+            free=self._shards.free_memory("cpu", options.device or self._linearization.device),
         )
         return choice.dynamics, choice.reason
 
@@ -319,7 +325,9 @@ class Observation:
         options = self._options
         if self.dynamics == "twin":
             loss = options.loss or nn.MSELoss()
-            return TwinFollower(self._linearization, self._optimizer, self._parameters, loss, every=options.twin_every)
+            return TwinFollower(
+                self._linearization, self._optimizer, self._parameters, loss, every=options.twin_every, shards=self._shards
+            )  # fmt: skip
         assert self._reference is not None
         settings, multiples = self._settings[0], self._multiples()
         momentum = self._momentum if settings["momentum"] else None

@@ -106,9 +106,11 @@ class Reference:
     def __len__(self) -> int:
         return self.num_samples
 
-    def batches(self) -> Iterator[Batch]:
-        """All batches in order. The global random state is not touched by the reading itself."""
-        yield from self._iterate(range(self.num_samples), self._workers if self._tensors is None else 0)
+    def batches(self, rows: range | None = None) -> Iterator[Batch]:
+        """All batches in order, or those of consecutive rows. The global random state is not touched by the reading itself."""
+        rows = range(self.num_samples) if rows is None else rows
+        if rows:
+            yield from self._iterate(rows, self._workers if self._tensors is None else 0)
 
     def read(self, start: int, stop: int) -> Batch:
         """The samples `start` to `stop` as one batch."""
@@ -167,7 +169,11 @@ class Reference:
     @property
     def num_batches(self) -> int:
         """Batches in one pass."""
-        return -(-self.num_samples // self.batch_size)
+        return self.count_batches(range(self.num_samples))
+
+    def count_batches(self, rows: range) -> int:
+        """Batches of consecutive rows."""
+        return -(-len(rows) // self.batch_size)
 
 
 def seen_samples(loader: DataLoader[Any], batches: float) -> int | None:

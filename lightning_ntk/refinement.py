@@ -18,6 +18,7 @@ from lightning_ntk.lanczos import (
     vector_device,
 )
 from lightning_ntk.modes import Modes, eigh_modes
+from lightning_ntk.shards import ALONE, Shards
 
 _log = logging.getLogger(__name__)
 
@@ -78,10 +79,21 @@ class LanczosSolver:
         tolerance: Error of the weights, relative to their displacement from w0, that every answer has to meet, unless the
             rounding of the products is larger.
         max_products: Products after which to stop in any case, with a warning.
+        shards: The processes that share the products. All of them stop where the first one does, as rounding may differ
+            between machines.
     """
 
-    def __init__(self, product: Product, vectors: Sequence[Tensor], *, tolerance: float, max_products: int) -> None:
+    def __init__(
+        self,
+        product: Product,
+        vectors: Sequence[Tensor],
+        *,
+        tolerance: float,
+        max_products: int,
+        shards: Shards = ALONE,
+    ) -> None:
         self._product = product
+        self._shards = shards
         self._processes = [Lanczos(vector) for vector in vectors]
         self._tolerance = tolerance
         self._max_products = max_products
@@ -110,7 +122,7 @@ class LanczosSolver:
             by_runs: Whether computing it takes a whole run, so that it is better asked for seldom.
         """
         current = bound(self.modes)
-        if current.meets(self._tolerance) or self._exhausted:
+        if self._shards.any(current.meets(self._tolerance) or self._exhausted):
             return current
         share = _SHARE_BETWEEN_RUNS if by_runs else _SHARE_BETWEEN_LOOKS
         self._extend(lambda modes: bound(modes).meets(self._tolerance), share)
@@ -127,15 +139,20 @@ class LanczosSolver:
         while True:
             for _ in range(max(1 if self._processes[0].num_products else 2, int(self.num_products * share))):
                 extend(self._processes, self._product)
-            if self._exhausted or self.num_products >= self._max_products:
-                break
-            if enough([lanczos.modes(basis=False) for lanczos in self._processes]):
+            complete = self._exhausted or self.num_products >= self._max_products
+            if self._shards.any(complete or enough([lanczos.modes(basis=False) for lanczos in self._processes])):
                 break
         self.modes: Sequence[LanczosModes] = [lanczos.modes() for lanczos in self._processes]
 
 
 def solve_by_lanczos(
-    jacobian: Jacobian, kernel: Tensor | None, vectors: Sequence[Tensor], *, tolerance: float, max_products: int
+    jacobian: Jacobian,
+    kernel: Tensor | None,
+    vectors: Sequence[Tensor],
+    *,
+    tolerance: float,
+    max_products: int,
+    shards: Shards = ALONE,
 ) -> LanczosSolver:
     """Lanczos on a kernel, with vectors on its device, or without one, with vectors on the CPU.
 
@@ -145,14 +162,15 @@ def solve_by_lanczos(
         vectors: f0 - Y, and the images J e of the carried vectors, `(N, K)` in float64 on the CPU.
         tolerance: As for `LanczosSolver`.
         max_products: As for `LanczosSolver`.
+        shards: As for `LanczosSolver`.
     """
     if kernel is None:
         product, device = jacobian_product(jacobian, vectors[0].shape), vectors[0].device
     else:
         device = vector_device(kernel.device)
-        product = kernel_product(kernel.to(device))
+        product = kernel_product(kernel.to(device), shards)
     flat = [vector.flatten().to(device) for vector in vectors]
-    return LanczosSolver(product, flat, tolerance=tolerance, max_products=max_products)
+    return LanczosSolver(product, flat, tolerance=tolerance, max_products=max_products, shards=shards)
 
 
 def _largest_is_settled(modes: LanczosModes) -> bool:

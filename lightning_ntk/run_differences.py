@@ -10,6 +10,7 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import nn
 from torch.optim import SGD, Optimizer
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler, SequentialSampler
+from torch.utils.data.distributed import DistributedSampler
 
 from lightning_ntk.reference import seen_samples
 
@@ -69,6 +70,10 @@ def _of_training_step(trainer: Trainer, module: LightningModule) -> Iterable[str
     for hook in ("configure_gradient_clipping", "optimizer_step", "backward"):
         if is_overridden(hook, module):
             yield f"it has a `{hook}` of its own"
+    if getattr(trainer.strategy, "_ddp_comm_hook", None) is not None:
+        yield "its processes exchange gradients through a communication hook"
+    if getattr(trainer.strategy, "_model_averager", None) is not None:
+        yield "its processes average weights, not gradients"
 
 
 def _of_optimizer(optimizer: Optimizer, dynamics: str, *, clips: bool) -> Iterable[str]:
@@ -109,18 +114,26 @@ def _of_batches(trainer: Trainer, reference_size: int | None) -> Iterable[str]:
         return
     if samples != reference_size:
         yield f"it trains on {samples} samples while the reference has {reference_size}"
-    if (
-        not isinstance(loader.sampler, SequentialSampler | RandomSampler)
-        or type(loader.batch_sampler) is not BatchSampler
-    ):
+    known = (SequentialSampler, RandomSampler, DistributedSampler)
+    if not isinstance(loader.sampler, known) or type(loader.batch_sampler) is not BatchSampler:
         yield f"it draws its samples with {type(loader.sampler).__name__}"
     if any(isinstance(c, GradientAccumulationScheduler) for c in trainer.callbacks):  # type: ignore[attr-defined]
         yield "it changes over how many batches it accumulates gradients"
+    own, processes = samples, 1
+    if isinstance(loader.sampler, DistributedSampler):
+        own, processes = loader.sampler.num_samples, loader.sampler.num_replicas
+        if processes * own != samples:
+            does = (
+                f"repeats {processes * own - samples}"
+                if processes * own > samples
+                else f"omits {samples - processes * own}"
+            )
+            yield f"it {does} of {samples} samples in every epoch so that all {processes} processes have {own}"
     micro_batches = min(trainer.accumulate_grad_batches, int(trainer.num_training_batches))
     seen = micro_batches * (loader.batch_size or 1)
-    if seen < samples:
-        yield f"each step sees {seen} of {samples} samples"
+    if seen < own:
+        yield f"each step sees {seen * processes} of {samples} samples"
     elif micro_batches < trainer.accumulate_grad_batches:
         yield f"it divides gradients by {trainer.accumulate_grad_batches} though an epoch has {micro_batches} batches"
-    elif micro_batches > 1 and samples % micro_batches:
+    elif micro_batches > 1 and own % micro_batches:
         yield "it accumulates over batches of unequal size"

@@ -100,7 +100,12 @@ class Scaling:
         for multiple in sorted(set(self.multiples.values()) - {0.0}):
             group = capture.linearization.restricted([n for n, value in self.multiples.items() if value == multiple])
             part = multiple * compute_kernel(
-                group, capture.reference, dtype=dtype, device=capture.device, progress=capture.progress
+                group,
+                capture.reference,
+                dtype=dtype,
+                device=capture.device,
+                progress=capture.progress,
+                shards=capture.shards,
             )
             total = part if total is None else total.add_(part)
         assert total is not None

@@ -10,7 +10,6 @@ from torch import Tensor
 from lightning_ntk.capture import Capture, training_kernel
 from lightning_ntk.jacobian import StoredJacobian, wide_dtype
 from lightning_ntk.kernel import count_operations
-from lightning_ntk.memory import available_memory
 from lightning_ntk.refinement import CompleteModes, ModalSolver, solve_by_lanczos
 from lightning_ntk.scaling import Scaling
 from lightning_ntk.solvers import Problem, Solver, choose_solver
@@ -73,7 +72,7 @@ def solve(
     if not (problem.kernel_given or problem.jacobian_stored):
         kernel_operations, forward_operations = count_operations(linearization, capture.reference)
         problem = problem._replace(kernel_operations=kernel_operations, forward_operations=forward_operations)
-    free = min(available_memory(), available_memory(capture.device))
+    free = capture.shards.free_memory("cpu", capture.device)
     choice = choose_solver(problem, solver=solver, matrix_free=matrix_free, free_memory=free)
     _log.info("%s", choice.reason)
     kernel: Tensor | None = None
@@ -85,7 +84,9 @@ def solve(
         if choice.solver == "eigh":
             return Solution(CompleteModes(kernel, vectors), kernel, choice.reason)
     jacobian = capture.jacobian if scaling is None else scaling.capture.jacobian
-    modes = solve_by_lanczos(jacobian, kernel, vectors, tolerance=tolerance, max_products=choice.max_products)
+    modes = solve_by_lanczos(
+        jacobian, kernel, vectors, tolerance=tolerance, max_products=choice.max_products, shards=capture.shards
+    )
     return Solution(modes, kernel, choice.reason)
 
 

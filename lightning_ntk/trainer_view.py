@@ -9,6 +9,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import StochasticWeightAveraging, TQDMProgressBar, WeightAveraging
 from lightning.pytorch.plugins.precision import MixedPrecision
+from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
 from torch.optim import Optimizer
@@ -17,6 +18,29 @@ from torch.utils.data import DataLoader, Subset
 from lightning_ntk.following import StepSettings
 from lightning_ntk.linearization import trainable_parameters
 from lightning_ntk.reference import NoFixedOrderError, seen_samples
+from lightning_ntk.shards import ALONE, Shards
+
+
+def require_supported_strategy(trainer: Trainer) -> None:
+    """Refuses strategies in which no process holds the whole network.
+
+    Raises:
+        MisconfigurationException: With the name of the strategy.
+    """
+    strategy = trainer.strategy
+    supported = isinstance(strategy, SingleDeviceStrategy | DDPStrategy)
+    if not supported or isinstance(strategy, DeepSpeedStrategy):  # which derives from DDPStrategy
+        raise MisconfigurationException(
+            "LinearizationMonitor expects training on a single device, or on several with DDPStrategy, where every process "
+            f'holds the whole network, but got {type(strategy).__name__}. Use Trainer(devices=1) or Trainer(strategy="ddp").'
+        )
+
+
+def shards_of(trainer: Trainer) -> Shards:
+    """The processes of the run; all of them must ask, once training is set up."""
+    if trainer.world_size == 1:
+        return ALONE
+    return Shards.of_process_group(trainer.strategy.root_device)
 
 
 def single_optimizer(trainer: Trainer) -> Optimizer:

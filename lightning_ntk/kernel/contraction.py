@@ -17,6 +17,7 @@ from lightning_ntk.linearization import Linearization, Tensors
 from lightning_ntk.memory import empty_matrix
 from lightning_ntk.progress import track_operations
 from lightning_ntk.reference import Reference
+from lightning_ntk.shards import ALONE, Shards
 
 # Samples whose activations, K times each, are held at once while their Jacobians are made.
 _VMAP_CHUNK = 32
@@ -114,6 +115,7 @@ def contraction_kernel(
     dtype: torch.dtype | None = None,
     device: torch.device | None = None,
     progress: bool = False,
+    shards: Shards = ALONE,
 ) -> Tensor:
     """The kernel between two data sets, or of one with itself (half of the blocks computed, the others mirrored).
 
@@ -126,6 +128,7 @@ def contraction_kernel(
         dtype: Type in which the products are summed. Default: that of the passes.
         device: Where the kernel is kept, tile by tile as it is made. Default: with the passes.
         progress: Whether to show a progress bar.
+        shards: The processes that share the blocks; each one holds the whole kernel in the end.
 
     Returns:
         The kernel `(N1 K, N2 K)`, in `dtype`.
@@ -133,13 +136,20 @@ def contraction_kernel(
     symmetric = columns is None
     columns = rows if columns is None else columns
     jacobian_size = num_outputs * linearization.num_parameters * linearization.dtype.itemsize
-    size = max(1, min(memory_limit // (2 * jacobian_size), len(rows), len(columns)))
+    # Blocks enough that every process has some.
+    longest = max(1, min(len(rows), len(columns)) // shards.size)
+    size = max(1, min(memory_limit // (2 * jacobian_size), longest))
     dtype = dtype or linearization.dtype
     device = device or linearization.device
     kernel = empty_matrix(len(rows) * num_outputs, len(columns) * num_outputs, dtype=dtype, device=device)
     blocks = [
         (i, j) for i in range(0, len(rows), size) for j in range(0, len(columns), size) if not symmetric or i <= j
     ]
+    # Exact zeros where the blocks of other processes are, so that the sum is their copy.
+    if shards.size > 1:
+        kernel.zero_()
+    own = shards.rows(len(blocks))
+    blocks = blocks[own.start : own.stop]
     operations = _operations(
         blocks, size, (len(rows), len(columns)), symmetric, num_outputs, linearization.num_parameters
     )
@@ -158,7 +168,7 @@ def contraction_kernel(
             if symmetric and i != j:
                 kernel[at_column : at_column + block.shape[1], at_row : at_row + block.shape[0]] = block.T
             advance(cost)
-    return kernel
+    return shards.sum_(kernel)
 
 
 def _operations(
