@@ -3,6 +3,7 @@
 import math
 import time
 from collections.abc import Callable, Sequence
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -22,14 +23,15 @@ from lightning_ntk.following import StepSettings
 from lightning_ntk.observation import FollowedDynamics, Observation, Options
 from lightning_ntk.plots import plot_history
 from lightning_ntk.reference import unpack_pair
+from lightning_ntk.reporting import COMPARED, announce, describe_run, figures_of, log_figures
 from lightning_ntk.run_differences import forward_differences, run_differences
+from lightning_ntk.trainer_bars import nested_bars, shows_progress
 from lightning_ntk.trainer_view import (
     callbacks_of,
     horizon,
     is_last_step,
     momentum_buffers,
     precision,
-    shows_progress,
     single_optimizer,
     step_settings,
     training_data,
@@ -94,10 +96,15 @@ class LinearizationMonitor(Callback):
         taylor: Whether to expand the trained network after the fact, one forward-mode pass, for `taylor_gap`.
         modes: For how many leading eigenvectors of the kernel to log `mode/<i>/residual` and `mode/<i>/linearized_residual`;
             for gradient descent and flow.
+        kernel_probe: Of how many samples of the reference, evenly spaced, to follow the kernel, for `kernel_distance`,
+            `kernel_change` and `kernel_velocity`; each measurement takes the kernel of as many samples. 0 for none.
+        figures: Whether to draw figures when training ends, for TensorBoard, Weights & Biases and MLflow: distance and losses
+            over steps, accuracies, the kernel, a heat map of the parameters, the kernel's spectrum with the residual's
+            energy in each mode (for gradient descent and flow), and outputs of both networks. Needs matplotlib.
         save_state: Whether checkpoints hold what a resumed run needs to go on with its measurements: the initial weights and
             the state of the linearised network. Without it a resumed run is refused.
         strict: Whether a failing measurement ends the run. Default: it is reported once and training goes on.
-        progress: Whether captures and measurements show a progress bar, where the Trainer shows its TQDM one.
+        progress: Whether captures and measurements show a progress bar, below the Trainer's own, TQDM or Rich.
 
     Raises:
         ValueError: If an argument has a value that it cannot have.
@@ -129,6 +136,8 @@ class LinearizationMonitor(Callback):
         per_parameter: bool = False,
         taylor: bool = True,
         modes: int = 0,
+        kernel_probe: int = 0,
+        figures: bool = False,
         save_state: bool = True,
         strict: bool = False,
         progress: bool = True,
@@ -151,6 +160,8 @@ class LinearizationMonitor(Callback):
         self.per_parameter = per_parameter
         self.taylor = taylor
         self.modes = modes
+        self.kernel_probe = kernel_probe
+        self.figures = figures
         self.save_state = save_state
         self.strict = strict
         self.progress = progress
@@ -169,6 +180,15 @@ class LinearizationMonitor(Callback):
         require_integer("capture_at", self.capture_at, least=0)
         require_integer("twin_every", self.twin_every, least=1)
         require_integer("modes", self.modes, least=0)
+        require_integer("kernel_probe", self.kernel_probe, least=0)
+        if self.figures and find_spec("matplotlib") is None:
+            raise ModuleNotFoundError(
+                "Argument `figures` needs matplotlib, which is not installed: pip install 'lightning-ntk[plot]'."
+            )
+        if self.reference is None and self.kernel_probe:
+            raise ValueError(
+                "Expected a reference set, of which to take samples, for argument `kernel_probe` but got None."
+            )
         if self.reference is None and self.dynamics not in ("auto", "twin"):
             raise ValueError(
                 f'Expected a reference set for dynamics="{self.dynamics}" but got None: only "twin" goes without.'
@@ -224,6 +244,12 @@ class LinearizationMonitor(Callback):
                 "Give each one its own `name`."
             )
 
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Tells TensorBoard how to show what is to come, once for all monitors."""
+        monitors = [c for c in callbacks_of(trainer) if isinstance(c, LinearizationMonitor)]
+        if monitors[0] is self:
+            announce(trainer, [monitor.name for monitor in monitors])
+
     def state_dict(self) -> dict[str, Any]:
         """What was measured so far; nothing before the run has begun."""
         if not self._started:
@@ -253,8 +279,8 @@ class LinearizationMonitor(Callback):
         waiting = checkpoint["global_step"] <= self.capture_at
         if self._resumed is None and not waiting and not checkpoint["callbacks"].get(self.state_key, {}).get("lost"):
             raise MisconfigurationException(
-                f"LinearizationMonitor {self.name!r} expects a checkpoint of a run that it has watched, with save_state=True, but "
-                "this one does not hold the weights at which to linearise. Remove the callback, or start a new run."
+                f"LinearizationMonitor {self.name!r} expects a checkpoint of a run that it has watched, with save_state=True, "
+                "but this one does not hold the weights at which to linearise. Remove the callback, or start a new run."
             )
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -333,11 +359,15 @@ class LinearizationMonitor(Callback):
             self._measure(trainer, pl_module)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Measures the last step of a run that another callback stopped early."""
+        """Measures the last step of a run that another callback stopped early, and draws figures."""
         # Averaging callbacks have replaced the weights of the last step by now.
         averaged = any(isinstance(c, StochasticWeightAveraging | WeightAveraging) for c in callbacks_of(trainer))
         if self.history and self.history[-1]["step"] != self._step and not averaged and not self._lost:
             self._measure(trainer, pl_module)
+        describe_run(trainer, [f"{self.name}/{tag}" for tag in COMPARED if self.history and tag in self.history[-1]])
+        if self.figures:
+            drawn = figures_of(self.history, self._observation)
+            log_figures(trainer.loggers, drawn, name=self.name, step=self._step)
 
     def _capture(
         self, trainer: Trainer, module: LightningModule, optimizer: Optimizer, state: dict[str, Any] | None = None
@@ -357,20 +387,22 @@ class LinearizationMonitor(Callback):
             per_parameter=self.per_parameter,
             taylor=self.taylor,
             modes=self.modes,
+            kernel_probe=self.kernel_probe,
             progress=self.progress and shows_progress(trainer),
         )
         remaining = horizon(trainer)
-        self._observation = observation = Observation(
-            module,
-            optimizer,
-            options,
-            data=training_data(trainer) if self.reference == "train" else self.reference,
-            evaluation=self.evaluation,
-            differences=lambda dynamics, size: run_differences(trainer, module, optimizer, dynamics, size),
-            horizon=None if remaining is None else remaining - self.capture_at,
-            momentum=momentum_buffers(module, optimizer),
-            state=state,
-        )
+        with nested_bars(trainer):
+            self._observation = observation = Observation(
+                module,
+                optimizer,
+                options,
+                data=training_data(trainer) if self.reference == "train" else self.reference,
+                evaluation=self.evaluation,
+                differences=lambda dynamics, size: run_differences(trainer, module, optimizer, dynamics, size),
+                horizon=None if remaining is None else remaining - self.capture_at,
+                momentum=momentum_buffers(module, optimizer),
+                state=state,
+            )
         if observation.reason:
             rank_zero_info(f"LinearizationMonitor: {observation.reason}")
         differences = run_differences(trainer, module, optimizer, observation.dynamics, observation.num_samples)
@@ -410,7 +442,8 @@ class LinearizationMonitor(Callback):
         assert self._observation is not None
         started = time.perf_counter()
         try:
-            scalars = self._observation.measure(dict(module.named_parameters()))
+            with nested_bars(trainer):
+                scalars = self._observation.measure(dict(module.named_parameters()))
         except Exception as error:
             self._fail(error, f"The measurement at step {self._step} failed, and so may later ones; training goes on.")
             return

@@ -12,7 +12,7 @@ from lightning_ntk.jacobian import StoredJacobian, wide_dtype
 from lightning_ntk.memory import available_memory
 from lightning_ntk.refinement import CompleteModes, ModalSolver, solve_by_lanczos
 from lightning_ntk.scaling import Scaling
-from lightning_ntk.solvers import Problem, Solver, choose_solver
+from lightning_ntk.solvers import Problem, Solver, choose_solver, expected_products
 
 _log = logging.getLogger(__name__)
 
@@ -79,9 +79,12 @@ def solve(
         summed = wide_dtype(outputs.device) if choice.solver == "eigh" else linearization.dtype
         kernel = _kernel(capture, scaling, ntk, summed)
         if choice.solver == "eigh":
-            return Solution(CompleteModes(kernel, vectors), kernel, choice.reason)
+            return Solution(CompleteModes(kernel, vectors, progress=capture.progress), kernel, choice.reason)
     jacobian = capture.jacobian if scaling is None else scaling.capture.jacobian
-    modes = solve_by_lanczos(jacobian, kernel, vectors, tolerance=tolerance, max_products=choice.max_products)
+    modes = solve_by_lanczos(
+        jacobian, kernel, vectors, tolerance=tolerance, max_products=choice.max_products,
+        expected=expected_products(problem.rows, horizon) if capture.progress else None,
+    )  # fmt: skip
     return Solution(modes, kernel, choice.reason)
 
 
