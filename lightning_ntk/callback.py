@@ -248,7 +248,7 @@ class LinearizationMonitor(Callback):
         """Tells TensorBoard how to show what is to come, once for all monitors."""
         monitors = [c for c in callbacks_of(trainer) if isinstance(c, LinearizationMonitor)]
         if monitors[0] is self:
-            announce(trainer, [monitor.name for monitor in monitors])
+            announce(trainer, {monitor.name: monitor._absent for monitor in monitors})
 
     def state_dict(self) -> dict[str, Any]:
         """What was measured so far; nothing before the run has begun."""
@@ -368,6 +368,16 @@ class LinearizationMonitor(Callback):
         if self.figures:
             drawn = figures_of(self.history, self._observation)
             log_figures(trainer.loggers, drawn, name=self.name, step=self._step)
+
+    @property
+    def _absent(self) -> list[str]:
+        """Beginnings of the tags that this monitor does not log."""
+        functions = ["prediction_rmse", "loss", "linearized_loss", "accuracy", "taylor_"]
+        return (
+            (functions if self.reference is None else [])
+            + (["evaluation/"] if self.evaluation is None else [])
+            + ([] if self.kernel_probe else ["kernel_"])
+        )
 
     def _capture(
         self, trainer: Trainer, module: LightningModule, optimizer: Optimizer, state: dict[str, Any] | None = None

@@ -38,31 +38,34 @@ _CHARTS = {
     "weight distance and displacement": ("weight_distance", "displacement"),
     "direction and length of the displacement": ("weight_cosine", "weight_norm_ratio"),
     "prediction RMSE": ("prediction_rmse",),
-    "kernel": ("kernel_distance", "kernel_change"),
+    "how far the kernel has turned": ("kernel_distance",),
+    "how much the kernel has changed": ("kernel_change",),
     "loss on the evaluation set": ("evaluation/loss", "evaluation/linearized_loss"),
 }  # fmt: skip
 _DOTS_PER_INCH = 120
 
 
-def layout(names: Iterable[str]) -> dict[str, dict[str, list[Any]]]:
+def layout(absent: Mapping[str, Sequence[str]]) -> dict[str, dict[str, list[Any]]]:
     """Charts for the Custom Scalars tab of TensorBoard: a category for each monitor, which overlays real and linearised network.
 
     Args:
-        names: Of the monitors.
+        absent: By the name of each monitor, beginnings of the tags that it will not log.
 
     Returns:
         What `SummaryWriter.add_custom_scalars` takes. Tags in it are regular expressions.
     """
     return {
         name: {
-            title: ["Multiline", [f"^{re.escape(f'{name}/{tag}')}$" for tag in tags]] for title, tags in _CHARTS.items()
+            title: ["Multiline", [f"^{re.escape(f'{name}/{tag}')}$" for tag in tags]]
+            for title, tags in _CHARTS.items()
+            if not tags[0].startswith(tuple(missing))
         }
-        for name in names
+        for name, missing in absent.items()
     }
 
 
 @rank_zero_only
-def announce(trainer: Trainer, names: Sequence[str]) -> None:
+def announce(trainer: Trainer, absent: Mapping[str, Sequence[str]]) -> None:
     """Tells TensorBoard, before anything is logged, which charts to draw and by which scalars to compare runs.
 
     A layout that the run itself adds later takes the place of this one. HParams of one run are described once and for all,
@@ -70,11 +73,13 @@ def announce(trainer: Trainer, names: Sequence[str]) -> None:
 
     Args:
         trainer: Before it logs the hyperparameters.
-        names: Of all monitors.
+        absent: By the name of each monitor, beginnings of the tags that it will not log.
     """
-    metrics = {f"{name}/{tag}": 0 for name in names for tag in COMPARED}
+    metrics = {
+        f"{name}/{tag}": 0 for name, missing in absent.items() for tag in COMPARED if not tag.startswith(tuple(missing))
+    }
     for logger in _of_tensorboard(trainer.loggers):
-        logger.experiment.add_custom_scalars(layout(names))
+        logger.experiment.add_custom_scalars(layout(absent))
         parameters = _hyperparameters(trainer)
         if parameters and logger._default_hp_metric:
             experiment, _, _ = _summaries(logger, parameters, {"hp_metric": -1, **metrics})
