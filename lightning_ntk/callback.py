@@ -119,13 +119,15 @@ class LinearizationMonitor(Callback):
 
     def __init__(
         self,
-        reference: Dataset[Any] | DataLoader[Any] | Literal["train"] | None = "train",
+        # jsonargparse, so LightningCLI, passes no arguments to a class that is annotated with its type parameters, and takes a
+        # callable that returns a Tensor for something that makes objects of the class Tensor.
+        reference: Dataset | DataLoader | Literal["train"] | None = "train",  # type: ignore[type-arg]
         steps: int | Sequence[int] | Literal["log"] = "log",
         dynamics: Literal["auto", "gradient_descent", "gradient_flow", "replay", "twin"] = "auto",
-        loss: Callable[[Tensor, Tensor], Tensor] | None = None,
-        predict: Callable[[nn.Module, Any], Tensor] | None = None,
-        unpack: Callable[[Any], tuple[Any, Tensor]] | None = None,
-        evaluation: Dataset[Any] | DataLoader[Any] | None = None,
+        loss: Callable[[Tensor, Tensor], Any] | None = None,
+        predict: Callable[[nn.Module, Any], Any] | None = None,
+        unpack: Callable[[Any], Any] | None = None,
+        evaluation: Dataset | DataLoader | None = None,  # type: ignore[type-arg]
         capture_at: int = 0,
         solver: Literal["auto", "eigh", "lanczos"] = "auto",
         jacobian: Literal["streamed", "stored"] = "streamed",

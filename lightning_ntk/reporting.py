@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
@@ -79,11 +80,13 @@ def announce(trainer: Trainer, absent: Mapping[str, Sequence[str]]) -> None:
         f"{name}/{tag}": 0 for name, missing in absent.items() for tag in COMPARED if not tag.startswith(tuple(missing))
     }
     for logger in _of_tensorboard(trainer.loggers):
-        logger.experiment.add_custom_scalars(layout(absent))
-        parameters = _hyperparameters(trainer)
-        if parameters and logger._default_hp_metric:
-            experiment, _, _ = _summaries(logger, parameters, {"hp_metric": -1, **metrics})
-            logger.experiment._get_file_writer().add_summary(experiment)
+        with _harmless("charts"):
+            logger.experiment.add_custom_scalars(layout(absent))
+        with _harmless("HParams"):
+            parameters = _hyperparameters(trainer)
+            if parameters and logger._default_hp_metric:
+                experiment, _, _ = _summaries(logger, parameters, {"hp_metric": -1, **metrics})
+                logger.experiment._get_file_writer().add_summary(experiment)
 
 
 @rank_zero_only
@@ -95,9 +98,10 @@ def describe_run(trainer: Trainer, tags: Sequence[str]) -> None:
         tags: Of scalars that were logged; their last values are those of the run.
     """
     for logger in _of_tensorboard(trainer.loggers):
-        if logger.hparams and not logger._default_hp_metric:
-            for summary in _summaries(logger, logger.hparams, dict.fromkeys(tags, 0)):
-                logger.experiment._get_file_writer().add_summary(summary)
+        with _harmless("HParams"):
+            if logger.hparams and not logger._default_hp_metric:
+                for summary in _summaries(logger, logger.hparams, dict.fromkeys(tags, 0)):
+                    logger.experiment._get_file_writer().add_summary(summary)
 
 
 def figures_of(
@@ -151,12 +155,19 @@ def log_figures(
     """
     loggers = [logger for logger in loggers if isinstance(logger, TensorBoardLogger | WandbLogger | MLFlowLogger)]
     for what, draw in drawn if loggers else ():
-        try:
+        with _harmless(f"figure {what!r}"):
             figure, _ = draw()
             for logger in loggers:
                 _log_figure(logger, f"{name}/figure/{what}", figure, step)
-        except Exception as error:
-            rank_zero_warn(f"LinearizationMonitor has no figure {what!r} of this run. {type(error).__name__}: {error}")
+
+
+@contextmanager
+def _harmless(what: str) -> Iterator[None]:
+    """Reports a failure: nothing that is only looked at may cost a run, and some of it is beyond what Lightning promises."""
+    try:
+        yield
+    except Exception as error:
+        rank_zero_warn(f"LinearizationMonitor writes no {what} of this run. {type(error).__name__}: {error}")
 
 
 def _log_figure(logger: Logger, tag: str, figure: "Figure", step: int) -> None:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 # A terminal cannot be read faster, and drawing it takes a millisecond.
 _SECONDS_BETWEEN_DRAWINGS = 0.1
 # Rich shows the units done and all of them, which for what nobody counts is better in percent.
-_PERCENT = 100.0
+_PERCENT = 100
 
 
 def shows_progress(trainer: Trainer) -> bool:
@@ -32,12 +32,13 @@ def shows_progress(trainer: Trainer) -> bool:
 def nested_bars(trainer: Trainer) -> Iterator[None]:
     """Within, bars of the package are drawn below the Trainer's, of the same kind."""
     bar = trainer.progress_bar_callback
-    make: Callable[[Work], Bar] = tqdm_bar
     if isinstance(bar, RichProgressBar):
-        make = _rich_maker(bar)
+        with _rich_display(bar) as display, bars_made_by(lambda work: RichBar(display, work)):
+            yield
     elif isinstance(bar, TQDMProgressBar):
-        make = _tqdm_maker(bar)
-    with bars_made_by(make):
+        with bars_made_by(_tqdm_maker(bar)):
+            yield
+    else:
         yield
 
 
@@ -47,13 +48,20 @@ def _tqdm_maker(bar: TQDMProgressBar) -> Callable[[Work], Bar]:
     )
 
 
-def _rich_maker(bar: RichProgressBar) -> Callable[[Work], Bar]:
-    def make(work: Work) -> Bar:
-        # There is none before training has begun, and one that is over before a second fit has.
-        live = bar.progress is not None and bar.progress.live.is_started
-        return RichBar(bar.progress if live else None, work)
+@contextmanager
+def _rich_display(bar: RichProgressBar) -> Iterator["Progress"]:
+    """The Trainer's. Before training has begun there is none, or before a second fit one that is over: then one for now."""
+    if bar.progress is not None and bar.progress.live.is_started:
+        yield bar.progress
+        return
+    from rich.progress import Progress
 
-    return make
+    display = Progress(transient=True)
+    try:
+        yield display
+    finally:
+        if display.live.is_started:
+            display.stop()
 
 
 # Tasks of a Progress, one for every depth. They are hidden and used again: the Trainer finds its own by their place.
@@ -64,13 +72,12 @@ class RichBar:
     """One task of a Rich display, shown if it takes long enough and hidden again.
 
     Args:
-        progress: The display of the Trainer while it has one; None for one of its own.
+        progress: The display, which is started if it is not.
         work: What to show.
     """
 
-    def __init__(self, progress: "Progress | None", work: Work) -> None:
+    def __init__(self, progress: "Progress", work: Work) -> None:
         self._progress = progress
-        self._own = progress is None
         self._work = work
         self._task: TaskID | None = None
         self._done = 0.0
@@ -85,7 +92,6 @@ class RichBar:
         self._drawn = now
         if self._task is None:
             self._show()
-        assert self._progress is not None
         assert self._task is not None
         if self._work.total:
             self._progress.update(self._task, completed=self._scale * self._done)
@@ -95,22 +101,16 @@ class RichBar:
         """Hides the task."""
         if self._task is None:
             return
-        assert self._progress is not None
         self._progress.update(self._task, visible=False)
         self._progress.refresh()
-        if self._own:
-            self._progress.stop()
         self._task = None
 
     @property
     def _scale(self) -> float:
-        return 1.0 if self._work.counted or not self._work.total else _PERCENT / self._work.total
+        return 1 if self._work.counted or not self._work.total else _PERCENT / self._work.total
 
     def _show(self) -> None:
-        from rich.progress import Progress
-
-        if self._progress is None:
-            self._progress = Progress(transient=True)
+        if not self._progress.live.is_started:
             self._progress.start()
         description, total = self._work.description, self._work.total
         # Displays of Trainers have no place for work of unknown length: it stays at its beginning.

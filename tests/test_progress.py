@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -21,7 +22,7 @@ from torch.utils.data import DataLoader
 from lightning_ntk import LinearizationMonitor, LinearizedTraining, progress, trainer_bars
 from lightning_ntk.modes import eigh_modes
 from lightning_ntk.progress import Work, bars_made_by, track, track_operations, wait_for
-from lightning_ntk.trainer_bars import RichBar
+from lightning_ntk.trainer_bars import RichBar, nested_bars
 from tests.problems import mlp
 from tests.test_reporting import Regression, data
 
@@ -172,6 +173,7 @@ def test_rich_bars_use_one_task_again_and_hide_it(at_once: None, monkeypatch: py
     output = terminal.getvalue()
     for description in ("predictions", "vector-Jacobian product"):
         assert description in output
+    assert "2/3" in output  # batches, as whole numbers
     assert bar.train_progress_bar.description.startswith("Epoch 5")
     assert bar.train_progress_bar.completed == 1
     assert trainer.state.finished
@@ -182,24 +184,33 @@ def test_a_rich_bar_of_its_own_where_the_trainer_has_none_yet(
 ) -> None:
     from rich import get_console, reconfigure
 
+    def fail(trainer: SimpleNamespace) -> None:
+        with nested_bars(trainer):
+            list(track([1, 2], "interrupted"))
+            raise RuntimeError
+
     terminal = io.StringIO()
     reconfigure(file=terminal, force_terminal=True, width=120)
     try:
-        bar = RichBar(None, Work("capturing", 4.0e12, counted=False))
-        bar.update(1.0e12)
-        bar.update(1.0e12)
-        bar.close()
-        bar.close()
+        with nested_bars(SimpleNamespace(progress_bar_callback=RichProgressBar())):
+            with track_operations("capturing", total=4.0e12) as advance:
+                for _ in track([1, 2, 3, 4], "inside"):
+                    advance(0.5e12)
+            list(track([1, 2], "after"))
+        with pytest.raises(RuntimeError):
+            fail(SimpleNamespace(progress_bar_callback=RichProgressBar()))
         assert get_console()._live_stack == []
     finally:
         reconfigure()
     assert re.search(r"capturing.*50%", terminal.getvalue())
+    for description in ("inside", "after", "interrupted"):
+        assert description in terminal.getvalue()
     assert terminal.getvalue().rpartition("\x1b[2K")[2] == "\x1b[?25h\r"  # erased, and the cursor is back
 
 
 def test_rich_says_how_much_time_is_left(at_once: None) -> None:
     with Progress(auto_refresh=False, disable=True) as display:
-        bar = RichBar(display, Work("capturing", 100.0))
+        bar = RichBar(display, Work("capturing", 100))
         for _ in range(4):
             time.sleep(0.01)
             bar.update(10.0)

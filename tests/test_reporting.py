@@ -215,10 +215,28 @@ def test_a_figure_that_fails_costs_nothing_but_itself(tmp_path: Path, monkeypatc
 
     monkeypatch.setattr(reporting, "plot_spectrum", fail)
     logger = TensorBoardLogger(tmp_path)
-    with pytest.warns(UserWarning, match="no figure 'spectrum' of this run. RuntimeError: no ink"):
+    with pytest.warns(UserWarning, match="writes no figure 'spectrum' of this run. RuntimeError: no ink"):
         trainer = fit(monitor(figures=True), logger=logger)
     assert trainer.state.finished
     assert set(events(logger.log_dir).Tags()["images"]) == FIGURES - {"ntk/figure/spectrum"}
+
+
+@pytest.mark.parametrize("own_metric", [True, False])
+def test_charts_and_hparams_that_fail_cost_nothing_either(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, own_metric: bool
+) -> None:
+    def fail(*arguments: object, **options: object) -> None:
+        raise AttributeError("of another version")
+
+    monkeypatch.setattr(reporting, "layout", fail)
+    monkeypatch.setattr(reporting, "_summaries", fail)
+    logger, watching = TensorBoardLogger(tmp_path, default_hp_metric=own_metric), monitor()
+    with (
+        pytest.warns(UserWarning, match="writes no charts of this run. AttributeError: of another version"),
+        pytest.warns(UserWarning, match="writes no HParams of this run. AttributeError: of another version"),
+    ):
+        fit(watching, logger=logger)
+    assert len(events(logger.log_dir).Scalars("ntk/weight_distance")) == len(watching.history) == 4
 
 
 def test_figures_of_a_run_stopped_early_and_of_the_twin(tmp_path: Path) -> None:
