@@ -3,6 +3,7 @@
 import csv
 import io
 import struct
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -268,6 +269,8 @@ def leveldb_records(data: bytes, offset: int, block: int = 32768) -> Iterator[by
             at += left
             continue
         _, length, kind = struct.unpack("<IHB", data[at : at + 7])
+        if at + 7 + length > len(data):  # being written
+            return
         parts += data[at + 7 : at + 7 + length]
         at += 7 + length
         if kind in (1, 4):  # whole, or the last part
@@ -287,11 +290,14 @@ def test_weights_and_biases_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     wandb.finish()
     pictures = {path.relative_to(next(tmp_path.rglob("images"))).as_posix() for path in tmp_path.rglob("*.png")}
     assert {picture.split("_")[0] for picture in pictures} == FIGURES
+    log, records, deadline = next(tmp_path.rglob("*.wandb")), [], time.monotonic() + 30
+    # The process that writes the file may do so after `finish` has returned.
+    while not any(record.HasField("exit") for record in records) and time.monotonic() < deadline:
+        time.sleep(0.1)
+        records = [Record.FromString(found) for found in leveldb_records(log.read_bytes()[7:], offset=7)]
     distances = []
-    for found in leveldb_records(next(tmp_path.rglob("*.wandb")).read_bytes()[7:], offset=7):
-        items = {
-            item.key or "/".join(item.nested_key): item.value_json for item in Record.FromString(found).history.item
-        }
+    for record in records:
+        items = {item.key or "/".join(item.nested_key): item.value_json for item in record.history.item}
         if "ntk/relative_weight_distance" in items:
             distances.append((int(items["trainer/global_step"]), float(items["ntk/relative_weight_distance"])))
     assert distances == [(int(row["step"]), row["relative_weight_distance"]) for row in watching.history]
