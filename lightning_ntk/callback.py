@@ -3,6 +3,7 @@
 import math
 import time
 from collections.abc import Callable, Sequence
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -21,8 +22,10 @@ from lightning_ntk.linearization import plain_name
 from lightning_ntk.observation import FollowedDynamics, Observation, Options
 from lightning_ntk.plots import plot_history
 from lightning_ntk.reference import unpack_pair
+from lightning_ntk.reporting import COMPARED, announce, describe_run, figures_of, log_figures
 from lightning_ntk.run_differences import forward_differences, run_differences
 from lightning_ntk.shards import ALONE
+from lightning_ntk.trainer_bars import nested_bars, shows_progress
 from lightning_ntk.trainer_view import (
     callbacks_of,
     ends_with_averaged_weights,
@@ -37,7 +40,6 @@ from lightning_ntk.trainer_view import (
     require_available,
     require_supported_strategy,
     shards_of,
-    shows_progress,
     single_optimizer,
     step_settings,
     step_was_taken,
@@ -114,10 +116,15 @@ class LinearizationMonitor(Callback):
             flow, two passes more.
         modes: For how many leading eigenvectors of the kernel to log `mode/<i>/residual` and `mode/<i>/linearized_residual`;
             for gradient descent and flow.
+        kernel_probe: Of how many samples of the reference, evenly spaced, to follow the kernel, for `kernel_distance`,
+            `kernel_change` and `kernel_velocity`; each measurement takes the kernel of as many samples. 0 for none.
+        figures: Whether to draw figures when training ends, for TensorBoard, Weights & Biases and MLflow: distance and losses
+            over steps, accuracies, the kernel, a heat map of the parameters, the kernel's spectrum with the residual's
+            energy in each mode (for gradient descent and flow), and outputs of both networks. Needs matplotlib.
         save_state: Whether checkpoints hold what a resumed run needs to go on with its measurements: the initial weights and
             the state of the linearised network. Without it a resumed run is refused.
         strict: Whether a failing measurement ends the run. Default: it is reported once and training goes on.
-        progress: Whether captures and measurements show a progress bar, where the Trainer shows its TQDM one.
+        progress: Whether captures and measurements show a progress bar, below the Trainer's own, TQDM or Rich.
 
     Raises:
         ValueError: If an argument has a value that it cannot have.
@@ -132,13 +139,15 @@ class LinearizationMonitor(Callback):
 
     def __init__(
         self,
-        reference: Dataset[Any] | DataLoader[Any] | Literal["train"] | None = "train",
+        # jsonargparse, so LightningCLI, passes no arguments to a class that is annotated with its type parameters, and takes a
+        # callable that returns a Tensor for something that makes objects of the class Tensor.
+        reference: Dataset | DataLoader | Literal["train"] | None = "train",  # type: ignore[type-arg]
         steps: int | Sequence[int] | Literal["log"] = "log",
         dynamics: Literal["auto", "gradient_descent", "gradient_flow", "replay", "twin"] = "auto",
-        loss: Callable[[Tensor, Tensor], Tensor] | None = None,
-        predict: Callable[[nn.Module, Any], Tensor] | None = None,
-        unpack: Callable[[Any], tuple[Any, Tensor]] | None = None,
-        evaluation: Dataset[Any] | DataLoader[Any] | None = None,
+        loss: Callable[[Tensor, Tensor], Any] | None = None,
+        predict: Callable[[nn.Module, Any], Any] | None = None,
+        unpack: Callable[[Any], Any] | None = None,
+        evaluation: Dataset | DataLoader | None = None,  # type: ignore[type-arg]
         capture_at: int = 0,
         solver: Literal["auto", "eigh", "lanczos"] = "auto",
         jacobian: Literal["streamed", "stored"] = "streamed",
@@ -151,6 +160,8 @@ class LinearizationMonitor(Callback):
         taylor: bool = True,
         closest: bool = False,
         modes: int = 0,
+        kernel_probe: int = 0,
+        figures: bool = False,
         save_state: bool = True,
         strict: bool = False,
         progress: bool = True,
@@ -175,6 +186,8 @@ class LinearizationMonitor(Callback):
         self.taylor = taylor
         self.closest = closest
         self.modes = modes
+        self.kernel_probe = kernel_probe
+        self.figures = figures
         self.save_state = save_state
         self.strict = strict
         self.progress = progress
@@ -198,6 +211,15 @@ class LinearizationMonitor(Callback):
             raise ValueError(
                 f'Expected `closest=False` and `modes=0` with dynamics="{self.dynamics}" but got {self.closest} and '
                 f'{self.modes}, which need the modes of the kernel, so dynamics="gradient_descent" or "gradient_flow".'
+            )
+        require_integer("kernel_probe", self.kernel_probe, least=0)
+        if self.figures and find_spec("matplotlib") is None:
+            raise ModuleNotFoundError(
+                "Argument `figures` needs matplotlib, which is not installed: pip install 'lightning-ntk[plot]'."
+            )
+        if self.reference is None and self.kernel_probe:
+            raise ValueError(
+                "Expected a reference set, of which to take samples, for argument `kernel_probe` but got None."
             )
         if self.reference is None and self.dynamics not in ("auto", "twin"):
             raise ValueError(
@@ -225,7 +247,7 @@ class LinearizationMonitor(Callback):
 
     @property
     def state_key(self) -> str:
-        """Distinct for every monitor of a Trainer."""
+        """Of its name: two monitors of one Trainer need different ones, or the Trainer refuses them."""
         return self._generate_state_key(name=self.name)
 
     def should_measure(self, step: int) -> bool:
@@ -248,11 +270,12 @@ class LinearizationMonitor(Callback):
         self._reset()  # before tuners save and restore what an earlier fit left
         require_available(self.device)
         require_supported_strategy(trainer)
-        if sum(isinstance(c, LinearizationMonitor) and c.name == self.name for c in callbacks_of(trainer)) > 1:
-            raise MisconfigurationException(
-                f"Two LinearizationMonitor callbacks have the name {self.name!r} and would log the same tags. "
-                "Give each one its own `name`."
-            )
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Tells TensorBoard how to show what is to come, once for all monitors."""
+        monitors = [c for c in callbacks_of(trainer) if isinstance(c, LinearizationMonitor)]
+        if monitors[0] is self:
+            announce(trainer, {monitor.name: monitor._absent for monitor in monitors})
 
     def state_dict(self) -> dict[str, Any]:
         """What was measured so far; nothing before the run has begun."""
@@ -380,10 +403,24 @@ class LinearizationMonitor(Callback):
             self._measure(trainer, pl_module)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Measures the last step of a run that another callback stopped early."""
+        """Measures the last step of a run that another callback stopped early, and draws figures."""
         averaged = ends_with_averaged_weights(trainer, self) or has_averaged_weights(trainer)
         if self.history and self.history[-1]["step"] != self._step and not averaged and not self._lost:
             self._measure(trainer, pl_module)
+        describe_run(trainer, [f"{self.name}/{tag}" for tag in COMPARED if self.history and tag in self.history[-1]])
+        if self.figures:
+            drawn = figures_of(self.history, self._observation)
+            log_figures(trainer.loggers, drawn, name=self.name, step=self._step)
+
+    @property
+    def _absent(self) -> list[str]:
+        """Beginnings of the tags that this monitor does not log."""
+        functions = ["prediction_rmse", "loss", "linearized_loss", "accuracy", "taylor_"]
+        return (
+            (functions if self.reference is None else [])
+            + (["evaluation/"] if self.evaluation is None else [])
+            + ([] if self.kernel_probe else ["kernel_"])
+        )
 
     def _capture(
         self, trainer: Trainer, module: LightningModule, optimizer: Optimizer, state: dict[str, Any] | None = None
@@ -404,21 +441,25 @@ class LinearizationMonitor(Callback):
             taylor=self.taylor,
             closest=self.closest,
             modes=self.modes,
+            kernel_probe=self.kernel_probe,
             progress=self.progress and shows_progress(trainer),
         )
         remaining, reference = horizon(trainer), self.reference
-        self._observation = observation = Observation(
-            module,
-            optimizer,
-            options,
-            data=None if reference is None else lambda: training_data(trainer) if reference == "train" else reference,
-            evaluation=self.evaluation,
-            differences=lambda dynamics, size: run_differences(trainer, module, optimizer, dynamics, size),
-            horizon=None if remaining is None else remaining - self.capture_at,
-            momentum=momentum_buffers(module, optimizer),
-            state=state,
-            shards=self._shards,
-        )
+        with nested_bars(trainer):
+            self._observation = observation = Observation(
+                module,
+                optimizer,
+                options,
+                data=None
+                if reference is None
+                else lambda: training_data(trainer) if reference == "train" else reference,
+                evaluation=self.evaluation,
+                differences=lambda dynamics, size: run_differences(trainer, module, optimizer, dynamics, size),
+                horizon=None if remaining is None else remaining - self.capture_at,
+                momentum=momentum_buffers(module, optimizer),
+                state=state,
+                shards=self._shards,
+            )
         if observation.reason:
             rank_zero_info(f"LinearizationMonitor: {observation.reason}")
         differences = run_differences(trainer, module, optimizer, observation.dynamics, observation.num_samples)
@@ -463,7 +504,7 @@ class LinearizationMonitor(Callback):
         assert self._observation is not None
         started = time.perf_counter()
         try:
-            with self._shards.agreement():
+            with nested_bars(trainer), self._shards.agreement():
                 scalars = self._observation.measure(dict(module.named_parameters()))
         except Exception as error:
             self._fail(error, f"The measurement at step {self._step} failed, and so may later ones; training goes on.")

@@ -34,9 +34,21 @@ def compare_weights(displacement: Tensors, linearized: Tensors, *, per_parameter
     return scalars
 
 
-def compare_functions(
-    data: Capture, weights: Mapping[str, Tensor], network: LinearizedNetwork, pushed: Tensor | None
-) -> dict[str, float]:
+def outputs_of(data: Capture, weights: Mapping[str, Tensor], network: LinearizedNetwork) -> tuple[Tensor, Tensor]:
+    """Outputs of the trained and of the linearised network, `(N, K)` each in float64 on the CPU.
+
+    Args:
+        data: The data set, captured at w_0.
+        weights: The trained weights w_t.
+        network: The linearised network. Its predictions, if it has any, must be those on this data set.
+    """
+    linearized = network.predictions
+    if linearized is None:
+        linearized = data.predictions.cpu().double() + data.push_forward(network.displacement).cpu()
+    return data.predict(weights).cpu().double(), linearized
+
+
+def compare_functions(data: Capture, trained: Tensor, linearized: Tensor, pushed: Tensor | None) -> dict[str, float]:
     r"""Distances in function space, on one data set.
 
     Three networks are compared: the trained one, f_t; the one whose training was linearised, f_lin; and the first-order
@@ -44,8 +56,8 @@ def compare_functions(
 
     Args:
         data: The data set, captured at w_0.
-        weights: The trained weights w_t.
-        network: The linearised network. Its predictions, if it has any, must be those on this data set.
+        trained: f_t on it, `(N, K)` in float64 on the CPU.
+        linearized: f_lin(t) on it, likewise.
         pushed: J (w_t - w_0), `(N, K)`, or None to leave the expansion out.
 
     Returns:
@@ -54,10 +66,6 @@ def compare_functions(
         `taylor_accuracy`.
     """
     start = data.predictions.cpu().double()
-    trained = data.predict(weights).cpu().double()
-    linearized = network.predictions
-    if linearized is None:
-        linearized = start + data.push_forward(network.displacement).cpu()
     outputs = {"": trained, "linearized_": linearized}
     scalars = {
         "prediction_rmse": root_mean_square(trained - linearized),

@@ -93,6 +93,13 @@ class ModesFollower:
     def skip(self) -> None:
         """Nothing: what a batch holds is not looked at."""
 
+    @property
+    def kernel_time(self) -> float | None:
+        r"""The sum of the learning rates times the factor of the loss, :math:`\eta t`; None with momentum or decay."""
+        if any(s.momentum or s.weight_decay for s in self._settings):
+            return None
+        return self._training.loss_factor * sum(s.lr for s in self._settings)
+
     def network(self) -> LinearizedNetwork:
         """One pass over the training set."""
         state = self._run.state

@@ -9,12 +9,19 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_ntk.capture import Capture, JacobianStorage, share_buffers
-from lightning_ntk.comparison import compare_closest, compare_functions, compare_modes, compare_weights
+from lightning_ntk.comparison import (
+    compare_closest,
+    compare_functions,
+    compare_modes,
+    compare_weights,
+    outputs_of,
+)
 from lightning_ntk.distances import difference
 from lightning_ntk.dynamics_choice import choose_dynamics
 from lightning_ntk.following import Follower, ModesFollower, ReplayFollower, StepSettings, TwinFollower
 from lightning_ntk.gradient_check import GradientMismatch, check_gradient
 from lightning_ntk.isolation import preserved_rng
+from lightning_ntk.kernel_probe import KernelProbe
 from lightning_ntk.linearization import Linearization, Predict, Tensors, trainable_parameters
 from lightning_ntk.losses import Loss, Objective
 from lightning_ntk.reference import Data, NoFixedOrderError, Unpack
@@ -44,6 +51,7 @@ class Options:
     taylor: bool = True
     closest: bool = False
     modes: int = 0
+    kernel_probe: int = 0
     progress: bool = False
 
 
@@ -76,6 +84,7 @@ class Observation:
         training: The captured problem of gradient descent or flow; None for other dynamics.
         steps: Optimizer steps of the run since the capture.
         steps_taken: Those that changed the weights.
+        outputs: Of the trained and of the linearised network on the reference at the last measurement, `(N, K)` each.
 
     Raises:
         ValueError: If data, network, loss or optimizer cannot be used.
@@ -115,6 +124,8 @@ class Observation:
             self.dynamics, self.reason = state["dynamics"], ""
         self.training: LinearizedTraining | None = None
         self._follower = self._follow()
+        self._probe = self._make_probe()
+        self.outputs: tuple[Tensor, Tensor] | None = None
         self._expected: Tensors | None = None
         self._objective = None if self._reference is None else self._reference.objective
         self._first_frozen: set[str] | None = None
@@ -122,6 +133,8 @@ class Observation:
         if state is not None:
             self._follower.load_state_dict(state["follower"])
             self.steps, self.steps_taken = int(state["steps"]), int(state["steps_taken"])
+            if self._probe is not None and state["kernel_probe"] is not None:
+                self._probe.load_state_dict(state["kernel_probe"])
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that the measurements to come depend on, as tensors, numbers, strings, dicts and lists.
@@ -138,12 +151,18 @@ class Observation:
             "follower": self._follower.state_dict(),
             "steps": self.steps,
             "steps_taken": self.steps_taken,
+            "kernel_probe": None if self._probe is None else self._probe.state_dict(),
         }
 
     @property
     def initial_weights(self) -> Tensors:
         """w0 by parameter name."""
         return self._linearization.params
+
+    @property
+    def kernel_time(self) -> float | None:
+        r"""The time :math:`\eta t` of the kernel's modes by now, where one number says how far they are, see `ModesFollower`."""
+        return self._follower.kernel_time if isinstance(self._follower, ModesFollower) else None
 
     @property
     def num_samples(self) -> int | None:
@@ -248,18 +267,33 @@ class Observation:
             scalars = compare_weights(displacement, network.displacement, per_parameter=options.per_parameter)
             if self._reference is not None:
                 pushed = self._reference.push_forward(displacement).cpu() if options.taylor else None
-                scalars |= compare_functions(self._reference, weights, network, pushed)
+                self.outputs = outputs_of(self._reference, weights, network)
+                scalars |= compare_functions(self._reference, *self.outputs, pushed)
                 if self.training is not None and options.modes:
                     scalars |= compare_modes(self.training, weights, network, options.modes)
                 if self.training is not None and options.closest:
                     scalars |= compare_closest(self.training, displacement, self.steps)
             if self._evaluation is not None:
                 pushed = self._evaluation.push_forward(displacement).cpu() if options.taylor else None
-                there = compare_functions(self._evaluation, weights, network._replace(predictions=None), pushed)
-                scalars |= {f"evaluation/{name}": value for name, value in there.items()}
+                there = outputs_of(self._evaluation, weights, network._replace(predictions=None))
+                compared = compare_functions(self._evaluation, *there, pushed)
+                scalars |= {f"evaluation/{name}": value for name, value in compared.items()}
+            if self._probe is not None:
+                scalars |= self._probe.compare(weights, step=self.steps)
         if options.twin_every > 1 and self.dynamics == "twin":
             scalars["twin_coverage"] = 1 / options.twin_every
         return scalars
+
+    def _make_probe(self) -> KernelProbe | None:
+        if not self._options.kernel_probe:
+            return None
+        if self._reference is None:
+            raise ValueError(
+                "Expected a reference set, of which to take samples, with argument `kernel_probe` but there is none: give "
+                "`reference` a data set with a fixed order, or leave out `kernel_probe`."
+            )
+        with preserved_rng():
+            return KernelProbe(self._linearization, self._reference.reference, samples=self._options.kernel_probe)
 
     @property
     def _fingerprints(self) -> dict[str, str]:

@@ -12,7 +12,7 @@ from lightning_ntk.jacobian import StoredJacobian, wide_dtype
 from lightning_ntk.kernel import count_operations
 from lightning_ntk.refinement import CompleteModes, ModalSolver, solve_by_lanczos
 from lightning_ntk.scaling import Scaling
-from lightning_ntk.solvers import Problem, Solver, choose_solver
+from lightning_ntk.solvers import Problem, Solver, choose_solver, expected_products
 
 _log = logging.getLogger(__name__)
 
@@ -82,11 +82,12 @@ def solve(
         summed = wide_dtype(capture.device) if choice.solver == "eigh" else linearization.dtype
         kernel = _kernel(capture, scaling, ntk, summed)
         if choice.solver == "eigh":
-            return Solution(CompleteModes(kernel, vectors), kernel, choice.reason)
+            return Solution(CompleteModes(kernel, vectors, progress=capture.progress), kernel, choice.reason)
     jacobian = capture.jacobian if scaling is None else scaling.capture.jacobian
     modes = solve_by_lanczos(
-        jacobian, kernel, vectors, tolerance=tolerance, max_products=choice.max_products, shards=capture.shards
-    )
+        jacobian, kernel, vectors, tolerance=tolerance, max_products=choice.max_products,
+        expected=expected_products(problem.rows, horizon) if capture.progress else None, shards=capture.shards,
+    )  # fmt: skip
     return Solution(modes, kernel, choice.reason)
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import StochasticWeightAveraging, TQDMProgressBar, WeightAveraging
+from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.plugins.precision import MixedPrecision
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy
 from lightning.pytorch.utilities.model_helpers import is_overridden
@@ -208,12 +208,6 @@ def precision(trainer: Trainer, module: LightningModule) -> torch.dtype:
     if own == torch.float32 and torch.get_float32_matmul_precision() != "highest":
         own = torch.float16  # TF32 has as many digits
     return by_name.get(str(trainer.precision).split("-")[0], own)
-
-
-def shows_progress(trainer: Trainer) -> bool:
-    """Whether the Trainer shows a TQDM bar, beside which others have a place."""
-    bar = trainer.progress_bar_callback
-    return isinstance(bar, TQDMProgressBar) and bar.is_enabled
 
 
 def callbacks_of(trainer: Trainer) -> list[Callback]:
