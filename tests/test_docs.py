@@ -161,7 +161,10 @@ def test_the_scalars_page_has_every_scalar() -> None:
     labelled = TensorDataset(digits().tensors[0], torch.arange(11) % 3)
     options = {"per_parameter": True, "evaluation": labelled, "loss": nn.MSELoss(), "reference": labelled}
     names: set[str] = set()
-    for more in ({"dynamics": "gradient_descent", "modes": 2, "closest": True, "kernel_probe": 3}, {"dynamics": "twin", "twin_every": 2}):
+    for more in (
+        {"dynamics": "gradient_descent", "modes": 2, "closest": True, "kernel_probe": 3},
+        {"dynamics": "twin", "twin_every": 2},
+    ):
         monitor = LinearizationMonitor(strict=True, **options, **more)
         fit(monitor, make_module(), max_steps=2)
         names |= set(monitor.history[-1])
