@@ -63,6 +63,7 @@ def fit(run: Callable[..., LightningCLI], name: str, *options: str) -> tuple[Lin
     return monitors(done.trainer)[0], done
 
 
+@pytest.mark.tested("LightningCLI", "gradient_descent")
 def test_gradient_descent(run: Callable[..., LightningCLI]) -> None:
     monitor, _ = fit(run, "gradient_descent", "--trainer.max_steps=20")
     assert monitor.training.dynamics == "gradient_descent"
@@ -71,6 +72,7 @@ def test_gradient_descent(run: Callable[..., LightningCLI]) -> None:
     assert 0 < monitor.history[-1]["relative_weight_distance"] < 1
 
 
+@pytest.mark.tested("LightningCLI", "replay")
 def test_replay(run: Callable[..., LightningCLI]) -> None:
     monitor, _ = fit(run, "replay", "--trainer.max_steps=45")
     assert monitor._observation.dynamics == "replay"
@@ -82,6 +84,7 @@ def test_replay(run: Callable[..., LightningCLI]) -> None:
     assert logged == [row["linearized_loss"] for row in monitor.history]
 
 
+@pytest.mark.tested("LightningCLI", "twin")
 def test_twin(run: Callable[..., LightningCLI]) -> None:
     monitor, done = fit(run, "twin", "--trainer.max_steps=12", "--data.batch_size=16")
     assert monitor._observation.dynamics == "twin"

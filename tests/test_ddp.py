@@ -55,6 +55,7 @@ def others(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     return run_processes("others", tmp_path_factory.mktemp("others"))
 
 
+@pytest.mark.tested("DDP, two processes", "gradient_descent", "gradient_flow", "replay", "twin")
 @pytest.mark.parametrize("case", COMPARED)
 def test_two_processes_give_the_numbers_of_one(compared: list[dict[str, Any]], case: str) -> None:
     first, second = (results[case] for results in compared)
@@ -95,10 +96,12 @@ def test_every_solver_and_kernel_is_that_of_one_process(others: list[dict[str, A
     torch.testing.assert_close(first["sums in float32"], PROCESSES * expected["sums in float32"], rtol=1e-5, atol=0)
 
 
+@pytest.mark.tested("DDP, training bitwise unchanged", "replay")
 def test_training_is_bitwise_that_without_a_monitor(others: list[dict[str, Any]]) -> None:
     assert [results["unchanged"] for results in others] == [True, True]
 
 
+@pytest.mark.tested("DDP, failure of one process", "replay")
 def test_a_failure_of_one_process_is_one_of_all(others: list[dict[str, Any]]) -> None:
     first, second = (results["failures"] for results in others)
     assert first.keys() == second.keys()

@@ -161,11 +161,14 @@ def test_the_scalars_page_has_every_scalar() -> None:
     labelled = TensorDataset(digits().tensors[0], torch.arange(11) % 3)
     options = {"per_parameter": True, "evaluation": labelled, "loss": nn.MSELoss(), "reference": labelled}
     names: set[str] = set()
-    for more in ({"dynamics": "gradient_descent", "modes": 2, "closest": True}, {"dynamics": "twin", "twin_every": 2}):
+    for more in (
+        {"dynamics": "gradient_descent", "modes": 2, "closest": True, "kernel_probe": 3},
+        {"dynamics": "twin", "twin_every": 2},
+    ):
         monitor = LinearizationMonitor(strict=True, **options, **more)
         fit(monitor, make_module(), max_steps=2)
         names |= set(monitor.history[-1])
-    assert {"mode/2/residual", "evaluation/loss", "twin_coverage", "taylor_accuracy", "closest_time"} <= names
+    assert {"mode/2/residual", "evaluation/loss", "twin_coverage", "closest_time", "kernel_velocity"} <= names
     for name in names:
         name = re.sub(r"^mode/\d+", "mode/<i>", name.removeprefix("evaluation/"))
         name = re.sub(r"^parameter/.*", "parameter/<name>", name)

@@ -133,6 +133,7 @@ def test_every_bar_of_a_capture_knows_how_much_there_is_to_do(recorded: list[Rec
     assert bool(passes) == (options["solver"] == "lanczos")
 
 
+@pytest.mark.tested("TQDM progress bar", "gradient_descent")
 def test_tqdm_bars_are_below_those_of_the_trainer(
     at_once: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -157,6 +158,7 @@ def test_tqdm_bars_are_below_those_of_the_trainer(
     assert "predictions" not in shown.err
 
 
+@pytest.mark.tested("Rich progress bar", "gradient_descent")
 def test_rich_bars_use_one_task_again_and_hide_it(at_once: None, monkeypatch: pytest.MonkeyPatch) -> None:
     terminal, seen = io.StringIO(), []
 

@@ -98,6 +98,7 @@ def described(directory: str | Path) -> tuple[set[str], set[str]]:
     return set(start.hparams), {info.name.tag for info in experiment.metric_infos}
 
 
+@pytest.mark.tested("TensorBoard scalars and figures", "gradient_descent")
 def test_tensorboard_has_scalars_and_every_figure_once(tmp_path: Path) -> None:
     logger, watching = TensorBoardLogger(tmp_path), monitor(figures=True)
     fit(watching, logger=logger)
@@ -131,6 +132,7 @@ def test_figures_are_of_the_weights_at_the_last_step(tmp_path: Path, monkeypatch
     assert drawn["time"] == pytest.approx(12 * 0.1 * 2 / 33)  # steps, rate, and the factor of a mean over 11 x 3
 
 
+@pytest.mark.tested("TensorBoard custom scalars", "gradient_descent")
 def test_layout_overlays_real_and_linearised_and_has_no_chart_of_what_is_not_logged(tmp_path: Path) -> None:
     logger = TensorBoardLogger(tmp_path)
     everything, little = (
@@ -160,6 +162,7 @@ def test_a_layout_that_the_run_adds_itself_comes_later_and_counts(tmp_path: Path
     assert b"mine" in last.tensor_proto.string_val[0]
 
 
+@pytest.mark.tested("TensorBoard HParams", "gradient_descent")
 @pytest.mark.parametrize("own_metric", [True, False])
 def test_runs_compare_by_their_distances_in_the_hparams_tab(tmp_path: Path, own_metric: bool) -> None:
     logger = TensorBoardLogger(tmp_path, default_hp_metric=own_metric)
@@ -196,6 +199,7 @@ def test_hyperparameters_that_are_not_to_be_logged_are_not(tmp_path: Path) -> No
     assert not [tag for tag in events(logger.log_dir).Tags()["tensors"] if "hparams" in tag]
 
 
+@pytest.mark.tested("CSV logger, no logger", "gradient_descent")
 def test_csv_takes_scalars_only_and_no_logger_is_no_obstacle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*arguments: object, **options: object) -> None:
         raise AssertionError("drawn for nobody")
@@ -278,6 +282,7 @@ def leveldb_records(data: bytes, offset: int, block: int = 32768) -> Iterator[by
             parts = b""
 
 
+@pytest.mark.tested("Weights & Biases, offline", "gradient_descent")
 def test_weights_and_biases_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     wandb = pytest.importorskip("wandb")
     from lightning.pytorch.loggers import WandbLogger
@@ -303,6 +308,7 @@ def test_weights_and_biases_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert distances == [(int(row["step"]), row["relative_weight_distance"]) for row in watching.history]
 
 
+@pytest.mark.tested("MLflow, in files", "gradient_descent")
 def test_mlflow_in_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("mlflow")
     from lightning.pytorch.loggers import MLFlowLogger
@@ -316,6 +322,7 @@ def test_mlflow_in_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     assert [(m.step, m.value) for m in history] == [(int(r["step"]), r["weight_distance"]) for r in watching.history]
 
 
+@pytest.mark.tested("several loggers", "gradient_descent")
 def test_several_loggers_get_the_same(tmp_path: Path) -> None:
     loggers: list[Logger] = [TensorBoardLogger(tmp_path, name="a"), TensorBoardLogger(tmp_path, name="b")]
     fit(monitor(figures=True), logger=loggers)
@@ -346,6 +353,7 @@ def test_the_kernel_of_the_probe_is_that_of_the_run() -> None:
         assert row["kernel_distance"] > 0
 
 
+@pytest.mark.tested("kernel of a probe, resumed", "gradient_descent", "replay", "twin")
 @pytest.mark.parametrize("dynamics", ["gradient_descent", "replay", "twin"])
 def test_the_kernel_is_followed_with_all_dynamics_and_over_a_resumed_run(tmp_path: Path, dynamics: str) -> None:
     def watch() -> LinearizationMonitor:
