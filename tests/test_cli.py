@@ -148,7 +148,8 @@ def test_every_option_from_yaml(run: Callable[..., LightningCLI], tmp_path: Path
         "reference": data, "steps": [1, 2], "dynamics": "gradient_descent", "loss": {"class_path": "torch.nn.MSELoss"},
         "predict": "tests.test_cli.double", "unpack": "tests.test_cli.swap", "evaluation": data, "capture_at": 1,
         "solver": "lanczos", "jacobian": "stored", "batch_size": 5, "dtype": "float64", "twin_every": 2,
-        "name": "everything", "per_parameter": True, "taylor": False, "modes": 1, "closest": True, "device": "cpu", "kernel_probe": 2, "figures": True,
+        "name": "everything", "per_parameter": True, "taylor": False, "modes": 1, "closest": True,
+        "device": "cpu", "kernel_probe": 2, "figures": True,
         "save_state": False, "strict": True, "progress": False,
     }  # fmt: skip
     parameters = inspect.signature(LinearizationMonitor).parameters

@@ -302,7 +302,7 @@ def test_the_loss_of_a_run_without_surprises_is_not_reported() -> None:
             "ignore", "The 'train_dataloader'|The number of training batches|does not have many workers"
         )
         fit(LinearizationMonitor(dynamics="twin"), make_module(), max_steps=3)
-    with pytest.warns(UserWarning) as record:
+    with pytest.warns(UserWarning, match="mixed precision|bf16") as record:
         fit(LinearizationMonitor(dynamics="twin"), make_module(), max_steps=3, precision="bf16-mixed")
     assert not any("does not follow the loss" in str(warning.message) for warning in record)
 
