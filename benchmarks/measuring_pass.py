@@ -12,7 +12,8 @@ from torch import nn
 
 from lightning_ntk import LinearizedTraining
 from lightning_ntk.following import StepSettings
-from lightning_ntk.observation import Observation, Options
+from lightning_ntk.observation import Observation
+from lightning_ntk.options import Options
 
 
 def against_an_epoch(samples: int = 1797, batch_size: int = 256, repeats: int = 9) -> Iterator[Comparison]:

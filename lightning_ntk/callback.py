@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from lightning_ntk.arguments import require_choice, require_device, require_integer, require_steps
 from lightning_ntk.monitoring import Monitoring
-from lightning_ntk.observation import FollowedDynamics
+from lightning_ntk.options import FollowedDynamics
 from lightning_ntk.plots import plot_history
 
 if TYPE_CHECKING:

@@ -13,8 +13,9 @@ from lightning_ntk.isolation import preserved_rng
 from lightning_ntk.jacobian import Jacobian, StoredJacobian, StreamedJacobian, join_outputs, predict
 from lightning_ntk.kernel import compute_kernel
 from lightning_ntk.kernel.contraction import contract, sample_jacobians
-from lightning_ntk.linearization import Linearization, Predict, Tensors
+from lightning_ntk.linearization import Linearization, Predict
 from lightning_ntk.losses import Loss, Objective
+from lightning_ntk.parameters import Tensors
 from lightning_ntk.progress import track
 from lightning_ntk.reference import Batch, Data, Reference, Unpack
 from lightning_ntk.sample_index import sample_digests

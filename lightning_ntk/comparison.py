@@ -7,7 +7,7 @@ from torch import Tensor
 from lightning_ntk.capture import Capture
 from lightning_ntk.distances import norm, parameter_distances, ratio, root_mean_square, weight_distances
 from lightning_ntk.following import LinearizedNetwork
-from lightning_ntk.linearization import Tensors, plain_name
+from lightning_ntk.parameters import Tensors, plain_name
 from lightning_ntk.training import LinearizedTraining
 
 
@@ -80,26 +80,22 @@ def compare_functions(data: Capture, trained: Tensor, linearized: Tensor, pushed
     return scalars
 
 
-def compare_modes(
-    training: LinearizedTraining, weights: Mapping[str, Tensor], network: LinearizedNetwork, count: int
-) -> dict[str, float]:
+def compare_modes(training: LinearizedTraining, trained: Tensor, linearized: Tensor, count: int) -> dict[str, float]:
     r"""The residuals of both networks along the leading eigenvectors u_i of the kernel.
 
     Args:
         training: The captured problem.
-        weights: The trained weights w_t.
-        network: The linearised network, with predictions on the training set.
+        trained: Outputs of the trained network on the training set, `(N, K)` in float64 on the CPU.
+        linearized: Those of the linearised network.
         count: How many modes.
 
     Returns:
         For i = 1, 2, ..., the largest eigenvalue first, `mode/i/residual` :math:`u_i^\top (f_t - Y)` and
         `mode/i/linearized_residual` :math:`u_i^\top (f_\text{lin} - Y)`.
     """
-    assert network.predictions is not None
-    trained = training.capture.predict(weights).cpu().double()
     basis = training.modes.basis[:, -count:].flip(1).cpu()
     scalars: dict[str, float] = {}
-    for kind, outputs in (("residual", trained), ("linearized_residual", network.predictions)):
+    for kind, outputs in (("residual", trained), ("linearized_residual", linearized)):
         residuals = basis.T @ (outputs - training.targets).flatten()
         scalars |= {f"mode/{i}/{kind}": value for i, value in enumerate(residuals.tolist(), 1)}
     return scalars

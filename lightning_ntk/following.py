@@ -12,8 +12,9 @@ from lightning_ntk.carried import decaying_weights
 from lightning_ntk.dynamics.replay import Replay
 from lightning_ntk.dynamics.sgd import SGDSettings
 from lightning_ntk.dynamics.twin import Twin
-from lightning_ntk.linearization import Linearization, Tensors
+from lightning_ntk.linearization import Linearization
 from lightning_ntk.losses import Loss, Objective
+from lightning_ntk.parameters import Tensors
 from lightning_ntk.sample_index import SampleIndex
 from lightning_ntk.scaling import Scaling
 from lightning_ntk.shards import ALONE, Shards, mean_over
@@ -87,7 +88,9 @@ class ModesFollower:
 
     def step(self, settings: StepSettings) -> None:
         """One step with the settings of the first parameter group."""
-        self._settings.append(SGDSettings.of(settings.groups[0]))
+        used = SGDSettings.of(settings.groups[0])
+        # Gradient flow has a duration of each step, and nothing else of an optimizer.
+        self._settings.append(SGDSettings(used.lr) if self._training.dynamics == "gradient_flow" else used)
         self._run.step(self._settings[-1])
 
     def skip(self) -> None:

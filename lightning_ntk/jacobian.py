@@ -9,7 +9,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from lightning_ntk.linearization import Linearization, Tensors
+from lightning_ntk.linearization import Linearization
+from lightning_ntk.parameters import Tensors
 from lightning_ntk.progress import track
 from lightning_ntk.reference import Batch, Reference
 from lightning_ntk.shards import ALONE, Shards, sum_over

@@ -16,8 +16,9 @@ from lightning_ntk import trainer_view as view
 from lightning_ntk.capture import JacobianStorage
 from lightning_ntk.dynamics.twin import require_supported_optimizer
 from lightning_ntk.following import StepSettings
-from lightning_ntk.linearization import plain_name
-from lightning_ntk.observation import FollowedDynamics, Observation, Options
+from lightning_ntk.observation import Observation
+from lightning_ntk.options import FollowedDynamics, Options
+from lightning_ntk.parameters import plain_name
 from lightning_ntk.reference import unpack_pair
 from lightning_ntk.reporting import COMPARED, announce, describe_run, figures_of, log_figures
 from lightning_ntk.run_differences import forward_differences, run_differences

@@ -1,14 +1,13 @@
 """A run compared with its linearised network: told of every batch and step, asked for scalars. It knows no Lightning."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_ntk.capture import Capture, JacobianStorage, share_buffers
+from lightning_ntk.capture import Capture, share_buffers
 from lightning_ntk.comparison import (
     compare_closest,
     compare_functions,
@@ -22,45 +21,15 @@ from lightning_ntk.following import Follower, ModesFollower, ReplayFollower, Ste
 from lightning_ntk.gradient_check import GradientMismatch, check_gradient
 from lightning_ntk.isolation import preserved_rng
 from lightning_ntk.kernel_probe import KernelProbe
-from lightning_ntk.linearization import Linearization, Predict, Tensors, trainable_parameters
-from lightning_ntk.losses import Loss, Objective
-from lightning_ntk.reference import Data, NoFixedOrderError, Unpack
+from lightning_ntk.linearization import Linearization
+from lightning_ntk.losses import Objective
+from lightning_ntk.observed_optimizer import ObservedOptimizer
+from lightning_ntk.options import Options
+from lightning_ntk.parameters import Tensors, trainable_parameters
+from lightning_ntk.reference import Data, NoFixedOrderError
 from lightning_ntk.sample_index import UnknownSamplesError
 from lightning_ntk.shards import ALONE, Shards, mean_over
-from lightning_ntk.solvers import Solver
 from lightning_ntk.training import LinearizedTraining
-
-FollowedDynamics = Literal["auto", "gradient_descent", "gradient_flow", "replay", "twin"]
-
-
-@dataclass(frozen=True)
-class Options:
-    """How a run is observed; the arguments of `LinearizationMonitor` of these names."""
-
-    dynamics: FollowedDynamics = "auto"
-    loss: Loss | None = None
-    predict: Predict | None = None
-    unpack: Unpack | None = None
-    solver: Solver = "auto"
-    jacobian: JacobianStorage = "streamed"
-    batch_size: int = 256
-    dtype: torch.dtype | None = None
-    device: torch.device | None = None
-    twin_every: int = 1
-    per_parameter: bool = False
-    taylor: bool = True
-    closest: bool = False
-    modes: int = 0
-    kernel_probe: int = 0
-    progress: bool = False
-
-
-def hyperparameters(group: Mapping[str, Any]) -> dict[str, float]:
-    """The numbers in a parameter group that SGD depends on, 0 for those that it has not."""
-    names = ("momentum", "dampening", "nesterov", "weight_decay", "maximize")
-    # A warm-up begins with a rate of nothing: schedules note their base rate, and the largest, in the group.
-    rate = max(float(group.get(name) or 0) for name in ("lr", "initial_lr", "max_lr"))
-    return {"lr": rate} | {name: float(group.get(name) or 0) for name in names}
 
 
 class Observation:
@@ -108,11 +77,10 @@ class Observation:
         self._options = options
         self._shards = shards
         self._start = None if state is None else state["start"]
-        self._optimizer = optimizer
         self._momentum = momentum if state is None else state["momentum"]
         self._horizon = horizon if state is None else state["horizon"]
-        self._settings = [hyperparameters(g) for g in optimizer.param_groups] if state is None else state["settings"]
         self._parameters = trainable_parameters(module)
+        self._optimizer = ObservedOptimizer(optimizer, self._parameters, None if state is None else state["settings"])
         self._reference, no_kernel = self._capture_if_possible(module, data)
         self._linearization = self._linearize(module) if self._reference is None else self._reference.linearization
         self._evaluation = None if evaluation is None else self._capture(module, evaluation)
@@ -128,7 +96,6 @@ class Observation:
         self.outputs: tuple[Tensor, Tensor] | None = None
         self._expected: Tensors | None = None
         self._objective = None if self._reference is None else self._reference.objective
-        self._first_frozen: set[str] | None = None
         self.steps = self.steps_taken = 0
         if state is not None:
             self._follower.load_state_dict(state["follower"])
@@ -145,7 +112,7 @@ class Observation:
             "start": self._linearization.state_dict(),
             "momentum": self._momentum,
             "horizon": self._horizon,
-            "settings": self._settings,
+            "settings": self._optimizer.settings,
             "dynamics": self.dynamics,
             "data": self._fingerprints,
             "follower": self._follower.state_dict(),
@@ -224,22 +191,9 @@ class Observation:
                 f"the learning rate {lr:.4g} is above {self.training.max_learning_rate:.4g}, the largest for which the "
                 "linearised network is stable: it diverges while the run may not.",
             )
-        rates = [float(group["lr"]) * self._settings[0]["lr"] for group in settings.groups]
-        scaled = [lr * own["lr"] for own in self._settings]
-        if self.dynamics != "twin" and any(abs(a - b) > 1e-9 * max(a, b) for a, b in zip(rates, scaled, strict=False)):
-            yield (
-                "rates",
-                "the ratio of the learning rates of the parameter groups is no longer that of the capture, which "
-                f'{self.dynamics.replace("_", " ")} goes on with: dynamics="twin" follows it.',
-            )
-        self._first_frozen = set(settings.frozen) if self._first_frozen is None else self._first_frozen
-        changed = sorted(self._first_frozen ^ set(settings.frozen))
-        if changed and self.dynamics != "twin":
-            yield (
-                "frozen",
-                f"the run began or ceased to train {', '.join(changed[:3])}{' and others' if changed[3:] else ''}, which "
-                f'{self.dynamics.replace("_", " ")} does not follow: dynamics="twin" does.',
-            )
+        if self.dynamics != "twin":
+            ends = f'{self.dynamics.replace("_", " ")} does not follow: dynamics="twin" does.'
+            yield from ((kind, f"{sentence}, which {ends}") for kind, sentence in self._optimizer.changes(settings))
 
     def check_first_gradient(
         self, actual: Mapping[str, Tensor | None], precision: torch.dtype
@@ -270,7 +224,7 @@ class Observation:
                 self.outputs = outputs_of(self._reference, weights, network)
                 scalars |= compare_functions(self._reference, *self.outputs, pushed)
                 if self.training is not None and options.modes:
-                    scalars |= compare_modes(self.training, weights, network, options.modes)
+                    scalars |= compare_modes(self.training, *self.outputs, options.modes)
                 if self.training is not None and options.closest:
                     scalars |= compare_closest(self.training, displacement, self.steps)
             if self._evaluation is not None:
@@ -360,19 +314,19 @@ class Observation:
         if self.dynamics == "twin":
             loss = options.loss or nn.MSELoss()
             return TwinFollower(
-                self._linearization, self._optimizer, self._parameters, loss, every=options.twin_every, shards=self._shards
+                self._linearization, self._optimizer.optimizer, self._parameters, loss, every=options.twin_every,
+                shards=self._shards,
             )  # fmt: skip
         assert self._reference is not None
-        settings, multiples = self._settings[0], self._multiples()
+        settings, multiples = self._optimizer.settings[0], self._optimizer.multiples()
         momentum = self._momentum if settings["momentum"] else None
         if self.dynamics == "replay":
             decays = settings["weight_decay"] != 0
             return ReplayFollower(self._reference, decays=decays, momentum=momentum, multiples=multiples)
-        if self.dynamics == "gradient_flow":
-            described: dict[str, Any] = {"lr": settings["lr"], "dynamics": "gradient_flow"}
-        else:
-            described = dict(settings) | {name: bool(settings[name]) for name in ("nesterov", "maximize")}
-            described["momentum_buffers"] = momentum
+        described: dict[str, Any] = {"lr": settings["lr"], "dynamics": "gradient_flow"}
+        if self.dynamics == "gradient_descent":
+            flags = {name: bool(settings[name]) for name in ("nesterov", "maximize")}
+            described = {**settings, **flags, "momentum_buffers": momentum}
         if options.closest and multiples is not None and not set(multiples.values()) <= {0.0, 1.0}:
             raise ValueError(
                 "Expected one learning rate with `closest=True` but the parameter groups have several. Use closest=False."
@@ -381,17 +335,6 @@ class Observation:
             self._reference, solver=options.solver, horizon=self._horizon, lr_scales=multiples, **described
         )
         return ModesFollower(self.training)
-
-    def _multiples(self) -> dict[str, float] | None:
-        """By parameter, the learning rate in units of that of the first group, 0 for those that the optimizer leaves out."""
-        groups = {id(p): n for n, group in enumerate(self._optimizer.param_groups) for p in group["params"]}
-        first = self._settings[0]["lr"]
-        multiples = {}
-        for name, parameter in self._parameters.items():
-            number = groups.get(id(parameter))
-            rate = 0.0 if number is None else self._settings[number]["lr"]
-            multiples[name] = rate / first if first and number is not None else float(number is not None)
-        return None if set(multiples.values()) == {1.0} else multiples
 
     def _add_expected_gradient(self, inputs: Any, target: Tensor, scale: float) -> None:
         linearization = self._linearization

@@ -14,7 +14,7 @@ from torch import Tensor
 from lightning_ntk.capture import Capture, training_kernel
 from lightning_ntk.jacobian import Jacobian, StoredJacobian
 from lightning_ntk.kernel import compute_kernel
-from lightning_ntk.linearization import Tensors
+from lightning_ntk.parameters import Tensors
 
 
 class ScaledJacobian:

@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 from torch.utils.data import DataLoader, Subset
 
 from lightning_ntk.following import StepSettings
-from lightning_ntk.linearization import trainable_parameters
+from lightning_ntk.parameters import trainable_parameters
 from lightning_ntk.reference import NoFixedOrderError, seen_samples
 from lightning_ntk.shards import ALONE, Shards
 

@@ -16,10 +16,11 @@ from lightning_ntk.dynamics.hyperparameters import Decay, Hyperparameters, Learn
 from lightning_ntk.isolation import preserved_rng
 from lightning_ntk.jacobian import StreamedJacobian, predict
 from lightning_ntk.kernel import compute_kernel
-from lightning_ntk.linearization import Linearization, Predict, Tensors
+from lightning_ntk.linearization import Linearization, Predict
 from lightning_ntk.losses import Loss
 from lightning_ntk.modal_training import ModalTraining
 from lightning_ntk.modes import Modes
+from lightning_ntk.parameters import Tensors
 from lightning_ntk.readout import LinearizedState, Readout
 from lightning_ntk.recorded import Batches, RecordedTraining
 from lightning_ntk.reference import Data, Reference, Unpack

@@ -352,6 +352,30 @@ def test_parameters_that_thaw_or_freeze_are_said() -> None:
 
 
 @pytest.mark.tested("residuals of leading modes", "gradient_descent")
+def test_gradient_flow_is_the_idealised_question_whatever_the_optimizer_does() -> None:
+    data = TensorDataset(*(tensor.double() for tensor in digits().tensors))
+    options = {"momentum": 0.9, "weight_decay": 0.01, "lr": 0.05}
+    module = make_module(**options).double()
+    monitor = LinearizationMonitor(dynamics="gradient_flow", steps=[8], strict=True)
+    with pytest.warns(UserWarning, match="it uses momentum 0.9; it uses weight decay 0.01"):
+        fit(monitor, module, data, max_steps=8, precision="64-true")
+    flow = LinearizedTraining(make_module(**options).double(), data, lr=0.05, dynamics="gradient_flow", progress=False)
+    moved = flatten(flow.displacement(8)).norm().item()
+    row = monitor.history[-1]
+    assert row["weight_norm_ratio"] * row["displacement"] == pytest.approx(moved, rel=1e-9)
+
+
+@pytest.mark.parametrize("dynamics", ["replay", "twin"])
+def test_a_linearised_network_that_diverges_is_reported_once_and_training_goes_on(dynamics: str) -> None:
+    module = make_module(body=lambda outputs: nn.Sequential(nn.Linear(6, outputs), nn.Tanh()), lr=30.0)
+    monitor = LinearizationMonitor(dynamics=dynamics, steps=5)
+    with pytest.warns(UserWarning, match=r"step \d+.*training goes on. OverflowError") as record:
+        trainer, _ = fit(monitor, module, max_steps=1500, batch_size=5)
+    assert trainer.global_step == 1500
+    assert sum("OverflowError" in str(warning.message) for warning in record) == 1
+    assert len(monitor.history) > 2
+
+
 def test_residuals_of_leading_modes() -> None:
     data, module = digits(), make_module(lr=0.2)
     monitor = LinearizationMonitor(

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim import LBFGS, Optimizer, SparseAdam
 
-from lightning_ntk.linearization import Linearization, Tensors
+from lightning_ntk.linearization import Linearization
 from lightning_ntk.losses import Objective
+from lightning_ntk.parameters import Tensors
 
 
 class Twin:

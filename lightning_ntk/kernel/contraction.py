@@ -13,8 +13,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils import _pytree as pytree
 
 from lightning_ntk.isolation import isolated_pass
-from lightning_ntk.linearization import Linearization, Tensors
+from lightning_ntk.linearization import Linearization
 from lightning_ntk.memory import empty_matrix
+from lightning_ntk.parameters import Tensors
 from lightning_ntk.progress import track_operations
 from lightning_ntk.reference import Reference
 from lightning_ntk.shards import ALONE, Shards
