@@ -173,7 +173,7 @@ def test_float64_passes_beside_a_float32_run() -> None:
 
 
 def test_the_device_of_kernel_and_modes() -> None:
-    here, default = watch(device="cpu", modes=2), watch(modes=2)
+    here, default = watch(device="cpu"), watch()
     train(make(mlp), loader(11), here)
     train(make(mlp), loader(11), default)
     for one, other in zip(here, default, strict=True):

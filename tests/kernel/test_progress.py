@@ -58,7 +58,7 @@ def test_less_memory_means_more_operations(monkeypatch):
 
 
 def test_the_bar_shows_the_share_of_the_operations(monkeypatch, capsys):
-    monkeypatch.setattr("lightning_ntk.progress._DELAY_SECONDS", 0)
+    monkeypatch.setattr("lightning_ntk.progress.DELAY_SECONDS", 0)
     with track_operations("some work", total=4e12) as advance:
         advance(1e12)
     shown = capsys.readouterr().err
