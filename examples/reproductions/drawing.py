@@ -1,0 +1,78 @@
+"""What the figures and tables of the reproductions share."""
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from lightning_ntk.sweep import PowerLaw, log_log_slope
+
+# The Okabe-Ito palette, which stays apart for colour-blind readers; markers and lines tell curves apart in print.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+MARKERS = "osD^vPX"
+Points = Sequence[tuple[float, float]]
+
+
+def grid_of_panels(rows: int, columns: int, *, width: float = 4.9, height: float = 3.9) -> tuple[Figure, list[Any]]:
+    """A figure with panels, sized in inches each, row by row."""
+    figure = Figure(figsize=(width * columns, height * rows), layout="constrained")
+    return figure, list(figure.subplots(rows, columns, squeeze=False).flat)
+
+
+def finish(axis: Any, x: str, y: str, *, scales: str = "log-log", title: str = "", **legend: Any) -> None:
+    """Names and scales of the axes ("linear-log" is a logarithmic vertical one), grid and legend."""
+    horizontal, vertical = scales.split("-")
+    axis.set_xscale(horizontal)
+    axis.set_yscale(vertical)
+    axis.set_xlabel(x)
+    axis.set_ylabel(y)
+    axis.set_title(title, fontsize=10)
+    axis.grid(alpha=0.25, which="both", linewidth=0.5)
+    axis.spines[["top", "right"]].set_visible(False)
+    if axis.get_legend_handles_labels()[0]:
+        axis.legend(**{"frameon": False, "fontsize": 8} | legend)
+
+
+def draw_power_law(axis: Any, points: Points, label: str, index: int, *, filled: bool = True) -> PowerLaw:
+    """Points of all seeds and their least-squares line; slope and 95 % interval are in the legend."""
+    law = log_log_slope([x for x, _ in points], [y for _, y in points])
+    ends = [min(x for x, _ in points), max(x for x, _ in points)]
+    colour, marker = COLOURS[index], MARKERS[index]
+    name = f"{label}: {law.slope:.2f} [{law.low:.2f}, {law.high:.2f}]"
+    axis.plot(
+        *zip(*points, strict=True), marker, color=colour, markersize=4.5, alpha=0.75,
+        markerfacecolor=colour if filled else "none",
+    )  # fmt: skip
+    style = f"-{marker}" if filled else f"--{marker}"
+    # The marker of the legend's entry, drawn nowhere else.
+    axis.plot(ends, [law.at(x) for x in ends], style[:-1], color=colour, linewidth=1.3)
+    axis.plot([], [], style, color=colour, markersize=4.5, markerfacecolor=colour if filled else "none", label=name)
+    return law
+
+
+def draw_reference(axis: Any, points: Points, slope: float, *, offset: float = 1.6) -> None:
+    """A dotted line of a stated slope, above (`offset` > 1) or below the points."""
+    xs = [x for x, _ in points]
+    law = log_log_slope(xs, [y for _, y in points])
+    ends = [min(xs), max(xs)]
+    middle = (ends[0] * ends[1]) ** 0.5
+    level = offset * law.at(middle)
+    axis.plot(
+        ends, [level * (x / middle) ** slope for x in ends], ":", color="#555555", linewidth=1.5,
+        label=f"reference slope {slope:g}",
+    )  # fmt: skip
+
+
+def markdown(header: Sequence[str], lines: Iterable[Sequence[Any]]) -> str:
+    """A Markdown table; numbers with four digits."""
+    cells = [[f"{cell:.4g}" if isinstance(cell, float) else str(cell) for cell in line] for line in lines]
+    body = [list(header), ["---"] * len(header), *cells]
+    return "\n".join("| " + " | ".join(line) + " |" for line in body)
+
+
+def save(figure: Figure, path: Path) -> None:
+    """Writes a PNG of moderate size and says where."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=100)
+    print(f"Figure: {path}")
