@@ -6,8 +6,9 @@ kernel Theta, the initial residual r = f0 - Y and eta the learning rate times 2 
     continuous    w_lin(t) = w0 - J^T Theta^-1 (I - exp(-eta t Theta)) r
     discrete      w_lin(t) = w0 - J^T Theta^-1 (I - (I - eta Theta)^t) r
 
-Here they are written down as they stand: float32, `torch.linalg.inv`, `torch.matrix_exp` and `torch.linalg.matrix_power`. The judge of both
-is float64 without a formula: every single step for the discrete regime, the differential equation's own exponential for the continuous one.
+Here they are written down as they stand: float32, `torch.linalg.inv`, `torch.matrix_exp` and `torch.linalg.matrix_power`. The judge
+of both is float64 without inverse or power: every single step for the discrete regime, and for the continuous one the action of an
+exponential on a vector.
 
     python examples/reproductions/closed_forms.py
     python examples/reproductions/closed_forms.py --width 16 --steps 20 --samples 30    # seconds
@@ -76,7 +77,9 @@ def jacobian(network: nn.Module, images: Tensor) -> Tensor:
     return torch.stack(rows)
 
 
-def naive_displacement(j: Tensor, inverse: Tensor, kernel: Tensor, residual: Tensor, eta: float, t: int, regime: str) -> Tensor:
+def naive_displacement(
+    j: Tensor, inverse: Tensor, kernel: Tensor, residual: Tensor, eta: float, t: int, regime: str
+) -> Tensor:
     """w_lin(t) - w0, `(P,)`, by the published formula in the type of its arguments."""
     identity = torch.eye(len(kernel), dtype=kernel.dtype)
     if regime == "continuous":
@@ -86,8 +89,10 @@ def naive_displacement(j: Tensor, inverse: Tensor, kernel: Tensor, residual: Ten
     return -j.T @ (inverse @ ((identity - left) @ residual))
 
 
-def reference_coefficients(kernel: Tensor, residual: Tensor, eta: float, steps: list[int], regime: str) -> dict[int, Tensor]:
-    """a of w_lin(t) = w0 + J^T a, `(N,)` in float64, without a closed form.
+def reference_coefficients(
+    kernel: Tensor, residual: Tensor, eta: float, steps: list[int], regime: str
+) -> dict[int, Tensor]:
+    """The coefficients a of w_lin(t) = w0 + J^T a, `(N,)` in float64, without a closed form.
 
     Step by step a <- a - eta (r + Theta a), or the exponential of da/dt = -eta (r + Theta a) acting on a vector.
     """
@@ -109,10 +114,10 @@ def reference_coefficients(kernel: Tensor, residual: Tensor, eta: float, steps: 
     return found
 
 
-def timed(work: Callable[[], Any]) -> tuple[Any, float]:
+def timed(work: Callable[..., Any], *arguments: Any, **options: Any) -> tuple[Any, float]:
     """A result and the seconds that it took."""
     started = time.perf_counter()
-    result = work()
+    result = work(*arguments, **options)
     return result, time.perf_counter() - started
 
 
@@ -132,11 +137,14 @@ def compare(options: argparse.Namespace) -> tuple[list[dict[str, Any]], dict[str
     eta = lr * 2 / targets.numel()
     steps = sorted({t for t in (1, 10, 100, 1000) if t < options.steps} | {options.steps})
 
-    j, jacobian_seconds = timed(lambda: jacobian(network, images))
-    kernel, product_seconds = timed(lambda: j @ j.T)
-    inverse, inverse_seconds = timed(lambda: torch.linalg.inv(kernel))
+    rows_of_j, jacobian_seconds = timed(jacobian, network, images)
+    kernel, product_seconds = timed(torch.matmul, rows_of_j, rows_of_j.T)
+    inverse, inverse_seconds = timed(torch.linalg.inv, kernel)
     residual = (network(images) - targets).detach().flatten()
-    seconds = {"published: Jacobian and kernel": jacobian_seconds + product_seconds, "published: inverse": inverse_seconds}
+    seconds = {
+        "published: Jacobian and kernel": jacobian_seconds + product_seconds,
+        "published: inverse": inverse_seconds,
+    }
 
     exact = copy.deepcopy(network).double()
     exact_kernel = empirical_ntk(exact, images.double())
@@ -147,25 +155,22 @@ def compare(options: argparse.Namespace) -> tuple[list[dict[str, Any]], dict[str
 
     start = vector(dict(network.named_parameters()))
     snapshots = Snapshots(steps)
-    rows = []
     displacements: dict[tuple[str, str, int], tuple[Tensor, float]] = {}
     for regime, dynamics in REGIMES.items():
         training, seconds[f"lightning_ntk: kernel and modes, {regime}"] = timed(
-            lambda dynamics=dynamics: LinearizedTraining(  # type: ignore[misc]
-                network, data, lr=lr, dynamics=dynamics, horizon=options.steps, progress=False
-            )
+            LinearizedTraining, network, data, lr=lr, dynamics=dynamics, horizon=options.steps, progress=False
         )
         coefficients = reference_coefficients(exact_kernel, exact_residual, eta, steps, regime)
         for t in steps:
             pulled = linearization.vjp(coefficients[t].unsqueeze(1), images.double())
             displacements[regime, "reference", t] = vector(pulled), math.nan
             displacements[regime, "published", t] = timed(
-                lambda t=t, regime=regime: naive_displacement(j, inverse, kernel, residual, eta, t, regime)  # type: ignore[misc]
+                naive_displacement, rows_of_j, inverse, kernel, residual, eta, t, regime
             )
-            ours, spent = timed(lambda t=t, training=training: training.displacement(t))  # type: ignore[misc]
+            ours, spent = timed(training.displacement, t)
             displacements[regime, "lightning_ntk", t] = vector(ours), spent
-    del j
     fit(FullBatch(network, lr), data, options.steps, [snapshots])
+    rows = []
     for (regime, method, t), (displacement, spent) in displacements.items():
         truth, moved = displacements[regime, "reference", t][0], snapshots.weights[t] - start
         rows.append({
@@ -178,20 +183,31 @@ def compare(options: argparse.Namespace) -> tuple[list[dict[str, Any]], dict[str
 def draw(rows: list[dict[str, Any]], path: Path) -> None:
     """Errors of the weights and the distances that would be logged, over time."""
     figure, axes = grid_of_panels(1, 2)
+    for regime in REGIMES:
+        truths = [row for row in rows if row["method"] == "reference" and row["regime"] == regime]
+        axes[1].plot(
+            [row["t"] for row in truths], [row["distance"] for row in truths], color="#000000", alpha=0.3, linewidth=5,
+            label="truth" if regime == "discrete" else None,
+        )  # fmt: skip
     for axis, y in zip(axes, ("error", "distance"), strict=True):
-        for index, method in enumerate(("lightning_ntk", "published", "reference")):
-            if y == "error" and method == "reference":
-                continue
+        for index, method in enumerate(("lightning_ntk", "published")):
             for regime in REGIMES:
                 kept = [row for row in rows if row["method"] == method and row["regime"] == regime]
                 kept = [row for row in kept if 0 < row[y] < math.inf]
                 axis.plot(
                     [row["t"] for row in kept], [row[y] for row in kept], "-" if regime == "discrete" else "--",
-                    marker=MARKERS[index], markersize=5, color=COLOURS[index], label=f"{method}, {regime}",
+                    marker=MARKERS[index], markersize=5, color=COLOURS[index],
+                    label=f"{method}{' formula' if index else ''}, {regime}",
                     markerfacecolor=COLOURS[index] if regime == "discrete" else "none",
                 )  # fmt: skip
-    finish(axes[0], "optimizer step t", "relative error of the weights\n" r"$\|w - w_\mathrm{lin}(t)\| \,/\, \|w_\mathrm{lin}(t) - w_0\|$")
-    finish(axes[1], "optimizer step t", "relative weight distance that is reported\n" r"$\|w_t - w\| \,/\, \|w_t - w_0\|$")
+    finish(
+        axes[0],
+        "optimizer step t",
+        "relative error of the weights\n" r"$\|w - w_\mathrm{lin}(t)\| \,/\, \|w_\mathrm{lin}(t) - w_0\|$",
+    )
+    finish(
+        axes[1], "optimizer step t", "relative weight distance that is reported\n" r"$\|w_t - w\| \,/\, \|w_t - w_0\|$"
+    )
     save(figure, path)
 
 
@@ -212,7 +228,15 @@ def main() -> None:
              for r in rows if r["method"] != "reference"]  # fmt: skip
     truths = {(r["regime"], r["t"]): r["distance"] for r in rows if r["method"] == "reference"}
     cells = [[*cell[:5], truths[cell[0], cell[1]], cell[5]] for cell in cells]
-    header = ["regime", "t", "method", "error of the weights", "distance reported", "true distance", "seconds for this t"]
+    header = [
+        "regime",
+        "t",
+        "method",
+        "error of the weights",
+        "distance reported",
+        "true distance",
+        "seconds for this t",
+    ]
     print(markdown(header, cells))
     print("\n" + markdown(["once", "seconds"], [[name, value] for name, value in seconds.items()]) + "\n")
     draw(rows, options.output / "closed-forms.png")

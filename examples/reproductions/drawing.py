@@ -31,7 +31,19 @@ def finish(axis: Any, x: str, y: str, *, scales: str = "log-log", title: str = "
     axis.grid(alpha=0.25, which="both", linewidth=0.5)
     axis.spines[["top", "right"]].set_visible(False)
     if axis.get_legend_handles_labels()[0]:
-        axis.legend(**{"frameon": False, "fontsize": 8} | legend)
+        axis.legend(**{"edgecolor": "none", "framealpha": 0.8, "fontsize": 8} | legend)
+
+
+def label_at(axis: Any, places: Iterable[float]) -> None:
+    """Ticks of a logarithmic horizontal axis at these places only."""
+    places = sorted(places)
+    axis.set_xticks(places, [f"{place:g}" for place in places])
+    axis.set_xticks([], minor=True)
+
+
+def number(value: float) -> str:
+    """Two decimals, without a minus before zero."""
+    return f"{round(value, 2) + 0.0:.2f}"
 
 
 def draw_power_law(axis: Any, points: Points, label: str, index: int, *, filled: bool = True) -> PowerLaw:
@@ -39,15 +51,13 @@ def draw_power_law(axis: Any, points: Points, label: str, index: int, *, filled:
     law = log_log_slope([x for x, _ in points], [y for _, y in points])
     ends = [min(x for x, _ in points), max(x for x, _ in points)]
     colour, marker = COLOURS[index], MARKERS[index]
-    name = f"{label}: {law.slope:.2f} [{law.low:.2f}, {law.high:.2f}]"
-    axis.plot(
-        *zip(*points, strict=True), marker, color=colour, markersize=4.5, alpha=0.75,
-        markerfacecolor=colour if filled else "none",
-    )  # fmt: skip
+    name = f"{label}: {number(law.slope)} [{number(law.low)}, {number(law.high)}]"
+    face = colour if filled else "none"
+    axis.plot(*zip(*points, strict=True), marker, color=colour, markersize=4.5, alpha=0.75, markerfacecolor=face)
     style = f"-{marker}" if filled else f"--{marker}"
     # The marker of the legend's entry, drawn nowhere else.
     axis.plot(ends, [law.at(x) for x in ends], style[:-1], color=colour, linewidth=1.3)
-    axis.plot([], [], style, color=colour, markersize=4.5, markerfacecolor=colour if filled else "none", label=name)
+    axis.plot([], [], style, color=colour, markersize=4.5, markerfacecolor=face, label=name)
     return law
 
 
@@ -58,10 +68,10 @@ def draw_reference(axis: Any, points: Points, slope: float, *, offset: float = 1
     ends = [min(xs), max(xs)]
     middle = (ends[0] * ends[1]) ** 0.5
     level = offset * law.at(middle)
-    axis.plot(
-        ends, [level * (x / middle) ** slope for x in ends], ":", color="#555555", linewidth=1.5,
-        label=f"reference slope {slope:g}",
-    )  # fmt: skip
+    name = f"reference slope {slope:g}"
+    known = axis.get_legend_handles_labels()[1]
+    label = {} if name in known else {"label": name}
+    axis.plot(ends, [level * (x / middle) ** slope for x in ends], ":", color="#555555", linewidth=1.5, **label)
 
 
 def markdown(header: Sequence[str], lines: Iterable[Sequence[Any]]) -> str:

@@ -1,9 +1,9 @@
 """Through the edge: learning rates around the largest stable one of the linearised network (Lewkowycz et al., 2020).
 
-A network with one hidden layer is trained with learning rates from a tenth of the largest stable one, 2 / (c lambda_max), to twice
-that. Below it the linearised network converges and describes the run. Above it the linearised network diverges; the network itself may
-catapult: its loss rises, then falls in a flatter place, where the largest eigenvalue of its kernel has come down. The learning rate
-over the largest stable one *of the kernel at the last step* shows it.
+A network with one hidden layer is trained with learning rates from a tenth of the largest stable one, 2 / (c lambda_max), to
+twice that. Below it the linearised network converges and describes the run. Above it the linearised network diverges; the network
+itself may catapult: its loss rises, then falls in a flatter place, where the largest eigenvalue of its kernel has come down. The
+learning rate over the largest stable one *of the kernel at the last step* shows it.
 
     python examples/reproductions/learning_rate.py
     python examples/reproductions/learning_rate.py --fractions 0.5 1.2 --seeds 0 --width 16 --steps 5 --samples 20    # seconds
@@ -119,7 +119,9 @@ def draw(results: Results, path: Path) -> None:
     values = [row[y] for row in results.final for y in (RMSE, DISTANCE) if 0 < row[y] < math.inf]
     # Above the edge it grows without bound.
     axes[0].set_ylim(min(values) / 2, 1e2)
-    axes[0].axhline(DESCRIBED, color="#555555", linestyle="-.", linewidth=1, label=f"{DESCRIBED:g}: no description any more")
+    axes[0].axhline(
+        DESCRIBED, color="#555555", linestyle="-.", linewidth=1, label=f"{DESCRIBED:g}: no description any more"
+    )
     every = [row for row in results.rows if row["activation"] == "relu"]
     seed = min(row["seed"] for row in every)
     for index, fraction in enumerate(f for f in SHOWN if any(row["fraction"] == f for row in every)):
@@ -146,13 +148,17 @@ def main() -> None:
     """Runs what is missing, prints the tables, draws the figure."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     fractions = [0.1, 0.3, 0.6, 0.9, 0.97, 1.0, 1.03, 1.1, 1.25, 1.5, 1.75, 2.0]
-    parser.add_argument("--fractions", type=float, nargs="+", default=fractions, help="learning rate over the largest stable one")
+    parser.add_argument(
+        "--fractions", type=float, nargs="+", default=fractions, help="learning rate over the largest stable one"
+    )
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--width", type=int, default=1024)
     parser.add_argument("--steps", type=int, default=150, help="of gradient descent")
     parser.add_argument("--samples", type=int, default=128, help="images")
     parser.add_argument("--workers", type=int, default=2, help="processes; 0: this one")
-    parser.add_argument("--output", type=Path, default=Path("reproductions"), help="directory of tables, figures, storage")
+    parser.add_argument(
+        "--output", type=Path, default=Path("reproductions"), help="directory of tables, figures, storage"
+    )
     options = parser.parse_args()
     options.output.mkdir(parents=True, exist_ok=True)
     chosen = {"width": options.width, "steps": options.steps, "samples": options.samples}

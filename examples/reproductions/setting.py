@@ -58,16 +58,23 @@ def max_learning_rate(network: nn.Module, data: TensorDataset) -> float:
     return training.max_learning_rate
 
 
-def fit(network: FullBatch, data: TensorDataset, steps: int, callbacks: Sequence[Callback]) -> None:
-    """Trains for so many steps, quietly, each on all of the data."""
+def quiet_trainer(steps: int, callbacks: Sequence[Callback]) -> Trainer:
+    """A Trainer on the CPU for so many steps, that writes nothing."""
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="The 'train_dataloader' does not have many workers")
-        warnings.filterwarnings("ignore", message="The number of training batches")
-        warnings.filterwarnings("ignore", message=".*LeafSpec")  # of Lightning's own, with recent versions of PyTorch
-        trainer = Trainer(
-            max_steps=steps, max_epochs=-1, accelerator="cpu", callbacks=list(callbacks), logger=False,
-            enable_checkpointing=False, enable_model_summary=False, enable_progress_bar=False,
-        )  # fmt: skip
-        trainer.fit(network, DataLoader(data, batch_size=len(data)))
+    # The last one is of Lightning's own, with recent versions of PyTorch.
+    for message in (
+        "The 'train_dataloader' does not have many workers",
+        "The number of training batches",
+        ".*LeafSpec",
+    ):
+        warnings.filterwarnings("ignore", message=message)
+    return Trainer(
+        max_steps=steps, max_epochs=-1, accelerator="cpu", callbacks=list(callbacks), logger=False,
+        enable_checkpointing=False, enable_model_summary=False, enable_progress_bar=False,
+    )  # fmt: skip
+
+
+def fit(network: FullBatch, data: TensorDataset, steps: int, callbacks: Sequence[Callback]) -> None:
+    """Trains for so many steps, each on all of the data."""
+    quiet_trainer(steps, callbacks).fit(network, DataLoader(data, batch_size=len(data)))

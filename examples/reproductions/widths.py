@@ -1,8 +1,8 @@
 """Wide networks move along their tangent space: slopes over the width (Lee et al., 2019).
 
-Networks with three hidden layers, tanh and ReLU, in NTK and in standard parametrisation, are trained by full-batch gradient descent on
-images of digits, each with the same fraction of its own largest stable learning rate for the same number of steps. Then these
-are compared over the width:
+Networks with three hidden layers, tanh and ReLU, in NTK and in standard parametrisation, are trained by full-batch gradient descent
+on images of digits, each with the same fraction of its own largest stable learning rate for the same number of steps. Then
+these are compared over the width:
 
 * how far the weights are from those of the linearised network, relative to how far they moved,
 * the part of the change of the outputs that is not first order in the weights (Taylor gap),
@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from drawing import draw_power_law, draw_reference, finish, grid_of_panels, markdown, save
+from drawing import draw_power_law, draw_reference, finish, grid_of_panels, label_at, markdown, number, save
 from ntk_parametrization import mlp
 from setting import CLASSES, FullBatch, digits, fit, max_learning_rate
 from torch import Tensor, nn
@@ -42,9 +42,9 @@ STEPS = (2, 5, 10, 20, 50, 100, 200, 500, 1000)
 DISTANCE, GAP, CHANGE = "ntk/relative_weight_distance", "ntk/taylor_gap", "ntk/kernel_change"
 LAYERS = {f"ntk/change/{group}": f"{group} weights" for group in GROUPS}
 LABELS = {
-    DISTANCE: r"relative weight distance $\|w_t - w_\mathrm{lin}(t)\| \,/\, \|w_t - w_0\|$",
-    GAP: r"Taylor gap $\|f_t - f_0 - J(w_t - w_0)\| \,/\, \|f_t - f_0\|$",
-    CHANGE: r"kernel change $\|\Theta_t - \Theta_0\| \,/\, \|\Theta_0\|$",
+    DISTANCE: "relative weight distance\n" r"$\|w_t - w_\mathrm{lin}(t)\| \,/\, \|w_t - w_0\|$",
+    GAP: "Taylor gap\n" r"$\|f_t - f_0 - J(w_t - w_0)\| \,/\, \|f_t - f_0\|$",
+    CHANGE: "kernel change\n" r"$\|\Theta_t - \Theta_0\| \,/\, \|\Theta_0\|$",
 }
 # Exponents of the width. Biases and, in standard parametrisation, input weights see a learning rate that falls as 1 / width.
 EXPECTED = {
@@ -93,7 +93,7 @@ def local_slopes(pairs: list[tuple[float, float]]) -> str:
     widths = sorted({x for x, _ in pairs})
     means = {w: math.fsum(math.log(y) for x, y in pairs if x == w) / sum(x == w for x, _ in pairs) for w in widths}
     slopes = [(means[b] - means[a]) / math.log(b / a) for a, b in itertools.pairwise(widths)]
-    return ", ".join(f"{slope:.2f}" for slope in slopes)
+    return ", ".join(number(slope) for slope in slopes)
 
 
 def table(results: Results, parametrization: str) -> str:
@@ -102,7 +102,7 @@ def table(results: Results, parametrization: str) -> str:
     for y, activation in itertools.product([*LABELS, *LAYERS], ACTIVATIONS):
         pairs = points(results, y, parametrization=parametrization, activation=activation)
         law = log_log_slope([x for x, _ in pairs], [value for _, value in pairs])
-        interval = f"{law.slope:.2f} [{law.low:.2f}, {law.high:.2f}]"
+        interval = f"{number(law.slope)} [{number(law.low)}, {number(law.high)}]"
         name = y.removeprefix("ntk/").replace("_", " ")
         lines.append([name, activation, interval, local_slopes(pairs), f"{EXPECTED[parametrization, y]:g}"])
     return markdown(["quantity", "activation", "slope over width", "between successive widths", "expected"], lines)
@@ -131,12 +131,14 @@ def draw(results: Results, parametrization: str, path: Path) -> None:
             draw_power_law(axis, pairs, {"relu": "ReLU"}.get(activation, activation), index)
             drawn += pairs
         draw_reference(axis, drawn, EXPECTED[parametrization, y])
-        finish(axis, "width", label, loc="lower left")
+        finish(axis, "width", label)
+        label_at(axis, {x for x, _ in drawn})
     for index, (y, label) in enumerate(LAYERS.items()):
         pairs = points(results, y, parametrization=parametrization, activation="tanh")
         draw_power_law(axes[3], pairs, label, index + 2)
         draw_reference(axes[3], pairs, EXPECTED[parametrization, y], offset=1.25)
-    finish(axes[3], "width", r"change of weights, tanh $\|W_t - W_0\| \,/\, \|W_0\|$", loc="lower left")
+    finish(axes[3], "width", "change of weights, tanh\n" r"$\|W_t - W_0\| \,/\, \|W_0\|$")
+    label_at(axes[3], {x for x, _ in pairs})
     figure.suptitle(f"{name}: slopes over the width with 95 % intervals", fontsize=11)
     save(figure, path)
 
@@ -150,7 +152,9 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=128, help="images")
     parser.add_argument("--fraction", type=float, default=0.5, help="learning rate over the largest stable one")
     parser.add_argument("--workers", type=int, default=2, help="processes; 0: this one")
-    parser.add_argument("--output", type=Path, default=Path("reproductions"), help="directory of tables, figures, storage")
+    parser.add_argument(
+        "--output", type=Path, default=Path("reproductions"), help="directory of tables, figures, storage"
+    )
     options = parser.parse_args()
     options.output.mkdir(parents=True, exist_ok=True)
     grid = {
@@ -162,7 +166,9 @@ def main() -> None:
         "samples": [options.samples],
         "fraction": [options.fraction],
     }
-    sweep = Sweep(objective, grid, storage=options.output / "widths.journal", name="widths", logs=options.output / "logs")
+    sweep = Sweep(
+        objective, grid, storage=options.output / "widths.journal", name="widths", logs=options.output / "logs"
+    )
     sweep.run(workers=options.workers)
     chosen = {"steps": options.steps, "samples": options.samples, "fraction": options.fraction}
     results = sweep.results.where(chosen)
@@ -170,7 +176,8 @@ def main() -> None:
     for parametrization in ("ntk", "standard"):
         print(f"\n{parametrization} parametrisation, {options.steps} steps\n\n{table(results, parametrization)}")
         draw(results, parametrization, options.output / f"widths-{parametrization}.png")
-    print(f"\nntk parametrisation, slopes over the width after fewer steps\n\n{step_table(results.where({'parametrization': 'ntk'}))}")
+    print("\nntk parametrisation, slopes over the width after fewer steps\n")
+    print(step_table(results.where({"parametrization": "ntk"})))
 
 
 if __name__ == "__main__":  # worker processes import this file
