@@ -6,9 +6,9 @@ kernel Theta, the initial residual r = f0 - Y and eta the learning rate times 2 
     continuous    w_lin(t) = w0 - J^T Theta^-1 (I - exp(-eta t Theta)) r
     discrete      w_lin(t) = w0 - J^T Theta^-1 (I - (I - eta Theta)^t) r
 
-Here they are written down as they stand: float32, `torch.linalg.inv`, `torch.matrix_exp` and `torch.linalg.matrix_power`. The judge
-of both is float64 without inverse or power: every single step for the discrete regime, and for the continuous one the action of an
-exponential on a vector.
+Here they are written down as they stand: float32, `torch.linalg.inv`, `torch.matrix_exp` and `torch.linalg.matrix_power`. The
+judge of both is float64 without inverse or power: every single step for the discrete regime, and for the continuous one the
+action of an exponential on a vector.
 
     python examples/reproductions/closed_forms.py
     python examples/reproductions/closed_forms.py --width 16 --steps 20 --samples 30    # seconds
@@ -34,6 +34,7 @@ from torch.utils.data import TensorDataset
 
 from lightning_ntk import Linearization, LinearizedTraining, empirical_ntk
 
+ACTIVATIONS = {"relu": nn.ReLU, "tanh": nn.Tanh}  # a smooth one has a kernel of larger condition number
 REGIMES = {"discrete": "gradient_descent", "continuous": "gradient_flow"}
 
 
@@ -127,10 +128,10 @@ def relative(difference: Tensor, size: Tensor) -> float:
     return value if math.isfinite(value) else math.inf
 
 
-def compare(options: argparse.Namespace) -> tuple[list[dict[str, Any]], dict[str, float]]:
+def compare(options: argparse.Namespace, activation: str) -> tuple[list[dict[str, Any]], dict[str, float]]:
     """One row for each regime, method and time; and how long the preparations took."""
     torch.manual_seed(options.seed)
-    network = mlp([64, options.width, 1], nn.ReLU, "standard", sigma_w=math.sqrt(2), sigma_b=0.1)
+    network = mlp([64, options.width, 1], ACTIVATIONS[activation], "standard", sigma_w=math.sqrt(2), sigma_b=0.1)
     data = parity(options.samples)
     images, targets = data.tensors
     lr = options.fraction * max_learning_rate(network, data)
@@ -180,9 +181,8 @@ def compare(options: argparse.Namespace) -> tuple[list[dict[str, Any]], dict[str
     return rows, seconds
 
 
-def draw(rows: list[dict[str, Any]], path: Path) -> None:
+def draw(rows: list[dict[str, Any]], axes: Any, activation: str) -> None:
     """Errors of the weights and the distances that would be logged, over time."""
-    figure, axes = grid_of_panels(1, 2)
     for regime in REGIMES:
         truths = [row for row in rows if row["method"] == "reference" and row["regime"] == regime]
         axes[1].plot(
@@ -200,20 +200,29 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
                     label=f"{method}{' formula' if index else ''}, {regime}",
                     markerfacecolor=COLOURS[index] if regime == "discrete" else "none",
                 )  # fmt: skip
-    finish(
-        axes[0],
-        "optimizer step t",
-        "relative error of the weights\n" r"$\|w - w_\mathrm{lin}(t)\| \,/\, \|w_\mathrm{lin}(t) - w_0\|$",
-    )
-    finish(
-        axes[1], "optimizer step t", "relative weight distance that is reported\n" r"$\|w_t - w\| \,/\, \|w_t - w_0\|$"
-    )
-    save(figure, path)
+    x, title = "optimizer step t", {"relu": "ReLU"}.get(activation, activation)
+    error = "relative error of the weights\n" r"$\|w - w_\mathrm{lin}(t)\| \,/\, \|w_\mathrm{lin}(t) - w_0\|$"
+    finish(axes[0], x, error, title=title)
+    finish(axes[1], x, "relative weight distance reported\n" r"$\|w_t - w\| \,/\, \|w_t - w_0\|$", title=title)
+
+
+def report(rows: list[dict[str, Any]], seconds: dict[str, float]) -> str:
+    """Tables of errors and of times."""
+    truths = {(row["regime"], row["t"]): row["distance"] for row in rows if row["method"] == "reference"}
+    cells = [
+        [r["regime"], r["t"], r["method"], r["error"], r["distance"], truths[r["regime"], r["t"]], r["seconds"]]
+        for r in rows
+        if r["method"] != "reference"
+    ]
+    header = ["regime", "t", "method", "error of the weights", "distance reported", "true one", "seconds for this t"]
+    once = [[name, value] for name, value in seconds.items()]
+    return f"{markdown(header, cells)}\n\n{markdown(['once', 'seconds'], once)}\n"
 
 
 def main() -> None:
-    """Runs, prints the table, draws the figure."""
+    """Runs, prints the tables, draws the figure."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--activations", nargs="+", choices=list(ACTIVATIONS), default=list(ACTIVATIONS))
     parser.add_argument("--width", type=int, default=1024)
     parser.add_argument("--steps", type=int, default=2000, help="of gradient descent, the last time of both formulas")
     parser.add_argument("--samples", type=int, default=1000, help="images")
@@ -221,25 +230,16 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, default=Path("reproductions"), help="directory of the figure")
     options = parser.parse_args()
-    rows, seconds = compare(options)
-    condition = seconds.pop("condition")
-    print(f"\n{options.samples} samples, width {options.width}; condition number of the kernel {condition:.3g}\n")
-    cells = [[r["regime"], r["t"], r["method"], r["error"], r["distance"], r["seconds"]]
-             for r in rows if r["method"] != "reference"]  # fmt: skip
-    truths = {(r["regime"], r["t"]): r["distance"] for r in rows if r["method"] == "reference"}
-    cells = [[*cell[:5], truths[cell[0], cell[1]], cell[5]] for cell in cells]
-    header = [
-        "regime",
-        "t",
-        "method",
-        "error of the weights",
-        "distance reported",
-        "true distance",
-        "seconds for this t",
-    ]
-    print(markdown(header, cells))
-    print("\n" + markdown(["once", "seconds"], [[name, value] for name, value in seconds.items()]) + "\n")
-    draw(rows, options.output / "closed-forms.png")
+    figure, axes = grid_of_panels(len(options.activations), 2)
+    for index, activation in enumerate(options.activations):
+        rows, seconds = compare(options, activation)
+        condition = seconds.pop("condition")
+        print(
+            f"\n{activation}: {options.samples} samples, width {options.width}, condition number of the kernel {condition:.3g}\n"
+        )
+        print(report(rows, seconds), flush=True)
+        draw(rows, axes[2 * index : 2 * index + 2], activation)
+    save(figure, options.output / "closed-forms.png")
 
 
 if __name__ == "__main__":

@@ -1,15 +1,15 @@
 """When the kernel settles: kernels through training, and linearisations captured late (Fort et al., 2020).
 
-A ReLU network in standard parametrisation is trained on digits by minibatch SGD with the cross-entropy. The kernel of a few test
-images is kept at many steps: the distances between all pairs of them show when it turns, its velocity how fast. Meanwhile the network
-is linearised not only at the start but also at later steps, and each of these linearised networks is trained on, on the same
-minibatches, to the end: how far does it get from the run, and how many test images does it recognise?
+A ReLU network in standard parametrisation is trained on digits by minibatch SGD with the cross-entropy. The kernel of a few
+test images is kept at many steps: the distances between all pairs of them show when it turns, its velocity how fast. Meanwhile
+the network is linearised not only at the start but also at later steps, and each of these linearised networks is trained on, on
+the same minibatches, to the end: how far does it get from the run, and how many test images does it recognise?
 
     python examples/reproductions/late_kernels.py
     python examples/reproductions/late_kernels.py --seeds 0 --width 8 --steps 20 --captures 0 4 --samples 40    # seconds
 
-Reference: S. Fort et al., Deep learning versus kernel learning: an empirical study of loss landscape geometry and the time evolution
-of the neural tangent kernel, NeurIPS 2020.
+Reference: S. Fort et al., Deep learning versus kernel learning: an empirical study of loss landscape geometry and the time
+evolution of the neural tangent kernel, NeurIPS 2020.
 """
 
 import argparse
@@ -184,7 +184,7 @@ def draw(runs: list[Run], last: int, steps_per_epoch: int, path: Path) -> None:
     steps = sorted(runs[0].kernels)
     distances = [[average([kernel_distance(r.kernels[a], r.kernels[b]) for r in runs]) for a in steps] for b in steps]
     image = axes[0].imshow(distances, origin="lower", cmap="viridis", aspect="auto")
-    shown = range(0, len(steps), max(1, len(steps) // 7))
+    shown = range(len(steps) - 1, -1, -max(1, len(steps) // 7))
     axes[0].set_xticks(list(shown), [str(steps[i]) for i in shown])
     axes[0].set_yticks(list(shown), [str(steps[i]) for i in shown])
     axes[0].set_xlabel("optimizer step")

@@ -1,8 +1,8 @@
 """Wide networks move along their tangent space: slopes over the width (Lee et al., 2019).
 
-Networks with three hidden layers, tanh and ReLU, in NTK and in standard parametrisation, are trained by full-batch gradient descent
-on images of digits, each with the same fraction of its own largest stable learning rate for the same number of steps. Then
-these are compared over the width:
+Networks with three hidden layers, tanh and ReLU, in NTK and in standard parametrisation, are trained by full-batch gradient
+descent on images of digits, each with the same fraction of its own largest stable learning rate for the same number of steps.
+Then these are compared over the width:
 
 * how far the weights are from those of the linearised network, relative to how far they moved,
 * the part of the change of the outputs that is not first order in the weights (Taylor gap),
