@@ -91,5 +91,5 @@ def test_published_formulas(tmp_path: Path, run: Run) -> None:
     for row in rows:
         errors[row[2]].append(float(row[3]))
     assert max(errors["lightning_ntk"]) < 1e-5 < max(errors["published"])
-    assert "tanh: 60 samples, width 32, condition number of the kernel" in printed
-    require_figures(tmp_path, "closed-forms.png")
+    assert "tanh: 60 samples, parity, width 32, condition number of the kernel" in printed
+    require_figures(tmp_path, "closed-forms-parity.png")

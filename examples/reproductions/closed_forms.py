@@ -1,7 +1,7 @@
 """The closed forms as they are published, in float32, beside this package: time and accuracy in one run.
 
 1000 digits, even or odd as -1 and 1, a network with one hidden layer of 1024, 2000 steps of full-batch gradient descent. With the
-kernel Theta, the initial residual r = f0 - Y and eta the learning rate times 2 / N, the two regimes are
+kernel Theta, the initial residual r = f0 - Y and eta the learning rate times 2 / (N K), the two regimes are
 
     continuous    w_lin(t) = w0 - J^T Theta^-1 (I - exp(-eta t Theta)) r
     discrete      w_lin(t) = w0 - J^T Theta^-1 (I - (I - eta Theta)^t) r
@@ -11,6 +11,7 @@ judge of both is float64 without inverse or power: every single step for the dis
 action of an exponential on a vector.
 
     python examples/reproductions/closed_forms.py
+    python examples/reproductions/closed_forms.py --targets digits --samples 250    # ten outputs: a kernel of 2500 rows
     python examples/reproductions/closed_forms.py --width 16 --steps 20 --samples 30    # seconds
 """
 
@@ -34,7 +35,7 @@ from torch.utils.data import TensorDataset
 
 from lightning_ntk import Linearization, LinearizedTraining, empirical_ntk
 
-ACTIVATIONS = {"relu": nn.ReLU, "tanh": nn.Tanh}  # a smooth one has a kernel of larger condition number
+ACTIVATIONS = {"relu": nn.ReLU, "tanh": nn.Tanh}
 REGIMES = {"discrete": "gradient_descent", "continuous": "gradient_flow"}
 
 
@@ -62,19 +63,23 @@ def vector(weights: dict[str, Any]) -> Tensor:
     return torch.cat([weight.detach().double().flatten() for weight in weights.values()])
 
 
-def parity(samples: int) -> TensorDataset:
-    """Images of digits with 1 for odd ones and -1 for even ones: `(N, 64)`, `(N, 1)`."""
-    images, targets = digits(samples).tensors
-    return TensorDataset(images, 2.0 * (targets.argmax(1, keepdim=True) % 2) - 1)
+def problem(samples: int, targets: str) -> TensorDataset:
+    """Images of digits with 1 for odd ones and -1 for even ones, `(N, 1)`, or with one-hot targets, `(N, 10)`."""
+    data = digits(samples)
+    if targets == "digits":
+        return data
+    images, one_hot = data.tensors
+    return TensorDataset(images, 2.0 * (one_hot.argmax(1, keepdim=True) % 2) - 1)
 
 
 def jacobian(network: nn.Module, images: Tensor) -> Tensor:
-    """J, `(N, P)`: one backward pass for each sample."""
+    """J, `(N K, P)`: one backward pass for each output of each sample."""
     parameters = list(network.parameters())
     rows = []
     for image in images:
-        gradients = torch.autograd.grad(network(image).squeeze(), parameters)
-        rows.append(torch.cat([gradient.flatten() for gradient in gradients]))
+        for output in network(image):
+            gradients = torch.autograd.grad(output, parameters, retain_graph=True)
+            rows.append(torch.cat([gradient.flatten() for gradient in gradients]))
     return torch.stack(rows)
 
 
@@ -93,7 +98,7 @@ def naive_displacement(
 def reference_coefficients(
     kernel: Tensor, residual: Tensor, eta: float, steps: list[int], regime: str
 ) -> dict[int, Tensor]:
-    """The coefficients a of w_lin(t) = w0 + J^T a, `(N,)` in float64, without a closed form.
+    """The coefficients a of w_lin(t) = w0 + J^T a, `(N K,)` in float64, without a closed form.
 
     Step by step a <- a - eta (r + Theta a), or the exponential of da/dt = -eta (r + Theta a) acting on a vector.
     """
@@ -131,9 +136,11 @@ def relative(difference: Tensor, size: Tensor) -> float:
 def compare(options: argparse.Namespace, activation: str) -> tuple[list[dict[str, Any]], dict[str, float]]:
     """One row for each regime, method and time; and how long the preparations took."""
     torch.manual_seed(options.seed)
-    network = mlp([64, options.width, 1], ACTIVATIONS[activation], "standard", sigma_w=math.sqrt(2), sigma_b=0.1)
-    data = parity(options.samples)
+    data = problem(options.samples, options.targets)
     images, targets = data.tensors
+    network = mlp(
+        [64, options.width, targets.shape[1]], ACTIVATIONS[activation], "standard", sigma_w=math.sqrt(2), sigma_b=0.1
+    )
     lr = options.fraction * max_learning_rate(network, data)
     eta = lr * 2 / targets.numel()
     steps = sorted({t for t in (1, 10, 100, 1000) if t < options.steps} | {options.steps})
@@ -163,7 +170,7 @@ def compare(options: argparse.Namespace, activation: str) -> tuple[list[dict[str
         )
         coefficients = reference_coefficients(exact_kernel, exact_residual, eta, steps, regime)
         for t in steps:
-            pulled = linearization.vjp(coefficients[t].unsqueeze(1), images.double())
+            pulled = linearization.vjp(coefficients[t].reshape(targets.shape), images.double())
             displacements[regime, "reference", t] = vector(pulled), math.nan
             displacements[regime, "published", t] = timed(
                 naive_displacement, rows_of_j, inverse, kernel, residual, eta, t, regime
@@ -223,6 +230,7 @@ def main() -> None:
     """Runs, prints the tables, draws the figure."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--activations", nargs="+", choices=list(ACTIVATIONS), default=list(ACTIVATIONS))
+    parser.add_argument("--targets", choices=["parity", "digits"], default="parity", help="one output or ten")
     parser.add_argument("--width", type=int, default=1024)
     parser.add_argument("--steps", type=int, default=2000, help="of gradient descent, the last time of both formulas")
     parser.add_argument("--samples", type=int, default=1000, help="images")
@@ -234,12 +242,11 @@ def main() -> None:
     for index, activation in enumerate(options.activations):
         rows, seconds = compare(options, activation)
         condition = seconds.pop("condition")
-        print(
-            f"\n{activation}: {options.samples} samples, width {options.width}, condition number of the kernel {condition:.3g}\n"
-        )
+        size = f"{options.samples} samples, {options.targets}, width {options.width}"
+        print(f"\n{activation}: {size}, condition number of the kernel {condition:.3g}\n")
         print(report(rows, seconds), flush=True)
         draw(rows, axes[2 * index : 2 * index + 2], activation)
-    save(figure, options.output / "closed-forms.png")
+    save(figure, options.output / f"closed-forms-{options.targets}.png")
 
 
 if __name__ == "__main__":

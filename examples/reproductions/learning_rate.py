@@ -137,7 +137,7 @@ def draw(results: Results, path: Path) -> None:
     x = "learning rate / largest stable one at initialisation"
     for axis in (axes[0], axes[2]):
         axis.axvline(1, color="#555555", linestyle=":", linewidth=1.5)
-    finish(axes[0], x, "linearised against trained: difference / change", scales="linear-log", loc="upper left")
+    finish(axes[0], x, "linearised against trained: difference / change", scales="linear-log", loc="center right")
     finish(axes[1], "optimizer step", "loss, ReLU, one seed", scales="log-log", loc="lower left")
     axes[2].axhline(1, color="#555555", linestyle=":", linewidth=1.5)
     finish(axes[2], x, "learning rate / largest stable one at the end", scales="linear-linear", loc="upper left")

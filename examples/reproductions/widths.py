@@ -52,9 +52,9 @@ EXPECTED: dict[str, dict[str, float]] = {
     "ntk/change/hidden": {"ntk": -1, "standard": -1},
     "ntk/change/output": {"ntk": -0.5, "standard": -0.5},
 }
-# The theorem wants a smooth activation. The derivative of ReLU jumps, and a heuristic count of the jumps gives: preactivations move by
-# n^(-1/2), so that a share n^(-1/2) of all units changes sign. Squares of what they change add up to n^(-1/4) in the weights; with
-# random signs they leave n^(-3/4) in outputs and kernel.
+# The theorem wants a smooth activation. The derivative of ReLU jumps, and a heuristic count of the jumps gives: preactivations
+# move by n^(-1/2), so that a share n^(-1/2) of all units changes sign. Squares of what they change add up to n^(-1/4) in the
+# weights; with random signs they leave n^(-3/4) in outputs and kernel.
 EXPECTED_DISTANCES: dict[str, dict[str, float]] = {
     DISTANCE: {"tanh": -0.5, "relu": -0.25},
     GAP: {"tanh": -1, "relu": -0.75},
