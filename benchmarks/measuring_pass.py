@@ -12,7 +12,8 @@ from torch import nn
 
 from lightning_ntk import LinearizedTraining
 from lightning_ntk.following import StepSettings
-from lightning_ntk.observation import Observation, Options
+from lightning_ntk.observation import Observation
+from lightning_ntk.options import Options
 
 
 def against_an_epoch(samples: int = 1797, batch_size: int = 256, repeats: int = 9) -> Iterator[Comparison]:
@@ -43,7 +44,7 @@ def measure(name: str, samples: int, batch_size: int, repeats: int) -> dict[str,
         module,
         torch.optim.SGD(module.parameters(), lr=0.01),
         options,
-        data=(inputs, targets),
+        data=lambda: (inputs, targets),
         differences=lambda *_: [],
         horizon=1,
     )

@@ -21,8 +21,8 @@ from torch import Tensor, nn
 
 from lightning_ntk import Linearization
 from lightning_ntk.dynamics.twin import Twin
-from lightning_ntk.linearization import trainable_parameters
 from lightning_ntk.losses import Objective
+from lightning_ntk.parameters import trainable_parameters
 
 
 def measure(name: str, batch_size: int, repeats: int) -> dict[str, float]:

@@ -3,12 +3,26 @@
 from collections.abc import Sequence
 from typing import Any, get_args
 
+import torch
+
 
 def require_choice(name: str, value: object, choices: object) -> None:
     """Raises a ValueError if an argument is none of the values of a Literal."""
     allowed = [v for c in get_args(choices) for v in (get_args(c) or [c])]
     if value not in allowed:
         raise ValueError(f"Expected argument `{name}` to be one of {', '.join(map(repr, allowed))} but got {value!r}.")
+
+
+def require_device(name: str, value: object) -> None:
+    """Raises a ValueError if an argument is neither None nor the name of a device."""
+    try:
+        valid = value is None or (isinstance(value, str) and bool(torch.device(value)))
+    except RuntimeError:
+        valid = False
+    if not valid:
+        raise ValueError(
+            f'Expected argument `{name}` to be a device such as "cpu" or "cuda:0", or None, but got {value!r}.'
+        )
 
 
 def require_integer(name: str, value: object, *, least: int) -> None:

@@ -1,7 +1,7 @@
 """What is computed once, when the training of a network is captured."""
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Literal
 
 import torch
@@ -10,14 +10,16 @@ from torch import Tensor, nn
 from lightning_ntk.checks import check_adjoint, check_determinism, check_kernel
 from lightning_ntk.classes import Classes
 from lightning_ntk.isolation import preserved_rng
-from lightning_ntk.jacobian import Jacobian, StoredJacobian, StreamedJacobian, predict
+from lightning_ntk.jacobian import Jacobian, StoredJacobian, StreamedJacobian, join_outputs, predict
 from lightning_ntk.kernel import compute_kernel
 from lightning_ntk.kernel.contraction import contract, sample_jacobians
-from lightning_ntk.linearization import Linearization, Predict, Tensors
+from lightning_ntk.linearization import Linearization, Predict
 from lightning_ntk.losses import Loss, Objective
+from lightning_ntk.parameters import Tensors
 from lightning_ntk.progress import track
-from lightning_ntk.reference import Data, Reference, Unpack
+from lightning_ntk.reference import Batch, Data, Reference, Unpack
 from lightning_ntk.sample_index import sample_digests
+from lightning_ntk.shards import ALONE, Shards
 
 JacobianStorage = Literal["streamed", "stored"]
 
@@ -34,8 +36,12 @@ class Capture:
         jacobian: "streamed" or "stored".
         batch_size: Samples in one pass.
         dtype: Type of the passes.
+        device: Where the kernel and all that is as large as its rows is kept. Default: with the passes, on the device of the
+            parameters.
         progress: Whether passes show a progress bar.
         start: What `Linearization.state_dict` returned, to linearise at in the place of the module's own state.
+        shards: The processes that share the passes. All of them read the whole data set once, later only their rows. Buffers
+            are those of the first process, as in distributed training.
 
     Attributes:
         linearization: The network at w0.
@@ -61,19 +67,25 @@ class Capture:
         jacobian: JacobianStorage = "streamed",
         batch_size: int = 256,
         dtype: torch.dtype | None = None,
+        device: torch.device | None = None,
         progress: bool = False,
         start: Mapping[str, Mapping[str, Tensor]] | None = None,
+        shards: Shards = ALONE,
     ) -> None:
         self.progress = progress
+        self.shards = shards
         self.unpack = unpack
         with preserved_rng():
             self.linearization = Linearization(module, predict=predict, dtype=dtype)
+            self.device = device or self.linearization.device
             if start is not None:
                 self.linearization.load_state_dict(start)
+            share_buffers(self.linearization, shards)
             self.reference = Reference(data, batch_size=batch_size, unpack=unpack)
             self.predictions, targets, self.fingerprint = first_pass(
-                self.linearization, self.reference, progress=progress
+                self.linearization, self.reference, progress=progress, shards=shards
             )
+            shards.require_same(self.fingerprint, "reference data")
             check_determinism(self.linearization, self.reference, self.predictions)
             self.objective = Objective(
                 nn.MSELoss() if loss is None else loss, self.predictions, targets, flat=self.linearization.flat
@@ -81,7 +93,9 @@ class Capture:
             self.jacobian: Jacobian = (
                 store_jacobian(self.linearization, self.reference, progress=progress)
                 if jacobian == "stored"
-                else StreamedJacobian(self.linearization, self.reference, self.predictions, progress=progress)
+                else StreamedJacobian(
+                    self.linearization, self.reference, self.predictions, progress=progress, shards=shards
+                )
             )
             check_adjoint(self.linearization, self.jacobian, self.predictions)
         squared = self.objective.factor is not None
@@ -95,7 +109,9 @@ class Capture:
     def predict(self, weights: Mapping[str, Tensor]) -> Tensor:
         """Outputs of the (non-linear) network at other weights, `(N, K)`: one forward pass over the training set."""
         with preserved_rng():
-            return predict(self.linearization, self.reference, params=weights, progress=self.progress)
+            return predict(
+                self.linearization, self.reference, params=weights, progress=self.progress, shards=self.shards
+            )
 
     def push_forward(self, tangent: Mapping[str, Tensor]) -> Tensor:
         """J v, `(N, K)` in float64."""
@@ -112,24 +128,43 @@ class Capture:
         return self.objective.value(predictions.detach().cpu(), self.objective.targets).item()
 
 
-def first_pass(linearization: Linearization, reference: Reference, *, progress: bool) -> tuple[Tensor, Tensor, str]:
+def share_buffers(linearization: Linearization, shards: Shards) -> None:
+    """Gives all processes the buffers of the first one: their batches, and with them running statistics, differ."""
+    if shards.size > 1:
+        for buffer in linearization.buffers.values():
+            shards.broadcast_(buffer)
+
+
+def first_pass(
+    linearization: Linearization, reference: Reference, *, progress: bool, shards: Shards = ALONE
+) -> tuple[Tensor, Tensor, str]:
     """Outputs `(N, K)`, targets and a digest of the whole data set.
 
     Raises:
         ValueError: If there are no targets, or if anything is NaN or infinite.
     """
     outputs, targets, digest = [], [], hashlib.blake2b(digest_size=16)
-    for batch in track(reference.batches(), "initial predictions", total=reference.num_batches, enabled=progress):
+    own = shards.rows(len(reference))
+    for batch in track(
+        _batches_around(reference, own), "initial predictions", total=reference.num_batches, enabled=progress
+    ):
         if batch.target is None:
             raise ValueError("Expected the training set to have targets but its batches hold inputs only.")
         for name, value in (("inputs", batch.inputs), ("targets", batch.target)):
             _require_finite(name, value, batch.rows)
         for sample in sample_digests(batch.inputs, batch.target):
             digest.update(sample)
-        outputs.append(linearization.predict(batch.inputs))
         targets.append(batch.target.detach().cpu())
-        _require_finite("initial outputs", outputs[-1], batch.rows)
-    return torch.cat(outputs), torch.cat(targets), digest.hexdigest()
+        if batch.rows.start in own:
+            outputs.append(linearization.predict(batch.inputs))
+            _require_finite("initial outputs", outputs[-1], batch.rows)
+    return join_outputs(outputs, linearization, reference, shards), torch.cat(targets), digest.hexdigest()
+
+
+def _batches_around(reference: Reference, own: range) -> Iterator[Batch]:
+    """All batches in order, none of which holds rows inside and outside of `own`."""
+    for rows in (range(own.start), own, range(own.stop, len(reference))):
+        yield from reference.batches(rows)
 
 
 def store_jacobian(linearization: Linearization, reference: Reference, *, progress: bool) -> StoredJacobian:
@@ -152,13 +187,20 @@ def training_kernel(given: Tensor | None, capture: Capture, *, dtype: torch.dtyp
             raise ValueError(f"Expected argument `ntk` of shape {(size, size)} but got {tuple(given.shape)}.")
         if not given.isfinite().all():
             raise ValueError("Expected argument `ntk` to be finite but it holds NaN or infinity.")
-        kernel = given.detach()
+        kernel = given.detach().to(capture.device)
         if not torch.allclose(kernel, kernel.T, rtol=1e-3, atol=1e-4 * kernel.abs().max().item()):
             raise ValueError("Expected argument `ntk` to be symmetric, the kernel of the training set with itself.")
     elif isinstance(jacobian, StoredJacobian):
-        kernel = contract(jacobian.blocks, jacobian.blocks, dtype)
+        kernel = contract(jacobian.blocks, jacobian.blocks, dtype).to(capture.device)
     else:
-        kernel = compute_kernel(linearization, capture.reference, dtype=dtype, progress=capture.progress)
+        kernel = compute_kernel(
+            linearization,
+            capture.reference,
+            dtype=dtype,
+            device=capture.device,
+            progress=capture.progress,
+            shards=capture.shards,
+        )
     # A kernel computed earlier may come from float32 passes whatever its type is now.
     computed = linearization.dtype if given is None else torch.float32
     check_kernel(jacobian, kernel, capture.predictions, dtype=computed)

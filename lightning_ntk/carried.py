@@ -11,7 +11,7 @@ from lightning_ntk.distances import norm
 from lightning_ntk.dynamics.filters import Start
 from lightning_ntk.dynamics.hyperparameters import Hyperparameters
 from lightning_ntk.jacobian import wide_dtype
-from lightning_ntk.linearization import Tensors
+from lightning_ntk.parameters import Tensors
 from lightning_ntk.scaling import Scaling
 
 

@@ -18,8 +18,8 @@ from torch import Tensor
 from lightning_ntk.capture import Capture
 from lightning_ntk.carried import CarriedVector
 from lightning_ntk.distances import difference, inner_product, norm
-from lightning_ntk.linearization import Tensors
 from lightning_ntk.modal_training import ModalTraining
+from lightning_ntk.parameters import Tensors
 from lightning_ntk.readout import LinearizedState
 from lightning_ntk.refinement import CompleteModes
 from lightning_ntk.scaling import Scaling

@@ -7,7 +7,7 @@ from torch import Tensor
 from lightning_ntk.capture import Capture
 from lightning_ntk.distances import norm, parameter_distances, ratio, root_mean_square, weight_distances
 from lightning_ntk.following import LinearizedNetwork
-from lightning_ntk.linearization import Tensors
+from lightning_ntk.parameters import Tensors, plain_name
 from lightning_ntk.training import LinearizedTraining
 
 
@@ -21,7 +21,8 @@ def compare_weights(displacement: Tensors, linearized: Tensors, *, per_parameter
     Args:
         displacement: w_t - w_0 of the trained network, by parameter name, in float64.
         linearized: w_lin(t) - w_0.
-        per_parameter: Whether to add `parameter/<name>`, the relative distance of each tensor.
+        per_parameter: Whether to add `parameter/<name>`, the relative distance of each tensor, under its name without
+            `torch.compile`.
 
     Returns:
         The scalars of `weight_distances`, and those of each parameter.
@@ -29,13 +30,25 @@ def compare_weights(displacement: Tensors, linearized: Tensors, *, per_parameter
     scalars = weight_distances(displacement, linearized)
     if per_parameter:
         distances = parameter_distances(displacement, linearized)
-        scalars |= {f"parameter/{name}": value for name, value in distances.items()}
+        scalars |= {f"parameter/{plain_name(name)}": value for name, value in distances.items()}
     return scalars
 
 
-def compare_functions(
-    data: Capture, weights: Mapping[str, Tensor], network: LinearizedNetwork, pushed: Tensor | None
-) -> dict[str, float]:
+def outputs_of(data: Capture, weights: Mapping[str, Tensor], network: LinearizedNetwork) -> tuple[Tensor, Tensor]:
+    """Outputs of the trained and of the linearised network, `(N, K)` each in float64 on the CPU.
+
+    Args:
+        data: The data set, captured at w_0.
+        weights: The trained weights w_t.
+        network: The linearised network. Its predictions, if it has any, must be those on this data set.
+    """
+    linearized = network.predictions
+    if linearized is None:
+        linearized = data.predictions.cpu().double() + data.push_forward(network.displacement).cpu()
+    return data.predict(weights).cpu().double(), linearized
+
+
+def compare_functions(data: Capture, trained: Tensor, linearized: Tensor, pushed: Tensor | None) -> dict[str, float]:
     r"""Distances in function space, on one data set.
 
     Three networks are compared: the trained one, f_t; the one whose training was linearised, f_lin; and the first-order
@@ -43,8 +56,8 @@ def compare_functions(
 
     Args:
         data: The data set, captured at w_0.
-        weights: The trained weights w_t.
-        network: The linearised network. Its predictions, if it has any, must be those on this data set.
+        trained: f_t on it, `(N, K)` in float64 on the CPU.
+        linearized: f_lin(t) on it, likewise.
         pushed: J (w_t - w_0), `(N, K)`, or None to leave the expansion out.
 
     Returns:
@@ -53,10 +66,6 @@ def compare_functions(
         `taylor_accuracy`.
     """
     start = data.predictions.cpu().double()
-    trained = data.predict(weights).cpu().double()
-    linearized = network.predictions
-    if linearized is None:
-        linearized = start + data.push_forward(network.displacement).cpu()
     outputs = {"": trained, "linearized_": linearized}
     scalars = {
         "prediction_rmse": root_mean_square(trained - linearized),
@@ -71,26 +80,22 @@ def compare_functions(
     return scalars
 
 
-def compare_modes(
-    training: LinearizedTraining, weights: Mapping[str, Tensor], network: LinearizedNetwork, count: int
-) -> dict[str, float]:
+def compare_modes(training: LinearizedTraining, trained: Tensor, linearized: Tensor, count: int) -> dict[str, float]:
     r"""The residuals of both networks along the leading eigenvectors u_i of the kernel.
 
     Args:
         training: The captured problem.
-        weights: The trained weights w_t.
-        network: The linearised network, with predictions on the training set.
+        trained: Outputs of the trained network on the training set, `(N, K)` in float64 on the CPU.
+        linearized: Those of the linearised network.
         count: How many modes.
 
     Returns:
         For i = 1, 2, ..., the largest eigenvalue first, `mode/i/residual` :math:`u_i^\top (f_t - Y)` and
         `mode/i/linearized_residual` :math:`u_i^\top (f_\text{lin} - Y)`.
     """
-    assert network.predictions is not None
-    trained = training.capture.predict(weights).cpu().double()
     basis = training.modes.basis[:, -count:].flip(1).cpu()
     scalars: dict[str, float] = {}
-    for kind, outputs in (("residual", trained), ("linearized_residual", network.predictions)):
+    for kind, outputs in (("residual", trained), ("linearized_residual", linearized)):
         residuals = basis.T @ (outputs - training.targets).flatten()
         scalars |= {f"mode/{i}/{kind}": value for i, value in enumerate(residuals.tolist(), 1)}
     return scalars

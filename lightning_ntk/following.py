@@ -12,10 +12,12 @@ from lightning_ntk.carried import decaying_weights
 from lightning_ntk.dynamics.replay import Replay
 from lightning_ntk.dynamics.sgd import SGDSettings
 from lightning_ntk.dynamics.twin import Twin
-from lightning_ntk.linearization import Linearization, Tensors
+from lightning_ntk.linearization import Linearization
 from lightning_ntk.losses import Loss, Objective
+from lightning_ntk.parameters import Tensors
 from lightning_ntk.sample_index import SampleIndex
 from lightning_ntk.scaling import Scaling
+from lightning_ntk.shards import ALONE, Shards, mean_over
 from lightning_ntk.training import LinearizedTraining
 
 
@@ -56,6 +58,9 @@ class Follower(Protocol):
     def step(self, settings: StepSettings) -> None:
         """One optimizer step, with the micro-batches seen since the last one."""
 
+    def skip(self) -> None:
+        """Forgets the micro-batches seen since the last step: the optimizer did not step."""
+
     def network(self) -> LinearizedNetwork:
         """The linearised network after the steps so far."""
 
@@ -83,8 +88,20 @@ class ModesFollower:
 
     def step(self, settings: StepSettings) -> None:
         """One step with the settings of the first parameter group."""
-        self._settings.append(SGDSettings.of(settings.groups[0]))
+        used = SGDSettings.of(settings.groups[0])
+        # Gradient flow has a duration of each step, and nothing else of an optimizer.
+        self._settings.append(SGDSettings(used.lr) if self._training.dynamics == "gradient_flow" else used)
         self._run.step(self._settings[-1])
+
+    def skip(self) -> None:
+        """Nothing: what a batch holds is not looked at."""
+
+    @property
+    def kernel_time(self) -> float | None:
+        r"""The sum of the learning rates times the factor of the loss, :math:`\eta t`; None with momentum or decay."""
+        if any(s.momentum or s.weight_decay for s in self._settings):
+            return None
+        return self._training.loss_factor * sum(s.lr for s in self._settings)
 
     def network(self) -> LinearizedNetwork:
         """One pass over the training set."""
@@ -139,6 +156,7 @@ class ReplayFollower:
             capture.objective,
             initial_image=self._image(self._decaying),
             momentum_image=self._image(self._momentum),
+            shards=capture.shards,
         )
 
     def _in_coordinates(self, vector: Tensors | None) -> Tensors | None:
@@ -164,6 +182,10 @@ class ReplayFollower:
         self._replay.step(
             SGDSettings.of(settings.groups[0]), clip_norm=settings.clip_norm, clip_value=settings.clip_value
         )
+
+    def skip(self) -> None:
+        """Drops the batches seen since the last step."""
+        self._replay.forget()
 
     def network(self) -> LinearizedNetwork:
         """One pass over the training set."""
@@ -199,6 +221,7 @@ class TwinFollower:
         parameters: The live parameters, with the names of `linearization.params`.
         loss: Of outputs and targets.
         every: Steps that share one gradient, that of the first of them; 1 is exact.
+        shards: The processes whose gradients a step averages, as distributed training does; each sees its own batches.
     """
 
     def __init__(
@@ -209,7 +232,9 @@ class TwinFollower:
         loss: Loss,
         *,
         every: int = 1,
+        shards: Shards = ALONE,
     ) -> None:
+        self._shards = shards
         self._linearization = linearization
         self._loss = loss
         self._every = every
@@ -228,15 +253,20 @@ class TwinFollower:
 
     def step(self, settings: StepSettings) -> None:
         """One step of the twin's optimizer."""
-        if self._every > 1:
-            if self._kept is not None and self._steps % self._every:
-                self._twin.gradients = self._kept
-            else:
-                self._kept = self._twin.gradients
+        if self._kept is not None and self._steps % self._every:
+            self._twin.gradients = self._kept
+        else:
+            if self._shards.size > 1:
+                self._twin.gradients = mean_over(self._shards, self._twin.gradients)
+            self._kept = self._twin.gradients if self._every > 1 else None
         self._twin.step(
             settings.groups, clip_norm=settings.clip_norm, clip_value=settings.clip_value, frozen=settings.frozen
         )
         self._steps += 1
+
+    def skip(self) -> None:
+        """Drops the gradient of the batches seen since the last step."""
+        self._twin.forget()
 
     def network(self) -> LinearizedNetwork:
         """No pass."""

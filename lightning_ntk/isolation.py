@@ -55,9 +55,19 @@ def evaluation_mode(module: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
+def without_compilation() -> Iterator[None]:
+    """Runs what `torch.compile` has wrapped as the plain Python that it was: graphs of a run know no tangents and no clones."""
+    if "torch._dynamo" not in sys.modules:  # nothing has been compiled, and the import takes a second
+        yield
+        return
+    with torch.compiler.set_stance("force_eager"):
+        yield
+
+
+@contextmanager
 def isolated_pass(module: nn.Module, device_type: str) -> Iterator[None]:
-    """A forward or backward pass in eval mode, full precision and outside `torch.inference_mode`."""
-    with torch.inference_mode(False), full_precision(device_type), evaluation_mode(module):
+    """A forward or backward pass in eval mode and full precision, outside `torch.inference_mode` and `torch.compile`."""
+    with torch.inference_mode(False), full_precision(device_type), evaluation_mode(module), without_compilation():
         yield
 
 

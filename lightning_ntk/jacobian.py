@@ -3,15 +3,17 @@
 J has N K rows, in sample-major order (row n K + k), and P columns.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from lightning_ntk.linearization import Linearization, Tensors
+from lightning_ntk.linearization import Linearization
+from lightning_ntk.parameters import Tensors
 from lightning_ntk.progress import track
 from lightning_ntk.reference import Batch, Reference
+from lightning_ntk.shards import ALONE, Shards, sum_over
 
 _BATCHES_PER_PARTIAL_SUM = 8
 
@@ -37,24 +39,33 @@ class StreamedJacobian:
         reference: The data set.
         predictions: The outputs at capture, `(N, K)`.
         progress: Whether passes show a progress bar.
+        shards: The processes that share every pass, each one's rows being its own.
     """
 
     def __init__(
-        self, linearization: Linearization, reference: Reference, predictions: Tensor, *, progress: bool = False
+        self,
+        linearization: Linearization,
+        reference: Reference,
+        predictions: Tensor,
+        *,
+        progress: bool = False,
+        shards: Shards = ALONE,
     ) -> None:
         self.linearization = linearization
         self.reference = reference
         self.predictions = predictions
         self.progress = progress
+        self.shards = shards
+        self._rows = shards.rows(len(reference))
 
     def jvp(self, tangent: Mapping[str, Tensor]) -> Tensor:
         """J v, `(N, K)` in float64: one forward-mode pass."""
-        product = torch.empty_like(self.predictions, dtype=wide_dtype(self.predictions.device))
+        product = torch.zeros_like(self.predictions, dtype=wide_dtype(self.predictions.device))
         outputs = torch.empty_like(self.predictions)
         for batch in self._stream("Jacobian-vector product"):
             outputs[batch.rows], product[batch.rows] = self.linearization.predict_and_jvp(tangent, batch.inputs)
         self._compare(outputs)
-        return product
+        return self.shards.sum_(product)
 
     def vjp(self, cotangents: Tensor) -> Tensors:
         """J^T u for cotangents `(T, N, K)`: one forward and T backward passes, results `(T, *shape)` in float64."""
@@ -68,18 +79,24 @@ class StreamedJacobian:
             outputs[batch.rows], gradients = self.linearization.predict_and_vjp(cotangents[:, batch.rows], batch.inputs)
             # Copies: gradients of different parameters may be one tensor, which adding in place would corrupt.
             partial = _add(partial, gradients) if partial else _copy(gradients, self.linearization.dtype)
-            if number % _BATCHES_PER_PARTIAL_SUM == 0 or number == self.reference.num_batches:
+            if number % _BATCHES_PER_PARTIAL_SUM == 0 or batch.rows.stop == self._rows.stop:
                 sums = _add(sums, partial) if sums else _copy(partial, wide)
                 partial = []
         self._compare(outputs)
-        return {name: _stack([total[name] for total in sums]) for name in self.linearization.params}
+        params = self.linearization.params
+        if not sums:  # more processes than samples
+            sums = [{name: torch.zeros_like(p, dtype=wide) for name, p in params.items()} for _ in cotangents]
+        return sum_over(self.shards, {name: _stack([total[name] for total in sums]) for name in params})
 
     def _stream(self, description: str) -> Iterator[Batch]:
-        return track(self.reference.batches(), description, total=self.reference.num_batches, enabled=self.progress)
+        batches, total = self.reference.batches(self._rows), self.reference.count_batches(self._rows)
+        return track(batches, description, total=total, enabled=self.progress)
 
     def _compare(self, outputs: Tensor) -> None:
-        if not close(outputs, self.predictions):
-            sample = int((outputs - self.predictions).abs().amax(1).argmax())
+        own = slice(self._rows.start, self._rows.stop)
+        outputs, expected = outputs[own], self.predictions[own]
+        if len(outputs) and not close(outputs, expected):
+            sample = self._rows.start + int((outputs - expected).abs().amax(1).argmax())
             raise RuntimeError(
                 f"The predictions at the initial weights are not those of the capture, most of all for sample {sample}: "
                 "the reference data changed its content or order in between, or the network is not deterministic."
@@ -136,11 +153,26 @@ def predict(
     *,
     params: Mapping[str, Tensor] | None = None,
     progress: bool = False,
+    shards: Shards = ALONE,
 ) -> Tensor:
     """Outputs of the network on all of a data set, `(N, K)`, at the captured weights or at `params`."""
     params = linearization.params if params is None else params
-    batches = track(reference.batches(), "predictions", total=reference.num_batches, enabled=progress)
-    return torch.cat([linearization.predict_at(params, batch.inputs) for batch in batches])
+    rows = shards.rows(len(reference))
+    batches = track(reference.batches(rows), "predictions", total=reference.count_batches(rows), enabled=progress)
+    own = [linearization.predict_at(params, batch.inputs) for batch in batches]
+    return join_outputs(own, linearization, reference, shards)
+
+
+def join_outputs(own: Sequence[Tensor], linearization: Linearization, reference: Reference, shards: Shards) -> Tensor:
+    """Outputs `(N, K)` of all samples from those of this process's batches."""
+    if shards.size == 1:
+        return torch.cat(list(own))
+    rows = shards.rows(len(reference))
+    if not own:  # more processes than samples
+        own = [linearization.predict(reference.read(0, 1).inputs)[:0]]
+    joined = own[0].new_zeros(len(reference), own[0].shape[1])
+    joined[rows.start : rows.stop] = torch.cat(list(own))
+    return shards.sum_(joined)
 
 
 def close(actual: Tensor, expected: Tensor, *, roundings: float = 1e4) -> bool:

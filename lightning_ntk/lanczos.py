@@ -10,6 +10,7 @@ from torch import Tensor
 from lightning_ntk.isolation import preserved_rng
 from lightning_ntk.jacobian import Jacobian, wide_dtype
 from lightning_ntk.modes import Modes
+from lightning_ntk.shards import ALONE, Shards
 
 # Maps vectors `(T, N K)` to their products with the kernel, in float64.
 Product = Callable[[Tensor], Tensor]
@@ -154,18 +155,33 @@ def extend(processes: Sequence[Lanczos], product: Product) -> None:
             lanczos.add(vector)
 
 
-def kernel_product(kernel: Tensor) -> Product:
+def kernel_product(kernel: Tensor, shards: Shards = ALONE) -> Product:
     """Products with a dense kernel `(N K, N K)`: exact for its numbers, whatever their type.
 
     A kernel in float32 is widened piece by piece and never copied as a whole: products rounded to float32 would cost
     five digits of what Lanczos can give.
+
+    Args:
+        kernel: `(N K, N K)`.
+        shards: The processes that share its rows.
     """
     kernel = kernel.detach()
+    own = shards.rows(len(kernel))
+    part = kernel[own.start : own.stop]
     if kernel.dtype == torch.float64:
-        return lambda vectors: vectors @ kernel.T
-    rows = max(1, _WIDENED_AT_ONCE.get(kernel.device.type, 2**18) // kernel.shape[1])
-    blocks = torch.split(kernel, rows)
-    return lambda vectors: torch.cat([vectors @ block.to(vectors.dtype).T for block in blocks], dim=1)
+        blocks: tuple[Tensor, ...] = (part,)
+    else:
+        blocks = torch.split(part, max(1, _WIDENED_AT_ONCE.get(kernel.device.type, 2**18) // kernel.shape[1]))
+
+    def product(vectors: Tensor) -> Tensor:
+        products = torch.cat([vectors @ block.to(vectors.dtype).T for block in blocks], dim=1)
+        if shards.size == 1:
+            return products
+        joined = vectors.new_zeros(len(vectors), len(kernel))
+        joined[:, own.start : own.stop] = products
+        return shards.sum_(joined)
+
+    return product
 
 
 def jacobian_product(jacobian: Jacobian, shape: torch.Size) -> Product:

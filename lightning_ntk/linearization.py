@@ -14,9 +14,9 @@ from torch.utils import _pytree as pytree
 from torch.utils.checkpoint import CheckpointError
 
 from lightning_ntk.isolation import isolated_pass, without_library_kernels
+from lightning_ntk.parameters import Tensors, matching, trainable_parameters
 
 T = TypeVar("T")
-Tensors: TypeAlias = dict[str, Tensor]
 Predict: TypeAlias = Callable[[nn.Module, Any], Tensor]
 
 
@@ -24,30 +24,6 @@ def call_module(module: nn.Module, inputs: Any) -> Tensor:
     """The default `predict`: `module(inputs)`, or `module(*inputs)` when the inputs are a tuple or list."""
     outputs: Tensor = module(*inputs) if isinstance(inputs, tuple | list) else module(inputs)
     return outputs
-
-
-def trainable_parameters(module: nn.Module) -> Tensors:
-    """The live parameters that require a gradient, tied ones once, under their names in `named_parameters()`.
-
-    Raises:
-        ValueError: If there are none, if one is not initialised yet (lazy modules), or not real-valued.
-    """
-    for name, parameter in module.named_parameters():
-        if isinstance(parameter, nn.parameter.UninitializedParameter):
-            raise ValueError(
-                f"Expected initialised parameters but got the uninitialised `{name}` of a lazy module. "
-                "Run one batch through the module before capturing it."
-            )
-    parameters: Tensors = {name: p for name, p in module.named_parameters() if p.requires_grad}
-    if not parameters:
-        raise ValueError(
-            "Expected argument `module` to have trainable parameters but none has requires_grad=True. "
-            "Unfreeze the parameters whose linearised training is wanted."
-        )
-    for name, tensor in parameters.items():
-        if not tensor.is_floating_point():
-            raise ValueError(f"Expected real floating-point parameters but `{name}` has dtype {tensor.dtype}.")
-    return parameters
 
 
 class _Predictor(nn.Module):
@@ -113,7 +89,7 @@ class Linearization:
         self._jvp_rung = 0
         self._shares_forward = True
         with torch.inference_mode(False), torch.no_grad():
-            self.params = {name: self._clone(p) for name, p in _matching(params, live).items()}
+            self.params = {name: self._clone(p) for name, p in matching(params, live).items()}
             self._frozen = {n: self._clone(p) for n, p in module.named_parameters() if not p.requires_grad}
             self.buffers = {name: self._clone(buffer) for name, buffer in module.named_buffers()}
 
@@ -159,7 +135,7 @@ class Linearization:
         own = self.state_dict()
         with torch.inference_mode(False), torch.no_grad():
             for kind, name in (("params", "params"), ("frozen", "_frozen"), ("buffers", "buffers")):
-                tensors = _matching(state[kind], own[kind])
+                tensors = matching(state[kind], own[kind])
                 setattr(self, name, {key: self._clone(value.to(self.device)) for key, value in tensors.items()})
 
     def unused(self, inputs: Any) -> set[str]:
@@ -346,7 +322,7 @@ class Linearization:
         return tensor.detach().to(self.dtype if tensor.is_floating_point() else None).clone()
 
     def _convert_all(self, tensors: Mapping[str, Tensor]) -> Tensors:
-        return {n: t.detach().to(self.device, self.dtype) for n, t in _matching(tensors, self.params).items()}
+        return {n: t.detach().to(self.device, self.dtype) for n, t in matching(tensors, self.params).items()}
 
 
 def _require_outputs(outputs: Any) -> Tensor:
@@ -365,19 +341,6 @@ def _gradient(outputs: Tensor, leaves: Tensors, cotangent: Tensor, **options: bo
         outputs, list(leaves.values()), cotangent, allow_unused=True, materialize_grads=True, **options
     )
     return dict(zip(leaves, gradients, strict=True))
-
-
-def _matching(tensors: Mapping[str, Tensor] | None, expected: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-    """`tensors` in the order of `expected`, or `expected` itself if None; other names or shapes are refused."""
-    if tensors is None:
-        return expected
-    differing = sorted(expected.keys() ^ tensors.keys())
-    if differing:
-        raise ValueError(f"Expected tensors with the names {sorted(expected)} but these names differ: {differing}.")
-    for name, tensor in tensors.items():
-        if tensor.shape != expected[name].shape:
-            raise ValueError(f"Expected `{name}` of shape {tuple(expected[name].shape)} but got {tuple(tensor.shape)}.")
-    return {name: tensors[name] for name in expected}
 
 
 def _lacks_forward_mode(error: Exception) -> bool:

@@ -1,9 +1,17 @@
 """Eigen-modes of the kernel, and the residual in their basis."""
 
+import time
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from lightning_ntk.progress import wait_for
+
+# Rows from which a decomposition takes longer than a second on one core, ...
+_ROWS_OF_SECONDS = 2000
+# ... and of the one that is timed to say how long it will take, some hundredths of a second.
+_TRIAL_ROWS = 512
 
 
 @dataclass(frozen=True)
@@ -43,7 +51,7 @@ class Modes:
         return relative * max(self.eigenvalues[-1].item(), 0.0)
 
 
-def eigh_modes(kernel: Tensor, *vectors: Tensor) -> tuple[Modes, ...]:
+def eigh_modes(kernel: Tensor, *vectors: Tensor, progress: bool = False) -> tuple[Modes, ...]:
     """All modes, by a dense eigendecomposition in float64 on the CPU.
 
     float64 always: float32 puts the weights off by 1e-3 at eta * t * lambda_max = 1e4 on real kernels. On the CPU,
@@ -52,9 +60,23 @@ def eigh_modes(kernel: Tensor, *vectors: Tensor) -> tuple[Modes, ...]:
     Args:
         kernel: `(N K, N K)`, symmetric.
         vectors: f0 - Y, and J e for the vectors e that the weights carry along, each `(N K,)`.
+        progress: Whether a decomposition that takes seconds shows a bar.
 
     Returns:
         For each vector the modes, m = N K of them: the same but for its coefficients.
     """
-    eigenvalues, basis = torch.linalg.eigh(kernel.detach().cpu().double())
+    eigenvalues, basis = _eigh(kernel.detach().cpu().double(), progress=progress)
     return tuple(Modes(eigenvalues, basis, basis.T @ vector.detach().cpu().double()) for vector in vectors)
+
+
+def _eigh(matrix: Tensor, *, progress: bool) -> tuple[Tensor, Tensor]:
+    if len(matrix) < _ROWS_OF_SECONDS:
+        values, vectors = torch.linalg.eigh(matrix)
+        return values, vectors
+    started = time.perf_counter()
+    torch.linalg.eigh(matrix[:_TRIAL_ROWS, :_TRIAL_ROWS])
+    expected = (time.perf_counter() - started) * (len(matrix) / _TRIAL_ROWS) ** 3
+    values, vectors = wait_for(
+        lambda: torch.linalg.eigh(matrix), "eigendecomposition of the kernel", seconds=expected, enabled=progress
+    )
+    return values, vectors

@@ -1,57 +1,35 @@
 """A run compared with its linearised network: told of every batch and step, asked for scalars. It knows no Lightning."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_ntk.capture import Capture, JacobianStorage
-from lightning_ntk.comparison import compare_closest, compare_functions, compare_modes, compare_weights
+from lightning_ntk.capture import Capture, share_buffers
+from lightning_ntk.comparison import (
+    compare_closest,
+    compare_functions,
+    compare_modes,
+    compare_weights,
+    outputs_of,
+)
 from lightning_ntk.distances import difference
 from lightning_ntk.dynamics_choice import choose_dynamics
 from lightning_ntk.following import Follower, ModesFollower, ReplayFollower, StepSettings, TwinFollower
 from lightning_ntk.gradient_check import GradientMismatch, check_gradient
 from lightning_ntk.isolation import preserved_rng
-from lightning_ntk.linearization import Linearization, Predict, Tensors, trainable_parameters
-from lightning_ntk.losses import Loss, Objective
-from lightning_ntk.memory import available_memory
-from lightning_ntk.reference import Data, NoFixedOrderError, Unpack
+from lightning_ntk.kernel_probe import KernelProbe
+from lightning_ntk.linearization import Linearization
+from lightning_ntk.losses import Objective
+from lightning_ntk.observed_optimizer import ObservedOptimizer
+from lightning_ntk.options import Options
+from lightning_ntk.parameters import Tensors, trainable_parameters
+from lightning_ntk.reference import Data, NoFixedOrderError
 from lightning_ntk.sample_index import UnknownSamplesError
-from lightning_ntk.solvers import Solver
+from lightning_ntk.shards import ALONE, Shards, mean_over
 from lightning_ntk.training import LinearizedTraining
-
-FollowedDynamics = Literal["auto", "gradient_descent", "gradient_flow", "replay", "twin"]
-
-
-@dataclass(frozen=True)
-class Options:
-    """How a run is observed; the arguments of `LinearizationMonitor` of these names."""
-
-    dynamics: FollowedDynamics = "auto"
-    loss: Loss | None = None
-    predict: Predict | None = None
-    unpack: Unpack | None = None
-    solver: Solver = "auto"
-    jacobian: JacobianStorage = "streamed"
-    batch_size: int = 256
-    dtype: torch.dtype | None = None
-    twin_every: int = 1
-    per_parameter: bool = False
-    taylor: bool = True
-    closest: bool = False
-    modes: int = 0
-    progress: bool = False
-
-
-def hyperparameters(group: Mapping[str, Any]) -> dict[str, float]:
-    """The numbers in a parameter group that SGD depends on, 0 for those that it has not."""
-    names = ("momentum", "dampening", "nesterov", "weight_decay", "maximize")
-    # A warm-up begins with a rate of nothing: schedules note their base rate, and the largest, in the group.
-    rate = max(float(group.get(name) or 0) for name in ("lr", "initial_lr", "max_lr"))
-    return {"lr": rate} | {name: float(group.get(name) or 0) for name in names}
 
 
 class Observation:
@@ -61,17 +39,21 @@ class Observation:
         module: The network, at the weights w0 at which to linearise.
         optimizer: Its optimizer, in the state that it has there.
         options: How to observe.
-        data: The training set in a fixed order; None for none, with the twin.
+        data: Gives the training set in a fixed order, or raises a `NoFixedOrderError`; None for none, with the twin.
         evaluation: Other data on which to compare functions.
         differences: Phrases on what the run does that the named dynamics do not describe.
         horizon: Optimizer steps still to come, if known.
         momentum: The optimizer's momentum buffers, by parameter name.
         state: What `state_dict` returned in an earlier part of the run, to go on from.
+        shards: The processes of a distributed run, each of which observes its own batches. They call the methods together.
 
     Attributes:
         dynamics: Those that are followed.
         reason: Why, a sentence; empty if they were asked for.
         training: The captured problem of gradient descent or flow; None for other dynamics.
+        steps: Optimizer steps of the run since the capture.
+        steps_taken: Those that changed the weights.
+        outputs: Of the trained and of the linearised network on the reference at the last measurement, `(N, K)` each.
 
     Raises:
         ValueError: If data, network, loss or optimizer cannot be used.
@@ -84,20 +66,21 @@ class Observation:
         optimizer: Optimizer,
         options: Options,
         *,
-        data: Data | None,
+        data: Callable[[], Data] | None,
         evaluation: Data | None = None,
         differences: Callable[[str, int | None], Sequence[str]],
         horizon: float | None = None,
         momentum: Tensors | None = None,
         state: Mapping[str, Any] | None = None,
+        shards: Shards = ALONE,
     ) -> None:
         self._options = options
+        self._shards = shards
         self._start = None if state is None else state["start"]
-        self._optimizer = optimizer
         self._momentum = momentum if state is None else state["momentum"]
         self._horizon = horizon if state is None else state["horizon"]
-        self._settings = [hyperparameters(g) for g in optimizer.param_groups] if state is None else state["settings"]
         self._parameters = trainable_parameters(module)
+        self._optimizer = ObservedOptimizer(optimizer, self._parameters, None if state is None else state["settings"])
         self._reference, no_kernel = self._capture_if_possible(module, data)
         self._linearization = self._linearize(module) if self._reference is None else self._reference.linearization
         self._evaluation = None if evaluation is None else self._capture(module, evaluation)
@@ -109,13 +92,16 @@ class Observation:
             self.dynamics, self.reason = state["dynamics"], ""
         self.training: LinearizedTraining | None = None
         self._follower = self._follow()
+        self._probe = self._make_probe()
+        self.outputs: tuple[Tensor, Tensor] | None = None
         self._expected: Tensors | None = None
         self._objective = None if self._reference is None else self._reference.objective
-        self._first_frozen: set[str] | None = None
-        self.steps = 0
+        self.steps = self.steps_taken = 0
         if state is not None:
             self._follower.load_state_dict(state["follower"])
-            self.steps = int(state["steps"])
+            self.steps, self.steps_taken = int(state["steps"]), int(state["steps_taken"])
+            if self._probe is not None and state["kernel_probe"] is not None:
+                self._probe.load_state_dict(state["kernel_probe"])
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that the measurements to come depend on, as tensors, numbers, strings, dicts and lists.
@@ -126,17 +112,24 @@ class Observation:
             "start": self._linearization.state_dict(),
             "momentum": self._momentum,
             "horizon": self._horizon,
-            "settings": self._settings,
+            "settings": self._optimizer.settings,
             "dynamics": self.dynamics,
             "data": self._fingerprints,
             "follower": self._follower.state_dict(),
             "steps": self.steps,
+            "steps_taken": self.steps_taken,
+            "kernel_probe": None if self._probe is None else self._probe.state_dict(),
         }
 
     @property
     def initial_weights(self) -> Tensors:
         """w0 by parameter name."""
         return self._linearization.params
+
+    @property
+    def kernel_time(self) -> float | None:
+        r"""The time :math:`\eta t` of the kernel's modes by now, where one number says how far they are, see `ModesFollower`."""
+        return self._follower.kernel_time if isinstance(self._follower, ModesFollower) else None
 
     @property
     def num_samples(self) -> int | None:
@@ -155,7 +148,8 @@ class Observation:
         if self.steps > 0 or not isinstance(self._follower, ReplayFollower):
             return None
         try:
-            self._follower.rows(inputs, target)
+            with self._shards.agreement():
+                self._follower.rows(inputs, target)
         except UnknownSamplesError as error:
             if self._options.dynamics != "auto":
                 raise
@@ -167,7 +161,7 @@ class Observation:
     def see(self, inputs: Any, target: Tensor, scale: float) -> None:
         """One micro-batch, whose loss the run multiplied by `scale` before its backward pass."""
         with preserved_rng():
-            if self.steps == 0:
+            if self.steps_taken == 0:
                 self._add_expected_gradient(inputs, target, scale)
             self._follower.see(inputs, target, scale)
 
@@ -180,6 +174,13 @@ class Observation:
         with preserved_rng():
             self._follower.step(settings)
         self.steps += 1
+        self.steps_taken += 1
+
+    def skip(self) -> None:
+        """One optimizer step that is counted and was not taken, as without a gradient: what was seen for it is forgotten."""
+        self._follower.skip()
+        self._expected = None
+        self.steps += 1
 
     def warnings(self, settings: StepSettings) -> Iterator[tuple[str, str]]:
         """What the step that was just taken did and the dynamics do not describe: kinds, and ends of sentences."""
@@ -190,22 +191,9 @@ class Observation:
                 f"the learning rate {lr:.4g} is above {self.training.max_learning_rate:.4g}, the largest for which the "
                 "linearised network is stable: it diverges while the run may not.",
             )
-        rates = [float(group["lr"]) * self._settings[0]["lr"] for group in settings.groups]
-        scaled = [lr * own["lr"] for own in self._settings]
-        if self.dynamics != "twin" and any(abs(a - b) > 1e-9 * max(a, b) for a, b in zip(rates, scaled, strict=False)):
-            yield (
-                "rates",
-                "the ratio of the learning rates of the parameter groups is no longer that of the capture, which "
-                f'{self.dynamics.replace("_", " ")} goes on with: dynamics="twin" follows it.',
-            )
-        self._first_frozen = set(settings.frozen) if self._first_frozen is None else self._first_frozen
-        changed = sorted(self._first_frozen ^ set(settings.frozen))
-        if changed and self.dynamics != "twin":
-            yield (
-                "frozen",
-                f"the run began or ceased to train {', '.join(changed[:3])}{' and others' if changed[3:] else ''}, which "
-                f'{self.dynamics.replace("_", " ")} does not follow: dynamics="twin" does.',
-            )
+        if self.dynamics != "twin":
+            ends = f'{self.dynamics.replace("_", " ")} does not follow: dynamics="twin" does.'
+            yield from ((kind, f"{sentence}, which {ends}") for kind, sentence in self._optimizer.changes(settings))
 
     def check_first_gradient(
         self, actual: Mapping[str, Tensor | None], precision: torch.dtype
@@ -221,7 +209,7 @@ class Observation:
         """
         expected, self._expected = self._expected, None
         assert expected is not None
-        return check_gradient(actual, expected, dtype=precision)
+        return check_gradient(actual, mean_over(self._shards, expected), dtype=precision)
 
     def measure(self, weights: Mapping[str, Tensor]) -> dict[str, float]:
         """The scalars of trained weights w_t, with the names of `initial_weights`; others are ignored."""
@@ -233,18 +221,33 @@ class Observation:
             scalars = compare_weights(displacement, network.displacement, per_parameter=options.per_parameter)
             if self._reference is not None:
                 pushed = self._reference.push_forward(displacement).cpu() if options.taylor else None
-                scalars |= compare_functions(self._reference, weights, network, pushed)
+                self.outputs = outputs_of(self._reference, weights, network)
+                scalars |= compare_functions(self._reference, *self.outputs, pushed)
                 if self.training is not None and options.modes:
-                    scalars |= compare_modes(self.training, weights, network, options.modes)
+                    scalars |= compare_modes(self.training, *self.outputs, options.modes)
                 if self.training is not None and options.closest:
                     scalars |= compare_closest(self.training, displacement, self.steps)
             if self._evaluation is not None:
                 pushed = self._evaluation.push_forward(displacement).cpu() if options.taylor else None
-                there = compare_functions(self._evaluation, weights, network._replace(predictions=None), pushed)
-                scalars |= {f"evaluation/{name}": value for name, value in there.items()}
+                there = outputs_of(self._evaluation, weights, network._replace(predictions=None))
+                compared = compare_functions(self._evaluation, *there, pushed)
+                scalars |= {f"evaluation/{name}": value for name, value in compared.items()}
+            if self._probe is not None:
+                scalars |= self._probe.compare(weights, step=self.steps)
         if options.twin_every > 1 and self.dynamics == "twin":
             scalars["twin_coverage"] = 1 / options.twin_every
         return scalars
+
+    def _make_probe(self) -> KernelProbe | None:
+        if not self._options.kernel_probe:
+            return None
+        if self._reference is None:
+            raise ValueError(
+                "Expected a reference set, of which to take samples, with argument `kernel_probe` but there is none: give "
+                "`reference` a data set with a fixed order, or leave out `kernel_probe`."
+            )
+        with preserved_rng():
+            return KernelProbe(self._linearization, self._reference.reference, samples=self._options.kernel_probe)
 
     @property
     def _fingerprints(self) -> dict[str, str]:
@@ -264,20 +267,25 @@ class Observation:
         linearization = Linearization(module, predict=self._options.predict, dtype=self._options.dtype)
         if self._start is not None:
             linearization.load_state_dict(self._start)
+        share_buffers(linearization, self._shards)
         return linearization
 
     def _capture(self, module: nn.Module, data: Data) -> Capture:
         options = self._options
         return Capture(
             module, data, loss=options.loss, predict=options.predict, unpack=options.unpack, jacobian=options.jacobian,
-            batch_size=options.batch_size, dtype=options.dtype, progress=options.progress, start=self._start,
+            batch_size=options.batch_size, dtype=options.dtype, device=options.device, progress=options.progress,
+            start=self._start, shards=self._shards,
         )  # fmt: skip
 
-    def _capture_if_possible(self, module: nn.Module, data: Data | None) -> tuple[Capture | None, str | None]:
+    def _capture_if_possible(
+        self, module: nn.Module, data: Callable[[], Data] | None
+    ) -> tuple[Capture | None, str | None]:
         if data is None:
             return None, "there is no reference set"
         try:
-            return self._capture(module, data), None
+            with self._shards.agreement():
+                return self._capture(module, data()), None
         except NoFixedOrderError as error:
             if self._options.dynamics not in ("auto", "twin"):
                 raise
@@ -297,7 +305,7 @@ class Observation:
             no_kernel=no_kernel,
             not_squared=reference is not None and reference.objective.factor is None,
             kernel_bytes=float(rows) ** 2 * self._linearization.dtype.itemsize,
-            free=min(available_memory(), available_memory(self._linearization.device)),
+            free=self._shards.free_memory("cpu", options.device or self._linearization.device),
         )
         return choice.dynamics, choice.reason
 
@@ -305,18 +313,20 @@ class Observation:
         options = self._options
         if self.dynamics == "twin":
             loss = options.loss or nn.MSELoss()
-            return TwinFollower(self._linearization, self._optimizer, self._parameters, loss, every=options.twin_every)
+            return TwinFollower(
+                self._linearization, self._optimizer.optimizer, self._parameters, loss, every=options.twin_every,
+                shards=self._shards,
+            )  # fmt: skip
         assert self._reference is not None
-        settings, multiples = self._settings[0], self._multiples()
+        settings, multiples = self._optimizer.settings[0], self._optimizer.multiples()
         momentum = self._momentum if settings["momentum"] else None
         if self.dynamics == "replay":
             decays = settings["weight_decay"] != 0
             return ReplayFollower(self._reference, decays=decays, momentum=momentum, multiples=multiples)
-        if self.dynamics == "gradient_flow":
-            described: dict[str, Any] = {"lr": settings["lr"], "dynamics": "gradient_flow"}
-        else:
-            described = dict(settings) | {name: bool(settings[name]) for name in ("nesterov", "maximize")}
-            described["momentum_buffers"] = momentum
+        described: dict[str, Any] = {"lr": settings["lr"], "dynamics": "gradient_flow"}
+        if self.dynamics == "gradient_descent":
+            flags = {name: bool(settings[name]) for name in ("nesterov", "maximize")}
+            described = {**settings, **flags, "momentum_buffers": momentum}
         if options.closest and multiples is not None and not set(multiples.values()) <= {0.0, 1.0}:
             raise ValueError(
                 "Expected one learning rate with `closest=True` but the parameter groups have several. Use closest=False."
@@ -325,17 +335,6 @@ class Observation:
             self._reference, solver=options.solver, horizon=self._horizon, lr_scales=multiples, **described
         )
         return ModesFollower(self.training)
-
-    def _multiples(self) -> dict[str, float] | None:
-        """By parameter, the learning rate in units of that of the first group, 0 for those that the optimizer leaves out."""
-        groups = {id(p): n for n, group in enumerate(self._optimizer.param_groups) for p in group["params"]}
-        first = self._settings[0]["lr"]
-        multiples = {}
-        for name, parameter in self._parameters.items():
-            number = groups.get(id(parameter))
-            rate = 0.0 if number is None else self._settings[number]["lr"]
-            multiples[name] = rate / first if first and number is not None else float(number is not None)
-        return None if set(multiples.values()) == {1.0} else multiples
 
     def _add_expected_gradient(self, inputs: Any, target: Tensor, scale: float) -> None:
         linearization = self._linearization

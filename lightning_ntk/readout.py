@@ -9,8 +9,8 @@ from torch import Tensor
 from lightning_ntk.capture import Capture
 from lightning_ntk.carried import CarriedVector
 from lightning_ntk.dynamics.filters import Filters
-from lightning_ntk.linearization import Tensors
 from lightning_ntk.modes import Modes
+from lightning_ntk.parameters import Tensors
 
 
 class LinearizedState(NamedTuple):

@@ -7,7 +7,15 @@ from typing import Any, NamedTuple, TypeAlias, cast
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
-from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, TensorDataset
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    Dataset,
+    IterableDataset,
+    SequentialSampler,
+    Subset,
+    TensorDataset,
+)
 from torch.utils.data import default_collate as _default_collate
 
 Data: TypeAlias = Dataset[Any] | DataLoader[Any] | Tensor | tuple[Any, Tensor]
@@ -98,9 +106,11 @@ class Reference:
     def __len__(self) -> int:
         return self.num_samples
 
-    def batches(self) -> Iterator[Batch]:
-        """All batches in order. The global random state is not touched by the reading itself."""
-        yield from self._iterate(range(self.num_samples), self._workers if self._tensors is None else 0)
+    def batches(self, rows: range | None = None) -> Iterator[Batch]:
+        """All batches in order, or those of consecutive rows. The global random state is not touched by the reading itself."""
+        rows = range(self.num_samples) if rows is None else rows
+        if rows:
+            yield from self._iterate(rows, self._workers if self._tensors is None else 0)
 
     def read(self, start: int, stop: int) -> Batch:
         """The samples `start` to `stop` as one batch."""
@@ -159,7 +169,25 @@ class Reference:
     @property
     def num_batches(self) -> int:
         """Batches in one pass."""
-        return -(-self.num_samples // self.batch_size)
+        return self.count_batches(range(self.num_samples))
+
+    def count_batches(self, rows: range) -> int:
+        """Batches of consecutive rows."""
+        return -(-len(rows) // self.batch_size)
+
+
+def seen_samples(loader: DataLoader[Any], batches: float) -> int | None:
+    """How many samples of its data set a DataLoader gives in epochs of a number of batches; None if it has no known size.
+
+    All of them, unless the order is fixed and the epoch ends early: `drop_last` and limits leave out the same ones every time.
+    """
+    dataset = loader.dataset
+    if isinstance(dataset, IterableDataset) or not isinstance(dataset, Sized):
+        return None
+    in_order = isinstance(loader.sampler, SequentialSampler) and type(loader.batch_sampler) is BatchSampler
+    if not in_order or loader.batch_size is None:
+        return len(dataset)
+    return int(min(len(dataset), batches * loader.batch_size))
 
 
 def unpack_pair(batch: Any) -> tuple[Any, Tensor | None]:

@@ -18,6 +18,8 @@ from lightning_ntk.lanczos import (
     vector_device,
 )
 from lightning_ntk.modes import Modes, eigh_modes
+from lightning_ntk.progress import track_operations
+from lightning_ntk.shards import ALONE, Shards
 
 _log = logging.getLogger(__name__)
 
@@ -52,10 +54,11 @@ class CompleteModes:
     Args:
         kernel: `(N K, N K)`.
         vectors: The residual and the images of the carried vectors, `(N, K)` each.
+        progress: Whether to show a bar.
     """
 
-    def __init__(self, kernel: Tensor, vectors: Sequence[Tensor]) -> None:
-        self.modes: Sequence[Modes] = eigh_modes(kernel, *(vector.flatten() for vector in vectors))
+    def __init__(self, kernel: Tensor, vectors: Sequence[Tensor], *, progress: bool = False) -> None:
+        self.modes: Sequence[Modes] = eigh_modes(kernel, *(vector.flatten() for vector in vectors), progress=progress)
 
     @property
     def largest_eigenvalue(self) -> float:
@@ -78,10 +81,24 @@ class LanczosSolver:
         tolerance: Error of the weights, relative to their displacement from w0, that every answer has to meet, unless the
             rounding of the products is larger.
         max_products: Products after which to stop in any case, with a warning.
+        expected: Products that it will probably take, for a progress bar; None for no bar.
+        shards: The processes that share the products. All of them stop where the first one does, as rounding may differ
+            between machines.
     """
 
-    def __init__(self, product: Product, vectors: Sequence[Tensor], *, tolerance: float, max_products: int) -> None:
+    def __init__(
+        self,
+        product: Product,
+        vectors: Sequence[Tensor],
+        *,
+        tolerance: float,
+        max_products: int,
+        expected: int | None = None,
+        shards: Shards = ALONE,
+    ) -> None:
+        self._expected = expected
         self._product = product
+        self._shards = shards
         self._processes = [Lanczos(vector) for vector in vectors]
         self._tolerance = tolerance
         self._max_products = max_products
@@ -110,7 +127,7 @@ class LanczosSolver:
             by_runs: Whether computing it takes a whole run, so that it is better asked for seldom.
         """
         current = bound(self.modes)
-        if current.meets(self._tolerance) or self._exhausted:
+        if self._shards.any(current.meets(self._tolerance) or self._exhausted):
             return current
         share = _SHARE_BETWEEN_RUNS if by_runs else _SHARE_BETWEEN_LOOKS
         self._extend(lambda modes: bound(modes).meets(self._tolerance), share)
@@ -124,18 +141,28 @@ class LanczosSolver:
         return current
 
     def _extend(self, enough: Callable[[Sequence[LanczosModes]], bool], share: float) -> None:
-        while True:
-            for _ in range(max(1 if self._processes[0].num_products else 2, int(self.num_products * share))):
-                extend(self._processes, self._product)
-            if self._exhausted or self.num_products >= self._max_products:
-                break
-            if enough([lanczos.modes(basis=False) for lanczos in self._processes]):
-                break
+        description, expected = "Lanczos: products with the kernel", self._expected
+        with track_operations(description, total=expected or 0, counted=True, enabled=expected is not None) as advance:
+            advance(self.num_products)
+            while True:
+                for _ in range(max(1 if self._processes[0].num_products else 2, int(self.num_products * share))):
+                    extend(self._processes, self._product)
+                    advance(1)
+                complete = self._exhausted or self.num_products >= self._max_products
+                if self._shards.any(complete or enough([lanczos.modes(basis=False) for lanczos in self._processes])):
+                    break
         self.modes: Sequence[LanczosModes] = [lanczos.modes() for lanczos in self._processes]
 
 
 def solve_by_lanczos(
-    jacobian: Jacobian, kernel: Tensor | None, vectors: Sequence[Tensor], *, tolerance: float, max_products: int
+    jacobian: Jacobian,
+    kernel: Tensor | None,
+    vectors: Sequence[Tensor],
+    *,
+    tolerance: float,
+    max_products: int,
+    expected: int | None = None,
+    shards: Shards = ALONE,
 ) -> LanczosSolver:
     """Lanczos on a kernel, with vectors on its device, or without one, with vectors on the CPU.
 
@@ -145,14 +172,18 @@ def solve_by_lanczos(
         vectors: f0 - Y, and the images J e of the carried vectors, `(N, K)` in float64 on the CPU.
         tolerance: As for `LanczosSolver`.
         max_products: As for `LanczosSolver`.
+        expected: As for `LanczosSolver`.
+        shards: As for `LanczosSolver`.
     """
     if kernel is None:
         product, device = jacobian_product(jacobian, vectors[0].shape), vectors[0].device
     else:
         device = vector_device(kernel.device)
-        product = kernel_product(kernel.to(device))
+        product = kernel_product(kernel.to(device), shards)
     flat = [vector.flatten().to(device) for vector in vectors]
-    return LanczosSolver(product, flat, tolerance=tolerance, max_products=max_products)
+    return LanczosSolver(
+        product, flat, tolerance=tolerance, max_products=max_products, expected=expected, shards=shards
+    )
 
 
 def _largest_is_settled(modes: LanczosModes) -> bool:

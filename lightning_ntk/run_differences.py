@@ -1,15 +1,21 @@
 """What a run does that linearised dynamics do not describe, in words, and the first dynamics that describe all of it."""
 
-from collections.abc import Iterable, Sized
+from collections.abc import Iterable
 from typing import Literal
 
+import torch
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import nn
 from torch.optim import SGD, Optimizer
-from torch.utils.data import BatchSampler, DataLoader, IterableDataset, RandomSampler, SequentialSampler
+from torch.utils.data import BatchSampler, DataLoader, RandomSampler, SequentialSampler
+from torch.utils.data.distributed import DistributedSampler
+
+from lightning_ntk.reference import seen_samples
 
 Exact = Literal["gradient_descent", "replay", "twin"]
+_HALF = (torch.float16, torch.bfloat16)
 _SGD_OPTIONS = ("lr", "momentum", "dampening", "nesterov", "weight_decay", "maximize")
 
 
@@ -41,13 +47,17 @@ def run_differences(
     return phrases
 
 
-def forward_differences(module: LightningModule) -> list[str]:
+def forward_differences(trainer: Trainer, module: LightningModule) -> list[str]:
     """Phrases for what the forward passes of the run do and those of every linearised network do not."""
     modes = {
         "batch statistics in BatchNorm": nn.modules.batchnorm._BatchNorm,
         "dropout": nn.modules.dropout._DropoutNd,
     }
-    return [
+    half = {str(p.dtype).removeprefix("torch.") for p in module.parameters() if p.dtype in _HALF}
+    phrases = [f"it keeps weights in {dtype}, where the linearised network has float32" for dtype in sorted(half)]
+    if str(trainer.precision).endswith("-mixed"):
+        phrases.append(f"its passes run in {trainer.precision} precision, those of the linearised network do not")
+    return phrases + [
         f"it trains with {phrase}, where the linearised network is in eval mode"
         for phrase, kind in modes.items()
         if any(isinstance(m, kind) and m.training and getattr(m, "p", 1) > 0 for m in module.modules())
@@ -60,6 +70,10 @@ def _of_training_step(trainer: Trainer, module: LightningModule) -> Iterable[str
     for hook in ("configure_gradient_clipping", "optimizer_step", "backward"):
         if is_overridden(hook, module):
             yield f"it has a `{hook}` of its own"
+    if getattr(trainer.strategy, "_ddp_comm_hook", None) is not None:
+        yield "its processes exchange gradients through a communication hook"
+    if getattr(trainer.strategy, "_model_averager", None) is not None:
+        yield "its processes average weights, not gradients"
 
 
 def _of_optimizer(optimizer: Optimizer, dynamics: str, *, clips: bool) -> Iterable[str]:
@@ -85,30 +99,41 @@ def _of_optimizer(optimizer: Optimizer, dynamics: str, *, clips: bool) -> Iterab
 
 def _of_data(trainer: Trainer, reference_size: int | None) -> Iterable[str]:
     loader = trainer.train_dataloader
-    if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset):
+    samples = seen_samples(loader, trainer.num_training_batches) if isinstance(loader, DataLoader) else None
+    if samples is None:
         yield "its training data is no data set in a fixed order"
-    elif isinstance(loader.dataset, Sized) and len(loader.dataset) != reference_size:
-        yield f"it trains on {len(loader.dataset)} samples while the reference has {reference_size}"
+    elif samples != reference_size:
+        yield f"it trains on {samples} samples while the reference has {reference_size}"
 
 
 def _of_batches(trainer: Trainer, reference_size: int | None) -> Iterable[str]:
     loader = trainer.train_dataloader
-    if not isinstance(loader, DataLoader) or not isinstance(loader.dataset, Sized):
+    samples = seen_samples(loader, trainer.num_training_batches) if isinstance(loader, DataLoader) else None
+    if samples is None or not isinstance(loader, DataLoader):
         yield "its training data is no data set of known size"
         return
-    samples = len(loader.dataset)
     if samples != reference_size:
         yield f"it trains on {samples} samples while the reference has {reference_size}"
-    if (
-        not isinstance(loader.sampler, SequentialSampler | RandomSampler)
-        or type(loader.batch_sampler) is not BatchSampler
-    ):
+    known = (SequentialSampler, RandomSampler, DistributedSampler)
+    if not isinstance(loader.sampler, known) or type(loader.batch_sampler) is not BatchSampler:
         yield f"it draws its samples with {type(loader.sampler).__name__}"
+    if any(isinstance(c, GradientAccumulationScheduler) for c in trainer.callbacks):  # type: ignore[attr-defined]
+        yield "it changes over how many batches it accumulates gradients"
+    own, processes = samples, 1
+    if isinstance(loader.sampler, DistributedSampler):
+        own, processes = loader.sampler.num_samples, loader.sampler.num_replicas
+        if processes * own != samples:
+            does = (
+                f"repeats {processes * own - samples}"
+                if processes * own > samples
+                else f"omits {samples - processes * own}"
+            )
+            yield f"it {does} of {samples} samples in every epoch so that all {processes} processes have {own}"
     micro_batches = min(trainer.accumulate_grad_batches, int(trainer.num_training_batches))
     seen = micro_batches * (loader.batch_size or 1)
-    if seen < samples:
-        yield f"each step sees {seen} of {samples} samples"
+    if seen < own:
+        yield f"each step sees {seen * processes} of {samples} samples"
     elif micro_batches < trainer.accumulate_grad_batches:
         yield f"it divides gradients by {trainer.accumulate_grad_batches} though an epoch has {micro_batches} batches"
-    elif micro_batches > 1 and samples % micro_batches:
+    elif micro_batches > 1 and own % micro_batches:
         yield "it accumulates over batches of unequal size"

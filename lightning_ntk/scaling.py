@@ -14,7 +14,7 @@ from torch import Tensor
 from lightning_ntk.capture import Capture, training_kernel
 from lightning_ntk.jacobian import Jacobian, StoredJacobian
 from lightning_ntk.kernel import compute_kernel
-from lightning_ntk.linearization import Tensors
+from lightning_ntk.parameters import Tensors
 
 
 class ScaledJacobian:
@@ -99,7 +99,14 @@ class Scaling:
         total: Tensor | None = None
         for multiple in sorted(set(self.multiples.values()) - {0.0}):
             group = capture.linearization.restricted([n for n, value in self.multiples.items() if value == multiple])
-            part = multiple * compute_kernel(group, capture.reference, dtype=dtype, progress=capture.progress)
+            part = multiple * compute_kernel(
+                group,
+                capture.reference,
+                dtype=dtype,
+                device=capture.device,
+                progress=capture.progress,
+                shards=capture.shards,
+            )
             total = part if total is None else total.add_(part)
         assert total is not None
         return training_kernel(total, scaled, dtype=dtype)

@@ -10,10 +10,9 @@ from torch import Tensor
 from lightning_ntk.capture import Capture, training_kernel
 from lightning_ntk.jacobian import StoredJacobian, wide_dtype
 from lightning_ntk.kernel import count_operations
-from lightning_ntk.memory import available_memory
 from lightning_ntk.refinement import CompleteModes, ModalSolver, solve_by_lanczos
 from lightning_ntk.scaling import Scaling
-from lightning_ntk.solvers import Problem, Solver, choose_solver
+from lightning_ntk.solvers import Problem, Solver, choose_solver, expected_products
 
 _log = logging.getLogger(__name__)
 
@@ -73,19 +72,22 @@ def solve(
     if not (problem.kernel_given or problem.jacobian_stored):
         kernel_operations, forward_operations = count_operations(linearization, capture.reference)
         problem = problem._replace(kernel_operations=kernel_operations, forward_operations=forward_operations)
-    free = min(available_memory(), available_memory(linearization.device))
+    free = capture.shards.free_memory("cpu", capture.device)
     choice = choose_solver(problem, solver=solver, matrix_free=matrix_free, free_memory=free)
     _log.info("%s", choice.reason)
     kernel: Tensor | None = None
     if not choice.matrix_free:
         # Summed in float32, the kernel puts the weights off by 2e-5 at eta * t * lambda_max = 1e4; in float64 by 3e-6.
         # Lanczos is for kernels whose size matters more than that.
-        summed = wide_dtype(outputs.device) if choice.solver == "eigh" else linearization.dtype
+        summed = wide_dtype(capture.device) if choice.solver == "eigh" else linearization.dtype
         kernel = _kernel(capture, scaling, ntk, summed)
         if choice.solver == "eigh":
-            return Solution(CompleteModes(kernel, vectors), kernel, choice.reason)
+            return Solution(CompleteModes(kernel, vectors, progress=capture.progress), kernel, choice.reason)
     jacobian = capture.jacobian if scaling is None else scaling.capture.jacobian
-    modes = solve_by_lanczos(jacobian, kernel, vectors, tolerance=tolerance, max_products=choice.max_products)
+    modes = solve_by_lanczos(
+        jacobian, kernel, vectors, tolerance=tolerance, max_products=choice.max_products,
+        expected=expected_products(problem.rows, horizon) if capture.progress else None, shards=capture.shards,
+    )  # fmt: skip
     return Solution(modes, kernel, choice.reason)
 
 

@@ -16,11 +16,13 @@ from lightning_ntk.dynamics.hyperparameters import Decay, Hyperparameters, Learn
 from lightning_ntk.isolation import preserved_rng
 from lightning_ntk.jacobian import StreamedJacobian, predict
 from lightning_ntk.kernel import compute_kernel
-from lightning_ntk.linearization import Linearization, Predict, Tensors
+from lightning_ntk.linearization import Linearization, Predict
 from lightning_ntk.losses import Loss
 from lightning_ntk.modal_training import ModalTraining
 from lightning_ntk.modes import Modes
+from lightning_ntk.parameters import Tensors
 from lightning_ntk.readout import LinearizedState, Readout
+from lightning_ntk.recorded import Batches, RecordedTraining
 from lightning_ntk.reference import Data, Reference, Unpack
 from lightning_ntk.run import Run
 from lightning_ntk.scaling import Scaling
@@ -77,6 +79,9 @@ class LinearizedTraining:
         batch_size: Samples in one pass through the network.
         dtype: Type of the Jacobian passes, by default that of the parameters. Spectra are always float64.
         progress: Whether long operations show a progress bar.
+        batches: For a run on minibatches whose order was recorded: for every step the rows of its samples in the training
+            set, or a tuple of such, micro-batches whose gradients are averaged. Then `loss` may be any differentiable one,
+            `t` is at most their number, and the kernel is formed; there are no modes.
 
     Raises:
         ValueError: If an argument, the data or the network cannot be used; the message says what was expected.
@@ -119,6 +124,7 @@ class LinearizedTraining:
         batch_size: int = 256,
         dtype: torch.dtype | None = None,
         progress: bool = True,
+        batches: Batches | None = None,
     ) -> None:
         require_choice("dynamics", dynamics, Dynamics)
         require_choice("decay", decay, Decay)
@@ -141,7 +147,6 @@ class LinearizedTraining:
                 module, data, loss=loss, predict=predict, unpack=unpack, jacobian=jacobian, batch_size=batch_size,
                 dtype=dtype, progress=progress,
             )  # fmt: skip
-        self.loss_factor = self.capture.objective.require_factor()
         self._scaling = None if lr_scales is None else Scaling(self.capture, lr_scales)
         if self._scaling is not None:
             self._scaling.require_commuting(weight_decay)
@@ -150,15 +155,21 @@ class LinearizedTraining:
             self._carried = carried = carried_vectors(
                 self.capture, self.hyperparameters, momentum_buffers, self._scaling
             )
+            self._readout = Readout(scaled, carried)
+            if batches is not None:
+                recorded = RecordedTraining(self.capture, self._scaling, self.hyperparameters, carried, batches, ntk)
+                self._engine: ModalTraining | RecordedTraining = recorded
+                self.ntk: Tensor | None = recorded.kernel
+                self.solver_reason = "No modes: recorded minibatches are replayed on the kernel."
+                return
             residual = self.initial_predictions.cpu().double() - self.targets
             solution = solve(
                 self.capture, [residual, *(c.image for c in carried)], scaling=self._scaling, ntk=ntk, solver=solver,
                 matrix_free=matrix_free, horizon=horizon, tolerance=tolerance,
             )  # fmt: skip
-        self.ntk: Tensor | None = solution.kernel
-        self.solver_reason: str = solution.reason
-        self._readout = Readout(scaled, carried)
-        self._modal = ModalTraining(
+        self.ntk = solution.kernel
+        self.solver_reason = solution.reason
+        self._engine = ModalTraining(
             solution.solver, dynamics, self.hyperparameters, self.loss_factor, carried, self._readout,
             self.linearization.dtype,
         )  # fmt: skip
@@ -200,6 +211,11 @@ class LinearizedTraining:
     def targets(self) -> Tensor:
         """Y, `(N, K)` in float64 on the CPU, class labels as one-hot rows."""
         return self.capture.objective.targets
+
+    @property
+    def loss_factor(self) -> float:
+        """C of a squared loss, whose gradient in the outputs is c (f - Y); a ValueError for other losses."""
+        return self.capture.objective.require_factor()
 
     @property
     def modes(self) -> Modes:
@@ -295,17 +311,20 @@ class LinearizedTraining:
         Returns:
             The bound; 0 for a complete eigendecomposition.
         """
-        bound = self._modal.error_bound(t)
+        if isinstance(self._engine, RecordedTraining):
+            return 0.0
+        bound = self._engine.error_bound(t)
         return bound.relative if relative else bound.total
 
     def state(self, t: float | None) -> LinearizedState:
         """The linearised network after `t` steps, in function space: no pass over the data, unless Lanczos needs more."""
-        return self._modal.state(t)
+        return self._engine.state(t)
 
     @property
     def knows_all_times(self) -> bool:
         """Whether `closest` looks at all times to infinity, from closed forms on all modes."""
-        return self._modal.last_time == math.inf and self._modal.has_closed_form(1)
+        engine = self._engine
+        return isinstance(engine, ModalTraining) and engine.last_time == math.inf and engine.has_closed_form(1)
 
     def closest(self, displacement: Mapping[str, Tensor], *, until: float | None = None) -> ClosestTime:
         """The time at which the linearised network is closest to given weights, and the distance there.
@@ -335,6 +354,15 @@ class LinearizedTraining:
     def displacement_of(self, state: LinearizedState) -> Tensors:
         """w_lin - w0 of a state, J^T a and what is carried along, in float64: one pass over the data."""
         return {name: value[0] for name, value in self._displacements([state]).items()}
+
+    @property
+    def _modal(self) -> ModalTraining:
+        if isinstance(self._engine, RecordedTraining):
+            raise ValueError(
+                "Expected full-batch training, which has modes, but this one replays recorded `batches`: ask for its weights, "
+                "predictions and loss, or leave `batches` out."
+            )
+        return self._engine
 
     def _displacements(self, states: Sequence[LinearizedState]) -> Tensors:
         stacked = self._readout.displacements(states)

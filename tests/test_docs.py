@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch.cli import LightningCLI
+from lightning.pytorch.demos.boring_classes import BoringDataModule, BoringModel
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -78,11 +80,26 @@ def test_it_builds_without_a_warning_and_names_everything_public(tmp_path: Path)
     assert not list(ROOT.glob("docs/**/*.html"))  # nothing is written beside the sources
     packed = (tmp_path / "objects.inv").read_bytes().split(b"\n", 4)[4]
     documented = {line.split()[0].split(".")[-1] for line in zlib.decompress(packed).decode().splitlines()}
-    for package in ("lightning_ntk", "lightning_ntk.metrics", "lightning_ntk.plots", "lightning_ntk.kernel"):
+    for package in (
+        "lightning_ntk",
+        "lightning_ntk.metrics",
+        "lightning_ntk.plots",
+        "lightning_ntk.kernel",
+        "lightning_ntk.sweep",
+    ):
         assert set(importlib.import_module(package).__all__) <= documented
     table = (tmp_path / "tested.html").read_text()
     assert "●" in table
     assert "<!-- matrix -->" not in table
+
+
+def test_the_yaml_of_the_callback_is_what_the_command_line_takes(tmp_path: Path) -> None:
+    (yaml,) = re.findall(r"^```yaml\n(.*?)^```", (DOCS / "lightning.md").read_text(), re.DOTALL | re.MULTILINE)
+    (tmp_path / "config.yaml").write_text(yaml)
+    cli = LightningCLI(BoringModel, BoringDataModule, run=False, args=[f"--config={tmp_path / 'config.yaml'}"])
+    (monitor,) = [c for c in cli.trainer.callbacks if isinstance(c, LinearizationMonitor)]
+    assert (monitor.steps, monitor.dynamics, monitor.per_parameter) == ([1, 10, 100, 1000], "twin", True)
+    assert monitor.loss is nn.functional.cross_entropy
 
 
 def matrix() -> Any:
@@ -144,11 +161,14 @@ def test_the_scalars_page_has_every_scalar() -> None:
     labelled = TensorDataset(digits().tensors[0], torch.arange(11) % 3)
     options = {"per_parameter": True, "evaluation": labelled, "loss": nn.MSELoss(), "reference": labelled}
     names: set[str] = set()
-    for more in ({"dynamics": "gradient_descent", "modes": 2}, {"dynamics": "twin", "twin_every": 2}):
+    for more in (
+        {"dynamics": "gradient_descent", "modes": 2, "closest": True, "kernel_probe": 3},
+        {"dynamics": "twin", "twin_every": 2},
+    ):
         monitor = LinearizationMonitor(strict=True, **options, **more)
         fit(monitor, make_module(), max_steps=2)
         names |= set(monitor.history[-1])
-    assert {"mode/2/residual", "evaluation/loss", "twin_coverage", "taylor_accuracy"} <= names
+    assert {"mode/2/residual", "evaluation/loss", "twin_coverage", "closest_time", "kernel_velocity"} <= names
     for name in names:
         name = re.sub(r"^mode/\d+", "mode/<i>", name.removeprefix("evaluation/"))
         name = re.sub(r"^parameter/.*", "parameter/<name>", name)

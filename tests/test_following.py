@@ -59,6 +59,11 @@ FULL_BATCH = {
 }
 
 
+@pytest.mark.tested("capture_at", "gradient_descent", "replay", "twin")
+@pytest.mark.tested("momentum, dampening, Nesterov", "gradient_descent", "replay", "twin")
+@pytest.mark.tested("learning-rate schedule", "gradient_descent", "replay", "twin")
+@pytest.mark.tested("weight decay", "gradient_descent", "replay", "twin")
+@pytest.mark.tested("precision 64-true", "gradient_descent", "replay", "twin")
 @pytest.mark.parametrize("name", FULL_BATCH)
 @pytest.mark.parametrize("capture_at", [0, 6])
 def test_modes_replay_and_twin_agree_on_a_full_batch_run(name: str, capture_at: int) -> None:
@@ -79,6 +84,11 @@ MINIBATCH = {
 }
 
 
+@pytest.mark.tested("minibatches", "replay", "twin")
+@pytest.mark.tested("gradient accumulation", "replay", "twin")
+@pytest.mark.tested("clipping by norm", "replay", "twin")
+@pytest.mark.tested("cross-entropy and other losses", "replay", "twin")
+@pytest.mark.tested("evaluation set", "replay", "twin")
 @pytest.mark.parametrize("name", MINIBATCH)
 def test_replay_and_twin_agree_on_minibatches(name: str) -> None:
     options, run = MINIBATCH[name]
@@ -91,6 +101,7 @@ def test_replay_and_twin_agree_on_minibatches(name: str) -> None:
     assert_same(first, second, 1e-8)
 
 
+@pytest.mark.tested("Adam and other optimizers", "twin")
 def test_the_twin_of_an_adam_run_is_brute_force() -> None:
     data, module = classes(), classifier(lr=0.02, optimizer=torch.optim.AdamW, weight_decay=0.1)
     inputs, labels = data.tensors
@@ -145,6 +156,8 @@ OPTIMIZERS = {
 }
 
 
+@pytest.mark.tested("Adam and other optimizers", "twin")
+@pytest.mark.tested("precision 32-true", "replay", "twin")
 @pytest.mark.parametrize("precision", ["64-true", "32-true"])
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_a_linear_model_is_its_linearisation_under_every_optimizer(name: str, precision: str) -> None:
@@ -195,7 +208,7 @@ def test_the_first_exact_dynamics_are_taken(
 
 
 def test_a_kernel_that_does_not_fit_leaves_the_twin(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lightning_ntk.observation.available_memory", lambda *_: 1000)
+    monkeypatch.setattr("lightning_ntk.shards.available_memory", lambda *_: 1000)
     monitor = LinearizationMonitor(steps=2, strict=True)
     fit(monitor, make_module(), max_steps=3, batch_size=4)
     assert monitor._observation is not None
@@ -216,6 +229,7 @@ class Stream(IterableDataset):
         yield from zip(*digits().tensors, strict=True)
 
 
+@pytest.mark.tested("augmented or streamed data", "twin")
 @pytest.mark.parametrize("data", [Noisy(), Stream()])
 def test_data_without_a_fixed_order_is_for_the_twin_alone(data: Dataset) -> None:
     def run(dynamics: str) -> LinearizationMonitor:
@@ -287,8 +301,10 @@ def test_the_loss_of_a_run_without_surprises_is_not_reported() -> None:
         warnings.filterwarnings(
             "ignore", "The 'train_dataloader'|The number of training batches|does not have many workers"
         )
-        for precision in ("32-true", "bf16-mixed"):
-            fit(LinearizationMonitor(dynamics="twin"), make_module(), max_steps=3, precision=precision)
+        fit(LinearizationMonitor(dynamics="twin"), make_module(), max_steps=3)
+    with pytest.warns(UserWarning, match="mixed precision|bf16") as record:
+        fit(LinearizationMonitor(dynamics="twin"), make_module(), max_steps=3, precision="bf16-mixed")
+    assert not any("does not follow the loss" in str(warning.message) for warning in record)
 
 
 def test_parameters_that_thaw_or_freeze_are_said() -> None:
@@ -335,6 +351,31 @@ def test_parameters_that_thaw_or_freeze_are_said() -> None:
     assert len(ratios) == 1
 
 
+@pytest.mark.tested("residuals of leading modes", "gradient_descent")
+def test_gradient_flow_is_the_idealised_question_whatever_the_optimizer_does() -> None:
+    data = TensorDataset(*(tensor.double() for tensor in digits().tensors))
+    options = {"momentum": 0.9, "weight_decay": 0.01, "lr": 0.05}
+    module = make_module(**options).double()
+    monitor = LinearizationMonitor(dynamics="gradient_flow", steps=[8], strict=True)
+    with pytest.warns(UserWarning, match="it uses momentum 0.9; it uses weight decay 0.01"):
+        fit(monitor, module, data, max_steps=8, precision="64-true")
+    flow = LinearizedTraining(make_module(**options).double(), data, lr=0.05, dynamics="gradient_flow", progress=False)
+    moved = flatten(flow.displacement(8)).norm().item()
+    row = monitor.history[-1]
+    assert row["weight_norm_ratio"] * row["displacement"] == pytest.approx(moved, rel=1e-9)
+
+
+@pytest.mark.parametrize("dynamics", ["replay", "twin"])
+def test_a_linearised_network_that_diverges_is_reported_once_and_training_goes_on(dynamics: str) -> None:
+    module = make_module(body=lambda outputs: nn.Sequential(nn.Linear(6, outputs), nn.Tanh()), lr=30.0)
+    monitor = LinearizationMonitor(dynamics=dynamics, steps=5)
+    with pytest.warns(UserWarning, match=r"step \d+.*training goes on. OverflowError") as record:
+        trainer, _ = fit(monitor, module, max_steps=1500, batch_size=5)
+    assert trainer.global_step == 1500
+    assert sum("OverflowError" in str(warning.message) for warning in record) == 1
+    assert len(monitor.history) > 2
+
+
 def test_residuals_of_leading_modes() -> None:
     data, module = digits(), make_module(lr=0.2)
     monitor = LinearizationMonitor(
@@ -352,6 +393,7 @@ def test_residuals_of_leading_modes() -> None:
     assert "mode/3/residual" not in row
 
 
+@pytest.mark.tested("closest time", "gradient_descent")
 @pytest.mark.parametrize("momentum", [0.0, 0.5])
 def test_the_closest_time_is_that_of_a_search_by_brute_force(momentum: float) -> None:
     data = TensorDataset(*(tensor.double() for tensor in digits().tensors))
@@ -378,6 +420,7 @@ def test_what_needs_modes_is_refused_without_them() -> None:
         LinearizationMonitor(dynamics="twin", closest=True)
 
 
+@pytest.mark.tested("shared gradients, twin_every", "twin")
 def test_shared_gradients_of_the_twin_are_marked() -> None:
     histories = [
         rows("twin", classifier(lr=0.3), classes(), {"batch_size": 7}, loss=nn.CrossEntropyLoss(), twin_every=n)

@@ -69,6 +69,6 @@ def test_bad_input_gets_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
         empirical_ntk(module, inputs, method="magic")
     with pytest.raises(ValueError, match="these names differ"):
         empirical_ntk(module, inputs, params={"weight": torch.ones(1)})
-    monkeypatch.setattr("lightning_ntk.kernel.ntk.available_memory", lambda device: 100)
+    monkeypatch.setattr("lightning_ntk.shards.available_memory", lambda device: 100)
     with pytest.raises(MemoryError, match=r"11 x 11 samples with 3 outputs needs 8\.5 KiB but 100\.0 B"):
         empirical_ntk(module, inputs)

@@ -50,6 +50,8 @@ def run(monitor: LinearizationMonitor, module: LightningModule, batch_size: int,
     trainer(monitor, callbacks=[saving]).fit(module, loader)
 
 
+@pytest.mark.tested("resume", "gradient_descent", "gradient_flow", "replay", "twin")
+@pytest.mark.tested("resume before capture_at", "twin")
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("name", CASES)
 def test_a_resumed_run_is_the_run(name: str, tmp_path: Path) -> None:
@@ -87,7 +89,7 @@ def test_what_cannot_be_resumed_is_refused(tmp_path: Path) -> None:
         resume(LinearizationMonitor())
     first, _ = fit(LinearizationMonitor(save_state=False), make_module(), max_steps=2, precision="64-true")
     first.save_checkpoint(checkpoint)
-    assert "lightning_ntk" not in torch.load(checkpoint, weights_only=True)
+    assert torch.load(checkpoint, weights_only=True)["lightning_ntk"] == {}
     with pytest.raises(MisconfigurationException, match="save_state=True"):
         resume(LinearizationMonitor())
     first, _ = fit(LinearizationMonitor(), make_module(), max_steps=2, precision="64-true")
@@ -103,6 +105,7 @@ def test_what_cannot_be_resumed_is_refused(tmp_path: Path) -> None:
         resume(LinearizationMonitor(), frozen)
 
 
+@pytest.mark.tested("exception during the run", "gradient_descent")
 @pytest.mark.filterwarnings("ignore")
 def test_a_failing_measurement_and_an_exception_lose_no_history(tmp_path: Path) -> None:
     class Interrupted(Regression):

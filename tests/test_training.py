@@ -340,7 +340,7 @@ def test_modules_without_weights_to_train() -> None:
 
 def test_more_memory_than_the_machine_has(monkeypatch: pytest.MonkeyPatch) -> None:
     module, inputs, targets = make("mlp")
-    monkeypatch.setattr("lightning_ntk.solution.available_memory", lambda *_: 4000)
+    monkeypatch.setattr("lightning_ntk.shards.available_memory", lambda *_: 4000)
     with pytest.raises(MemoryError, match=r"KiB.*3.9 KiB are free.*Use at most \d+ samples"):
         capture(module, inputs, targets)
 

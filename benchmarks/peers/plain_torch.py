@@ -29,7 +29,8 @@ def ntk_vector_products(module: nn.Module, inputs: Tensor) -> Tensor:
     weights = _weights(module)
 
     def block(first: Tensor, second: Tensor) -> Tensor:
-        outputs, pull_back = vjp(lambda w: _one_sample(module, w, second), weights)
+        products = vjp(lambda w: _one_sample(module, w, second), weights)
+        outputs, pull_back = products[0], products[1]
 
         def product(cotangent: Tensor) -> Tensor:
             tangent = pull_back(cotangent)[0]
@@ -71,10 +72,12 @@ def row_by_row(module: nn.Module, inputs: Tensor) -> Tensor:
 def flow_by_inverse(kernel: Tensor, residual: Tensor, rate: float, t: float) -> Tensor:
     """Coefficients of gradient flow at time t in the kernel's type: `-Theta^-1 (I - exp(-rate t Theta)) r`."""
     decay = torch.matrix_exp(-rate * t * kernel)
-    return -torch.linalg.inv(kernel) @ (residual - decay @ residual)
+    coefficients: Tensor = -torch.linalg.inv(kernel) @ (residual - decay @ residual)
+    return coefficients
 
 
 def descent_by_inverse(kernel: Tensor, residual: Tensor, rate: float, t: int) -> Tensor:
     """Coefficients of gradient descent after t steps: `-Theta^-1 (I - (I - rate Theta)^t) r`."""
     step = torch.eye(len(kernel), dtype=kernel.dtype) - rate * kernel
-    return -torch.linalg.inv(kernel) @ (residual - torch.linalg.matrix_power(step, t) @ residual)
+    coefficients: Tensor = -torch.linalg.inv(kernel) @ (residual - torch.linalg.matrix_power(step, t) @ residual)
+    return coefficients

@@ -19,6 +19,7 @@ from torch import Tensor
 from lightning_ntk.dynamics.sgd import LinearSGD, SGDSettings
 from lightning_ntk.isolation import full_precision
 from lightning_ntk.losses import Objective
+from lightning_ntk.shards import ALONE, Shards
 
 DecayToward = Literal["zero", "initial"]
 
@@ -42,6 +43,7 @@ class Replay:
         decay_toward: Where weight decay pulls the weights: "zero", as `torch.optim.SGD` does, or "initial", to w0.
         initial_image: J w0, `(N, K)`. Needed for weight decay toward zero only.
         momentum_image: J b0, `(N, K)`, if the optimizer had a momentum buffer b0 at capture.
+        shards: The processes whose gradients a step averages, as distributed training does; each accumulates its own batches.
 
     Raises:
         ValueError: If shapes do not match, or `initial_image` is given for decay toward the initial weights.
@@ -66,6 +68,7 @@ class Replay:
         decay_toward: DecayToward = "zero",
         initial_image: Tensor | None = None,
         momentum_image: Tensor | None = None,
+        shards: Shards = ALONE,
     ) -> None:
         if predictions.dim() != 2 or kernel.shape != (predictions.numel(), predictions.numel()):
             raise ValueError(
@@ -81,6 +84,7 @@ class Replay:
             )
         self.num_samples, self.num_outputs = predictions.shape
         self._objective = objective
+        self._shards = shards
         self._products = _KernelProducts(kernel, *predictions.shape)
         self._decays_from_initial = decay_toward == "initial"
         self._carries_initial = initial_image is not None
@@ -161,16 +165,22 @@ class Replay:
                 "Expected a call of `accumulate` before `step`, as no gradient has come since the last step."
             )
         rows, gradients = torch.cat(self._rows), torch.cat(self._gradients)
-        self._rows, self._gradients = [], []
+        self.forget()
         image = self._products.image(rows, gradients)
         index = rows.to(image.device, non_blocking=True)
-        if clip_norm is not None:
-            norm = (gradients * image[index]).sum().clamp_min(0).sqrt()
-            factor = (clip_norm / (norm + 1e-6)).clamp(max=1)
-            gradients, image = gradients * factor, image * factor
         coefficients = torch.zeros_like(image).index_add_(0, index, gradients)
+        if self._shards.size > 1:
+            coefficients, image = self._shards.sum_(torch.stack([coefficients, image])) / self._shards.size
+        if clip_norm is not None:
+            norm = (coefficients * image).sum().clamp_min(0).sqrt()
+            factor = (clip_norm / (norm + 1e-6)).clamp(max=1)
+            coefficients, image = coefficients * factor, image * factor
         self._sgd.step([coefficients, image, torch.zeros_like(self._scales)], settings)
         self.steps += 1
+
+    def forget(self) -> None:
+        """Drops what was accumulated since the last step."""
+        self._rows, self._gradients = [], []
 
     def _require_possible(self, settings: SGDSettings, clip_norm: float | None, clip_value: float | None) -> None:
         if clip_value is not None:
@@ -251,7 +261,7 @@ class Replay:
         buffers = state["buffers"]
         known = not any(buffer is None for buffer in buffers)
         self._sgd = LinearSGD(values, [b.to(v) for b, v in zip(buffers, values, strict=True)] if known else None)
-        self._rows, self._gradients = [], []
+        self.forget()
         self.steps = int(state["steps"])
 
 

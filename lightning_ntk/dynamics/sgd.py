@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.optim import SGD
+from torch.optim.sgd import sgd
 
 from lightning_ntk.dynamics.filters import Filters, Start
 
@@ -58,27 +58,19 @@ class LinearSGD:
 
     def __init__(self, values: Sequence[Tensor], buffers: Sequence[Tensor] | None = None) -> None:
         self.values = list(values)
-        self._optimizer = SGD(self.values, lr=0.0, foreach=True)
-        for value, buffer in zip(self.values, buffers or (), strict=False):
-            self._optimizer.state[value]["momentum_buffer"] = buffer.clone()
+        self.buffers: list[Tensor | None] = (
+            [buffer.clone() for buffer in buffers] if buffers else [None] * len(self.values)
+        )
+        """The momentum buffers of the values, None before the first step with momentum."""
 
     def step(self, gradients: Sequence[Tensor], settings: SGDSettings) -> None:
-        """One step along gradients with the shapes of the values; weight decay is added here."""
+        """One step along gradients with the shapes of the values, which it may overwrite; weight decay is added here."""
         options = settings._asdict()
         if options.pop("decoupled_weight_decay"):
-            decay = 1 - settings.lr * options.pop("weight_decay")
-            for value in self.values:
-                value.mul_(decay)
-        self._optimizer.param_groups[0].update({"weight_decay": 0.0} | options)
-        for value, gradient in zip(self.values, gradients, strict=True):
-            value.grad = gradient
-        self._optimizer.step()
-        self._optimizer.zero_grad()
-
-    @property
-    def buffers(self) -> list[Tensor | None]:
-        """The momentum buffers of the values, None where the optimizer holds none."""
-        return [self._optimizer.state[value].get("momentum_buffer") for value in self.values]
+            torch._foreach_mul_(self.values, 1 - settings.lr * options.pop("weight_decay"))
+            options["weight_decay"] = 0.0
+        # The function behind the class, whose bookkeeping costs more than a step on a thousand modes.
+        sgd(self.values, list(gradients), self.buffers, foreach=True, **options)
 
 
 class ModalSGD:
@@ -115,7 +107,7 @@ class ModalSGD:
         """One optimizer step with these settings."""
         values, scales = self.filters
         gradients = [
-            torch.add(values.new_tensor(-self._factor * drive), eigenvalues * values, alpha=self._factor)
+            (eigenvalues * values).sub_(drive).mul_(self._factor)
             for drive, eigenvalues, values in zip((1.0, *scales), self._eigenvalues, values, strict=True)
         ]
         self._sgd.step([*gradients, *(torch.zeros(1, dtype=torch.float64) for _ in scales)], settings)

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim import LBFGS, Optimizer, SparseAdam
 
-from lightning_ntk.linearization import Linearization, Tensors
+from lightning_ntk.linearization import Linearization
 from lightning_ntk.losses import Objective
+from lightning_ntk.parameters import Tensors
 
 
 class Twin:
@@ -148,9 +149,13 @@ class Twin:
             torch.nn.utils.clip_grad_value_(held, clip_value)
         self._optimizer.step()
         self._require_finite(held, "weights")
+        self.forget()
+        self.steps += 1
+
+    def forget(self) -> None:
+        """Clears the gradients accumulated since the last step."""
         for weight in self._weights.values():
             weight.grad = None
-        self.steps += 1
 
     def state_dict(self) -> dict[str, Any]:
         """Weights, accumulated gradients and state of the optimizer, as tensors, numbers, dicts and lists."""

@@ -25,7 +25,8 @@ from lightning_ntk.kernel.selections import (
     view_of,
 )
 from lightning_ntk.kernel.unrolled import UNROLLED
-from lightning_ntk.linearization import Linearization, Tensors
+from lightning_ntk.linearization import Linearization
+from lightning_ntk.parameters import Tensors
 
 
 @dataclass(frozen=True, eq=False)

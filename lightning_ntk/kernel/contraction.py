@@ -13,10 +13,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils import _pytree as pytree
 
 from lightning_ntk.isolation import isolated_pass
-from lightning_ntk.linearization import Linearization, Tensors
+from lightning_ntk.linearization import Linearization
 from lightning_ntk.memory import empty_matrix
+from lightning_ntk.parameters import Tensors
 from lightning_ntk.progress import track_operations
 from lightning_ntk.reference import Reference
+from lightning_ntk.shards import ALONE, Shards
 
 # Samples whose activations, K times each, are held at once while their Jacobians are made.
 _VMAP_CHUNK = 32
@@ -112,7 +114,9 @@ def contraction_kernel(
     num_outputs: int,
     memory_limit: int,
     dtype: torch.dtype | None = None,
+    device: torch.device | None = None,
     progress: bool = False,
+    shards: Shards = ALONE,
 ) -> Tensor:
     """The kernel between two data sets, or of one with itself (half of the blocks computed, the others mirrored).
 
@@ -123,7 +127,9 @@ def contraction_kernel(
         num_outputs: K.
         memory_limit: Bytes for the Jacobians of two blocks of samples.
         dtype: Type in which the products are summed. Default: that of the passes.
+        device: Where the kernel is kept, tile by tile as it is made. Default: with the passes.
         progress: Whether to show a progress bar.
+        shards: The processes that share the blocks; each one holds the whole kernel in the end.
 
     Returns:
         The kernel `(N1 K, N2 K)`, in `dtype`.
@@ -131,12 +137,20 @@ def contraction_kernel(
     symmetric = columns is None
     columns = rows if columns is None else columns
     jacobian_size = num_outputs * linearization.num_parameters * linearization.dtype.itemsize
-    size = max(1, min(memory_limit // (2 * jacobian_size), len(rows), len(columns)))
+    # Blocks enough that every process has some.
+    longest = max(1, min(len(rows), len(columns)) // shards.size)
+    size = max(1, min(memory_limit // (2 * jacobian_size), longest))
     dtype = dtype or linearization.dtype
-    kernel = empty_matrix(len(rows) * num_outputs, len(columns) * num_outputs, dtype=dtype, device=linearization.device)
+    device = device or linearization.device
+    kernel = empty_matrix(len(rows) * num_outputs, len(columns) * num_outputs, dtype=dtype, device=device)
     blocks = [
         (i, j) for i in range(0, len(rows), size) for j in range(0, len(columns), size) if not symmetric or i <= j
     ]
+    # Exact zeros where the blocks of other processes are, so that the sum is their copy.
+    if shards.size > 1:
+        kernel.zero_()
+    own = shards.rows(len(blocks))
+    blocks = blocks[own.start : own.stop]
     operations = _operations(
         blocks, size, (len(rows), len(columns)), symmetric, num_outputs, linearization.num_parameters
     )
@@ -155,7 +169,7 @@ def contraction_kernel(
             if symmetric and i != j:
                 kernel[at_column : at_column + block.shape[1], at_row : at_row + block.shape[0]] = block.T
             advance(cost)
-    return kernel
+    return shards.sum_(kernel)
 
 
 def _operations(

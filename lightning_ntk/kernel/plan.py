@@ -30,7 +30,8 @@ from lightning_ntk.kernel.costs import (
     same_for_all_samples,
 )
 from lightning_ntk.kernel.factors import Dense, Factor, Factors, Gram, Outer, add_block, gram_of
-from lightning_ntk.linearization import Linearization, Tensors
+from lightning_ntk.linearization import Linearization
+from lightning_ntk.parameters import Tensors
 from lightning_ntk.reference import Reference
 
 # Samples on which a plan is made and verified: enough to see what belongs to which sample.

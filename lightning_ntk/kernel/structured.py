@@ -4,7 +4,8 @@ Rules: layers.py. Which parameters they cover, and their verification: plan.py.
 """
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
+from itertools import chain
 from typing import NamedTuple
 
 import torch
@@ -17,6 +18,7 @@ from lightning_ntk.linearization import Linearization
 from lightning_ntk.memory import empty_matrix
 from lightning_ntk.progress import track_operations
 from lightning_ntk.reference import Reference
+from lightning_ntk.shards import ALONE, Shards
 
 # Samples in one pass, at most, whatever memory allows: larger batches are not faster.
 _PASS_SAMPLES = 256
@@ -46,7 +48,9 @@ def structured_kernel(
     num_outputs: int,
     memory_limit: int,
     dtype: torch.dtype | None = None,
+    device: torch.device | None = None,
     progress: bool = False,
+    shards: Shards = ALONE,
 ) -> Tensor:
     """The kernel between two data sets, or of one with itself (half of it computed, the other half mirrored).
 
@@ -60,7 +64,9 @@ def structured_kernel(
         memory_limit: Bytes for the factors. Where they do not fit, those of two blocks of samples are held at a time and
             made again when they are needed again.
         dtype: Type in which the products are summed. Default: that of the passes.
+        device: Where the kernel is kept, tile by tile as it is made. Default: with the passes.
         progress: Whether to show a progress bar.
+        shards: The processes that share the tiles; each one holds the whole kernel in the end.
 
     Returns:
         The kernel `(N1 K, N2 K)`, in `dtype`.
@@ -69,10 +75,12 @@ def structured_kernel(
         UserWarning: If a rule disagrees with plain autograd; its parameters are then contracted.
     """
     try:
-        plan = make_plan(linearization, rows, columns)
-        return _assemble(
-            linearization, rows, columns, plan, num_outputs, memory_limit, dtype or linearization.dtype, progress
-        )
+        with shards.agreement():
+            plan = make_plan(linearization, rows, columns)
+            return _assemble(
+                linearization, rows, columns, plan, num_outputs, memory_limit, dtype or linearization.dtype,
+                device or linearization.device, progress, shards,
+            )  # fmt: skip
     except PlanChangedError as reason:
         warnings.warn(f"{reason} The whole kernel is computed by contraction instead.", stacklevel=3)
     return contraction_kernel(
@@ -82,7 +90,9 @@ def structured_kernel(
         num_outputs=num_outputs,
         memory_limit=memory_limit,
         dtype=dtype,
+        device=device,
         progress=progress,
+        shards=shards,
     )
 
 
@@ -94,11 +104,13 @@ def _assemble(
     num_outputs: int,
     memory_limit: int,
     dtype: torch.dtype,
+    device: torch.device,
     progress: bool,
+    shards: Shards,
 ) -> Tensor:
     symmetric = columns is None
     columns = rows if columns is None else columns
-    kernel = empty_matrix(len(rows) * num_outputs, len(columns) * num_outputs, dtype=dtype, device=linearization.device)
+    kernel = empty_matrix(len(rows) * num_outputs, len(columns) * num_outputs, dtype=dtype, device=device)
     pass_size = max(1, min(memory_limit // 4 // max(plan.pass_bytes, 1), _PASS_SAMPLES))
     factor_bytes = plan.factor_bytes * dtype.itemsize // linearization.dtype.itemsize
     size = _block_size(len(rows), len(columns), symmetric, factor_bytes, memory_limit - memory_limit // 4)
@@ -112,7 +124,8 @@ def _assemble(
     if symmetric:
         tile_rows = min(tile_rows, -(-len(rows) // _STRIPS))
     tile_columns = max(1, _TILE_COLUMNS // num_outputs)
-    tiles = [(first, second, _tiles(first, second, symmetric, tile_rows, tile_columns)) for first, second in pairs]
+    grids = [_tiles(first, second, symmetric, tile_rows, tile_columns) for first, second in pairs]
+    shares = _shares(grids, shards.size)
 
     def factors(data: Reference, block: range) -> Factors:
         parts = []
@@ -123,7 +136,10 @@ def _assemble(
 
     def blocks() -> Iterator[tuple[Tile, Factors, Factors]]:
         held: tuple[range, Factors] | None = None
-        for first, second, grid in tiles:
+        for (first, second), share in zip(pairs, shares, strict=True):
+            grid = [tile for owner, tile in share if owner == shards.rank]
+            if not grid:
+                continue
             if held is None or held[0] != first:
                 held = None  # freed before the next block is made
                 held = (first, factors(rows, first))
@@ -134,25 +150,72 @@ def _assemble(
                 yield tile, left.narrow(i, i + len(tile.rows)), right.narrow(j, j + len(tile.columns))
 
     # Memory that is used again is in the cache.
-    scratch = kernel.new_empty(tile_rows * tile_columns * num_outputs**2)
-    total = _total_operations(plan, tiles, symmetric)
+    scratch = torch.empty(tile_rows * tile_columns * num_outputs**2, dtype=dtype, device=linearization.device)
+    own = [[tile for owner, tile in share if owner == shards.rank] for share in shares]
+    total = _total_operations(plan, list(zip(pairs, own, strict=True)), symmetric)
     with track_operations("structured kernel", total=total, enabled=progress) as advance:
         for tile, left, right in blocks():
-            shape = (len(tile.rows), num_outputs, len(tile.columns), num_outputs)
-            block = scratch[: len(tile.rows) * len(tile.columns) * num_outputs**2].view(shape).zero_()
+            block = _block(scratch, tile, num_outputs).zero_()
             add_block(block, left, right)
             _write(kernel, block, tile, symmetric)
             advance(plan.cost.total(samples=0, pairs=tile.pairs))
+    if shards.size > 1:
+        _exchange(kernel, chain.from_iterable(shares), scratch, num_outputs, symmetric, shards)
     return kernel
 
 
-def _total_operations(plan: Plan, tiles: Sequence[tuple[range, range, list[Tile]]], symmetric: bool) -> float:
-    """Multiply-adds for all tiles, and for making the factors as often as they are made."""
+def _total_operations(plan: Plan, grids: list[tuple[tuple[range, range], list[Tile]]], symmetric: bool) -> float:
+    """Multiply-adds for the tiles of this process, and for making the factors as often as they are made."""
     samples, held = 0, None
-    for first, second, _ in tiles:
-        samples += (len(first) if first != held else 0) + (0 if symmetric and first == second else len(second))
-        held = first
-    return plan.cost.total(samples, sum(tile.pairs for *_, grid in tiles for tile in grid))
+    for (first, second), grid in grids:
+        if grid:
+            samples += (len(first) if first != held else 0) + (0 if symmetric and first == second else len(second))
+            held = first
+    return plan.cost.total(samples, sum(tile.pairs for _, grid in grids for tile in grid))
+
+
+def _shares(grids: list[list[Tile]], processes: int) -> list[list[tuple[int, Tile]]]:
+    """The tiles with the process that computes each: consecutive ones, for few blocks of factors, of equal areas in all."""
+    whole = sum(len(tile.rows) * len(tile.columns) for grid in grids for tile in grid)
+    done = 0
+    shares = []
+    for grid in grids:
+        share = []
+        for tile in grid:
+            rest = tile
+            while rest.columns:
+                owner = done * processes // whole
+                # Where the share of the owner ends within a tile, the tile is divided.
+                wanted = -(-(whole * (owner + 1) // processes - done) // len(rest.rows))
+                count = min(len(rest.columns), max(1, wanted))
+                share.append((owner, Tile(rest.rows, rest.columns[:count])))
+                rest = Tile(rest.rows, rest.columns[count:])
+                done += count * len(rest.rows)
+        shares.append(share)
+    return shares
+
+
+def _exchange(
+    kernel: Tensor, tiles: Iterable[tuple[int, Tile]], scratch: Tensor, outputs: int, symmetric: bool, shards: Shards
+) -> None:
+    """Gives every process the tiles of all others: half of what a sum of whole symmetric kernels would send."""
+    for owner, tile in tiles:
+        block = _block(scratch, tile, outputs)
+        if owner == shards.rank:
+            block.flatten(2).flatten(0, 1).copy_(kernel[_slices(tile, outputs)])
+        shards.broadcast_(block, owner)
+        if owner != shards.rank:
+            _write(kernel, block, tile, symmetric)
+
+
+def _block(scratch: Tensor, tile: Tile, outputs: int) -> Tensor:
+    shape = (len(tile.rows), outputs, len(tile.columns), outputs)
+    return scratch[: len(tile.rows) * len(tile.columns) * outputs**2].view(shape)
+
+
+def _slices(tile: Tile, outputs: int) -> tuple[slice, slice]:
+    rows = slice(tile.rows.start * outputs, tile.rows.stop * outputs)
+    return rows, slice(tile.columns.start * outputs, tile.columns.stop * outputs)
 
 
 def _block_size(rows: int, columns: int, symmetric: bool, factor_bytes: int, limit: int) -> int:
@@ -179,8 +242,7 @@ def _tiles(first: range, second: range, symmetric: bool, rows: int, columns: int
 def _write(kernel: Tensor, block: Tensor, tile: Tile, symmetric: bool) -> None:
     outputs = block.shape[1]
     matrix = block.flatten(2).flatten(0, 1)
-    rows = slice(tile.rows.start * outputs, tile.rows.stop * outputs)
-    columns = slice(tile.columns.start * outputs, tile.columns.stop * outputs)
+    rows, columns = _slices(tile, outputs)
     kernel[rows, columns] = matrix
     if symmetric and columns.stop > rows.stop:
         mirrored = slice(max(columns.start, rows.stop), columns.stop)

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from lightning_ntk.dynamics.replay import Replay
-from lightning_ntk.dynamics.sgd import GradientDescent, SGDSettings
+from lightning_ntk.dynamics.sgd import ModalSGD, SGDSettings
 from lightning_ntk.losses import Objective
 from tests.problems import LinearModel, make, relative_error
 
@@ -205,11 +205,11 @@ def test_full_batches_of_a_squared_loss_give_the_gradient_descent_of_the_modes()
     replay = problem.replay()
     run(problem, replay, everything, options)
     eigenvalues, basis = torch.linalg.eigh(problem.kernel)
-    descent = GradientDescent(eigenvalues, factor=problem.objective.require_factor())
+    descent = ModalSGD([eigenvalues], factor=problem.objective.require_factor())
     for option in options:
-        descent.step(option.lr)
+        descent.step(option)
     residual = (problem.model.outputs - problem.targets).flatten()
-    expected = -basis @ (descent.filter * (basis.T @ residual))
+    expected = -basis @ (descent.filters.values[0] * (basis.T @ residual))
     assert relative_error(replay.coefficients.flatten(), expected) < 1e-12
 
 

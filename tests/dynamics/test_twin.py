@@ -12,8 +12,8 @@ from torch.optim.lr_scheduler import LambdaLR, OneCycleLR
 
 from lightning_ntk import Linearization
 from lightning_ntk.dynamics.twin import Twin, require_supported_optimizer
-from lightning_ntk.linearization import trainable_parameters
 from lightning_ntk.losses import Objective
+from lightning_ntk.parameters import trainable_parameters
 from tests.problems import NETWORKS, LinearModel, flatten, make, relative_error
 
 Make = Callable[[dict[str, Tensor]], torch.optim.Optimizer]
