@@ -119,9 +119,7 @@ def draw(results: Results, path: Path) -> None:
     values = [row[y] for row in results.final for y in (RMSE, DISTANCE) if 0 < row[y] < math.inf]
     # Above the edge it grows without bound.
     axes[0].set_ylim(min(values) / 2, 1e2)
-    axes[0].axhline(
-        DESCRIBED, color="#555555", linestyle="-.", linewidth=1, label=f"{DESCRIBED:g}: no description any more"
-    )
+    axes[0].axhline(DESCRIBED, color="#555555", linestyle="-.", linewidth=1, label=f"threshold {DESCRIBED:g}")
     every = [row for row in results.rows if row["activation"] == "relu"]
     seed = min(row["seed"] for row in every)
     for index, fraction in enumerate(f for f in SHOWN if any(row["fraction"] == f for row in every)):
