@@ -1,7 +1,7 @@
 """The closed forms as they are published, in float32, beside this package: time and accuracy in one run.
 
 1000 digits, even or odd as -1 and 1, a network with one hidden layer of 1024, 2000 steps of full-batch gradient descent. With the
-kernel Theta, the initial residual r = f0 - Y and eta the learning rate times 2 / (N K), the two regimes are
+kernel Theta, the initial residual r = f0 - Y and eta the learning rate times 2 / N, the two regimes are
 
     continuous    w_lin(t) = w0 - J^T Theta^-1 (I - exp(-eta t Theta)) r
     discrete      w_lin(t) = w0 - J^T Theta^-1 (I - (I - eta Theta)^t) r
@@ -10,8 +10,10 @@ Here they are written down as they stand: float32, `torch.linalg.inv`, `torch.ma
 judge of both is float64 without inverse or power: every single step for the discrete regime, and for the continuous one the
 action of an exponential on a vector.
 
+Three scales of the initial weights, sqrt(2), 1 / sqrt(3) and 0.2 over the root of the fan-in: the second is that of `nn.Linear`.
+The smaller they are, the closer the network is to a linear one and the larger is the condition number of its kernel.
+
     python examples/reproductions/closed_forms.py
-    python examples/reproductions/closed_forms.py --targets digits --samples 250    # ten outputs: a kernel of 2500 rows
     python examples/reproductions/closed_forms.py --width 16 --steps 20 --samples 30    # seconds
 """
 
@@ -35,7 +37,6 @@ from torch.utils.data import TensorDataset
 
 from lightning_ntk import Linearization, LinearizedTraining, empirical_ntk
 
-ACTIVATIONS = {"relu": nn.ReLU, "tanh": nn.Tanh}
 REGIMES = {"discrete": "gradient_descent", "continuous": "gradient_flow"}
 
 
@@ -63,23 +64,19 @@ def vector(weights: dict[str, Any]) -> Tensor:
     return torch.cat([weight.detach().double().flatten() for weight in weights.values()])
 
 
-def problem(samples: int, targets: str) -> TensorDataset:
-    """Images of digits with 1 for odd ones and -1 for even ones, `(N, 1)`, or with one-hot targets, `(N, 10)`."""
-    data = digits(samples)
-    if targets == "digits":
-        return data
-    images, one_hot = data.tensors
-    return TensorDataset(images, 2.0 * (one_hot.argmax(1, keepdim=True) % 2) - 1)
+def parity(samples: int) -> TensorDataset:
+    """Images of digits with 1 for odd ones and -1 for even ones: `(N, 64)`, `(N, 1)`."""
+    images, targets = digits(samples).tensors
+    return TensorDataset(images, 2.0 * (targets.argmax(1, keepdim=True) % 2) - 1)
 
 
 def jacobian(network: nn.Module, images: Tensor) -> Tensor:
-    """J, `(N K, P)`: one backward pass for each output of each sample."""
+    """J, `(N, P)`: one backward pass for each sample."""
     parameters = list(network.parameters())
     rows = []
     for image in images:
-        for output in network(image):
-            gradients = torch.autograd.grad(output, parameters, retain_graph=True)
-            rows.append(torch.cat([gradient.flatten() for gradient in gradients]))
+        gradients = torch.autograd.grad(network(image).squeeze(), parameters)
+        rows.append(torch.cat([gradient.flatten() for gradient in gradients]))
     return torch.stack(rows)
 
 
@@ -98,7 +95,7 @@ def naive_displacement(
 def reference_coefficients(
     kernel: Tensor, residual: Tensor, eta: float, steps: list[int], regime: str
 ) -> dict[int, Tensor]:
-    """The coefficients a of w_lin(t) = w0 + J^T a, `(N K,)` in float64, without a closed form.
+    """The coefficients a of w_lin(t) = w0 + J^T a, `(N,)` in float64, without a closed form.
 
     Step by step a <- a - eta (r + Theta a), or the exponential of da/dt = -eta (r + Theta a) acting on a vector.
     """
@@ -133,14 +130,12 @@ def relative(difference: Tensor, size: Tensor) -> float:
     return value if math.isfinite(value) else math.inf
 
 
-def compare(options: argparse.Namespace, activation: str) -> tuple[list[dict[str, Any]], dict[str, float]]:
+def compare(options: argparse.Namespace, sigma_w: float) -> tuple[list[dict[str, Any]], dict[str, float]]:
     """One row for each regime, method and time; and how long the preparations took."""
     torch.manual_seed(options.seed)
-    data = problem(options.samples, options.targets)
+    data = parity(options.samples)
     images, targets = data.tensors
-    network = mlp(
-        [64, options.width, targets.shape[1]], ACTIVATIONS[activation], "standard", sigma_w=math.sqrt(2), sigma_b=0.1
-    )
+    network = mlp([64, options.width, 1], nn.Tanh, "standard", sigma_w=sigma_w, sigma_b=0.1)
     lr = options.fraction * max_learning_rate(network, data)
     eta = lr * 2 / targets.numel()
     steps = sorted({t for t in (1, 10, 100, 1000) if t < options.steps} | {options.steps})
@@ -170,7 +165,7 @@ def compare(options: argparse.Namespace, activation: str) -> tuple[list[dict[str
         )
         coefficients = reference_coefficients(exact_kernel, exact_residual, eta, steps, regime)
         for t in steps:
-            pulled = linearization.vjp(coefficients[t].reshape(targets.shape), images.double())
+            pulled = linearization.vjp(coefficients[t].unsqueeze(1), images.double())
             displacements[regime, "reference", t] = vector(pulled), math.nan
             displacements[regime, "published", t] = timed(
                 naive_displacement, rows_of_j, inverse, kernel, residual, eta, t, regime
@@ -188,7 +183,7 @@ def compare(options: argparse.Namespace, activation: str) -> tuple[list[dict[str
     return rows, seconds
 
 
-def draw(rows: list[dict[str, Any]], axes: Any, activation: str) -> None:
+def draw(rows: list[dict[str, Any]], axes: Any, title: str) -> None:
     """Errors of the weights and the distances that would be logged, over time."""
     for regime in REGIMES:
         truths = [row for row in rows if row["method"] == "reference" and row["regime"] == regime]
@@ -207,7 +202,7 @@ def draw(rows: list[dict[str, Any]], axes: Any, activation: str) -> None:
                     label=f"{method}{' formula' if index else ''}, {regime}",
                     markerfacecolor=COLOURS[index] if regime == "discrete" else "none",
                 )  # fmt: skip
-    x, title = "optimizer step t", {"relu": "ReLU"}.get(activation, activation)
+    x = "optimizer step t"
     error = "relative error of the weights\n" r"$\|w - w_\mathrm{lin}(t)\| \,/\, \|w_\mathrm{lin}(t) - w_0\|$"
     finish(axes[0], x, error, title=title)
     finish(axes[1], x, "relative weight distance reported\n" r"$\|w_t - w\| \,/\, \|w_t - w_0\|$", title=title)
@@ -229,24 +224,30 @@ def report(rows: list[dict[str, Any]], seconds: dict[str, float]) -> str:
 def main() -> None:
     """Runs, prints the tables, draws the figure."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--activations", nargs="+", choices=list(ACTIVATIONS), default=list(ACTIVATIONS))
-    parser.add_argument("--targets", choices=["parity", "digits"], default="parity", help="one output or ten")
     parser.add_argument("--width", type=int, default=1024)
     parser.add_argument("--steps", type=int, default=2000, help="of gradient descent, the last time of both formulas")
     parser.add_argument("--samples", type=int, default=1000, help="images")
     parser.add_argument("--fraction", type=float, default=0.5, help="learning rate over the largest stable one")
+    parser.add_argument(
+        "--sigma-w",
+        type=float,
+        nargs="+",
+        default=[2**0.5, 3**-0.5, 0.2],
+        help="of the weights, times the root of the fan-in",
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, default=Path("reproductions"), help="directory of the figure")
     options = parser.parse_args()
-    figure, axes = grid_of_panels(len(options.activations), 2)
-    for index, activation in enumerate(options.activations):
-        rows, seconds = compare(options, activation)
+    columns = len(options.sigma_w)
+    figure, axes = grid_of_panels(2, columns, width=4.5)
+    for column, sigma_w in enumerate(options.sigma_w):
+        rows, seconds = compare(options, sigma_w)
         condition = seconds.pop("condition")
-        size = f"{options.samples} samples, {options.targets}, width {options.width}"
-        print(f"\n{activation}: {size}, condition number of the kernel {condition:.3g}\n")
+        print(f"\nsigma_w = {sigma_w:.3g}: condition number of the kernel {condition:.3g}\n")
         print(report(rows, seconds), flush=True)
-        draw(rows, axes[2 * index : 2 * index + 2], activation)
-    save(figure, options.output / f"closed-forms-{options.targets}.png")
+        title = rf"$\sigma_w$ = {sigma_w:.3g}, condition number {condition:.1e}"
+        draw(rows, axes[column::columns], title)
+    save(figure, options.output / "closed-forms.png")
 
 
 if __name__ == "__main__":
