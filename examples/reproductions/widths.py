@@ -103,17 +103,26 @@ def local_slopes(pairs: list[tuple[float, float]]) -> str:
     return ", ".join(number(slope) for slope in slopes)
 
 
+def slope(pairs: list[tuple[float, float]]) -> str:
+    """Least squares in log-log axes, with the 95 % interval."""
+    law = log_log_slope([x for x, _ in pairs], [y for _, y in pairs])
+    return f"{number(law.slope)} [{number(law.low)}, {number(law.high)}]"
+
+
 def table(results: Results, parametrization: str) -> str:
-    """Slopes with 95 % intervals, between successive widths, and what is expected."""
+    """Slopes with 95 % intervals, over all and over wide networks only, between successive widths, and what is expected."""
     lines = []
     for y, activation in itertools.product([*LABELS, *LAYERS], ACTIVATIONS):
         pairs = points(results, y, parametrization=parametrization, activation=activation)
-        law = log_log_slope([x for x, _ in pairs], [value for _, value in pairs])
-        interval = f"{number(law.slope)} [{number(law.low)}, {number(law.high)}]"
-        name = y.removeprefix("ntk/").replace("_", " ")
+        widths = sorted({x for x, _ in pairs})
+        wide = [(x, value) for x, value in pairs if x >= widths[len(widths) // 3]]
         expected = EXPECTED[y][parametrization] if y in EXPECTED else EXPECTED_DISTANCES[y][activation]
-        lines.append([name, activation, interval, local_slopes(pairs), f"{expected:g}"])
-    return markdown(["quantity", "activation", "slope over width", "between successive widths", "expected"], lines)
+        name = y.removeprefix("ntk/").replace("_", " ")
+        lines.append([name, activation, slope(pairs), slope(wide), local_slopes(pairs), f"{expected:g}"])
+    header = [
+        "quantity", "activation", "slope over width", "without the narrowest third", "between successive widths", "expected",
+    ]  # fmt: skip
+    return markdown(header, lines)
 
 
 def step_table(results: Results) -> str:
