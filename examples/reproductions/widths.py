@@ -156,6 +156,7 @@ def draw(results: Results, parametrization: str, path: Path) -> None:
         draw_reference(axes[3], pairs, EXPECTED[y][parametrization], offset=1.25)
     finish(axes[3], "width", "change of weights, tanh\n" r"$\|W_t - W_0\| \,/\, \|W_0\|$")
     label_at(axes[3], {x for x, _ in pairs})
+    axes[3].set_ylim(bottom=axes[3].get_ylim()[0] / 6)  # room for the legend
     figure.suptitle(f"{name}: slopes over the width with 95 % intervals", fontsize=11)
     save(figure, path)
 
