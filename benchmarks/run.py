@@ -1,6 +1,6 @@
 """Every comparison of speed, in one run and one table.
 
-    python benchmarks/run.py [--sections kernel modes passes] [--threads 1] [--output benchmarks/results/run.json]
+    python benchmarks/run.py [--sections modes kernel passes steps processes] [--threads 1] [--output benchmarks/results/run.json]
 
 Float32, K = 10, scikit-learn's digits; an MLP 64-512-512-10, a convolutional network and a transformer (models.py). Each
 line is the time of this package, that of another way to the same numbers or of a floor (work that no way can avoid),
@@ -17,14 +17,17 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
+import ddp
 import kernels
 import measuring_pass
 import modes
+import steps
+import sweep_workers
 import torch
 from timing import Comparison, header, line, machine
 
 RESULTS = Path(__file__).parent / "results" / "run.json"
-SECTIONS = ("modes", "kernel", "passes")
+SECTIONS = ("modes", "kernel", "passes", "steps", "processes")
 
 
 def comparisons(arguments: argparse.Namespace) -> Iterator[tuple[str, Comparison]]:
@@ -40,6 +43,13 @@ def comparisons(arguments: argparse.Namespace) -> Iterator[tuple[str, Comparison
     if "passes" in arguments.sections:
         yield from (("passes", row) for row in measuring_pass.against_an_epoch())
         yield "passes", measuring_pass.share_of_the_example()
+    if "steps" in arguments.sections:
+        yield "steps", steps.between_measurements()
+        yield from (("steps", row) for row in steps.replay())
+        yield from (("steps", row) for row in steps.twin())
+    if "processes" in arguments.sections:
+        yield from (("processes", row) for row in ddp.two_processes())
+        yield "processes", sweep_workers.two_workers()
     if arguments.neural_tangents:
         rows = kernels.against_neural_tangents(arguments.neural_tangents, arguments.implementations)
         yield from (("neural-tangents", row) for row in rows)
@@ -67,5 +77,5 @@ def main() -> None:
     print(f"written to {arguments.output}")
 
 
-if __name__ == "__main__":
+if __name__ == "__main__":  # worker processes of a sweep import this file
     main()
