@@ -1,0 +1,156 @@
+"""Lazy training at any width: the slope over the output scale alpha (Chizat et al., 2019).
+
+The output of one network is multiplied by alpha. The learning rate is the same fraction of the largest stable one, so that it
+falls as 1 / alpha^2 and the linearised network does the same thing at every alpha. The model is trained twice: centred,
+alpha (h(w) - h(w0)), as the theory wants it, and not centred, alpha h(w), where the initial outputs grow with alpha and training
+has to undo them. Everything is in float64: at alpha = 1000 weights move by so little that float32 rounds it away.
+
+    python examples/reproductions/output_scale.py
+    python examples/reproductions/output_scale.py --scales 1 10 --seeds 0 --width 16 --steps 5 --samples 20    # seconds
+
+Run again, it resumes; with more scales or seeds only those are run.
+
+Reference: L. Chizat, E. Oyallon, F. Bach, On lazy training in differentiable programming, NeurIPS 2019.
+"""
+
+import argparse
+import copy
+import itertools
+from pathlib import Path
+from typing import Any
+
+import torch
+from drawing import draw_power_law, draw_reference, finish, grid_of_panels, markdown, save
+from ntk_parametrization import mlp
+from setting import CLASSES, FullBatch, digits, fit, max_learning_rate
+from torch import Tensor, nn
+from torch.utils.data import TensorDataset
+
+from lightning_ntk import LinearizationMonitor
+from lightning_ntk.kernel_probe import KernelProbe
+from lightning_ntk.sweep import Results, Sweep
+
+PROBE = 32  # samples of the kernel that is followed
+QUANTITIES = {
+    "ntk/relative_weight_distance": "relative weight distance\n" r"$\|w_t - w_\mathrm{lin}(t)\| \,/\, \|w_t - w_0\|$",
+    "ntk/taylor_gap": "Taylor gap",
+    "ntk/kernel_change": "kernel change",
+    "ntk/relative_displacement": r"displacement $\|w_t - w_0\| \,/\, \|w_0\|$",
+}
+EXPECTED = -1  # of every one, for the centred model
+
+
+class Scaled(nn.Module):
+    """alpha h(w), or alpha (h(w) - h(w0)).
+
+    Args:
+        network: h, at its initial weights.
+        alpha: The scale.
+        centred: Whether the outputs at initialisation are subtracted.
+    """
+
+    def __init__(self, network: nn.Module, alpha: float, centred: bool) -> None:
+        super().__init__()
+        self.trained = network
+        self.initial = copy.deepcopy(network).requires_grad_(False) if centred else None
+        self.alpha = alpha
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Scaled outputs."""
+        outputs: Tensor = self.trained(images)
+        return self.alpha * (outputs if self.initial is None else outputs - self.initial(images))
+
+
+def objective(config: dict[str, Any]) -> LinearizationMonitor:
+    """Trains one network."""
+    torch.manual_seed(config["seed"])
+    network = mlp([64, *[config["width"]] * 3, CLASSES], nn.Tanh, sigma_w=1.5, sigma_b=0.1)
+    model = Scaled(network, config["alpha"], config["centred"]).double()
+    data = TensorDataset(*(tensor.double() for tensor in digits(config["samples"]).tensors))
+    module = FullBatch(model, config["fraction"] * max_learning_rate(model, data))
+    monitor = LinearizationMonitor(steps=[0], progress=False, strict=True)
+    fit(module, data, config["steps"], [monitor])
+    training = monitor.training
+    assert training is not None
+    probe = KernelProbe(training.linearization, training.reference, samples=PROBE)
+    last = monitor.history[-1]
+    last.update(probe.compare({name: w for name, w in module.named_parameters() if w.requires_grad}))
+    size = sum(float(weight.square().sum()) for weight in training.initial_weights.values()) ** 0.5
+    last["relative_displacement"] = last["displacement"] / size
+    return monitor
+
+
+def points(results: Results, y: str, centred: bool) -> list[tuple[float, float]]:
+    """(alpha, y at the last step) of all seeds."""
+    return [(row["alpha"], row[y]) for row in results.where({"centred": centred}).final]
+
+
+def table(results: Results) -> str:
+    """Slopes with 95 % intervals."""
+    lines = []
+    for y, centred in itertools.product(QUANTITIES, (True, False)):
+        law = results.slope("alpha", y, where={"centred": centred})
+        kind = "centred" if centred else "not centred"
+        interval = f"{law.slope:.3f} [{law.low:.3f}, {law.high:.3f}]"
+        lines.append([y.removeprefix("ntk/").replace("_", " "), kind, interval, f"{EXPECTED}" if centred else "none"])
+    return markdown(["quantity", "model", "slope over alpha", "stated"], lines)
+
+
+def means(results: Results) -> str:
+    """The relative weight distance and both losses, means over seeds."""
+    lines: list[list[Any]] = []
+    rows = results.final
+    for alpha, centred in itertools.product(sorted({row["alpha"] for row in rows}), (True, False)):
+        kept = [row for row in rows if row["alpha"] == alpha and row["centred"] == centred]
+        names = ("ntk/relative_weight_distance", "ntk/loss", "ntk/linearized_loss")
+        cells = [sum(row[name] for row in kept) / len(kept) for name in names]
+        lines.append([f"{alpha:g}", "centred" if centred else "not centred", *cells])
+    return markdown(["alpha", "model", "relative weight distance", "loss", "linearised loss"], lines)
+
+
+def draw(results: Results, path: Path) -> None:
+    """The relative weight distance of both models; the other quantities of the centred one."""
+    figure, axes = grid_of_panels(1, 2)
+    (first, label), *rest = QUANTITIES.items()
+    for index, (centred, name) in enumerate(((True, "centred"), (False, "not centred"))):
+        draw_power_law(axes[0], points(results, first, centred), name, index, filled=centred)
+    draw_reference(axes[0], points(results, first, True), EXPECTED, offset=0.5)
+    finish(axes[0], r"output scale $\alpha$", label, loc="lower left")
+    for index, (y, name) in enumerate(rest):
+        draw_power_law(axes[1], points(results, y, True), name, index + 2, filled=index != 1)
+    draw_reference(axes[1], points(results, rest[-1][0], True), EXPECTED, offset=2)
+    finish(axes[1], r"output scale $\alpha$", "centred model, dimensionless", loc="lower left")
+    save(figure, path)
+
+
+def main() -> None:
+    """Runs what is missing, prints the tables, draws the figure."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--scales", type=float, nargs="+", default=[1, 3, 10, 30, 100, 300, 1000], help="alpha")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--width", type=int, default=256)
+    parser.add_argument("--steps", type=int, default=100, help="of gradient descent")
+    parser.add_argument("--samples", type=int, default=128, help="images")
+    parser.add_argument("--fraction", type=float, default=0.5, help="learning rate over the largest stable one")
+    parser.add_argument("--workers", type=int, default=2, help="processes; 0: this one")
+    parser.add_argument(
+        "--output", type=Path, default=Path("reproductions"), help="directory of tables, figures, storage"
+    )
+    options = parser.parse_args()
+    options.output.mkdir(parents=True, exist_ok=True)
+    chosen = {
+        "width": options.width, "steps": options.steps, "samples": options.samples, "fraction": options.fraction,
+    }  # fmt: skip
+    grid = {"alpha": options.scales, "centred": [True, False], "seed": options.seeds}
+    grid |= {name: [value] for name, value in chosen.items()}
+    storage = options.output / "output_scale.journal"
+    sweep = Sweep(objective, grid, storage=storage, name="output_scale", logs=options.output / "logs")
+    sweep.run(workers=options.workers)
+    results = sweep.results.where(chosen)
+    results.to_csv(options.output / "output_scale.csv")
+    print(f"\nWidth {options.width}, {options.steps} steps\n\n{table(results)}\n\n{means(results)}\n")
+    draw(results, options.output / "output-scale.png")
+
+
+if __name__ == "__main__":  # worker processes import this file
+    main()
