@@ -119,7 +119,7 @@ def draw(results: Results, path: Path) -> None:
     for index, (y, name) in enumerate(rest):
         draw_power_law(axes[1], points(results, y, True), name, index + 2, filled=index != 1)
     draw_reference(axes[1], points(results, rest[-1][0], True), EXPECTED, offset=2)
-    finish(axes[1], r"output scale $\alpha$", "centred model, dimensionless", loc="lower left")
+    finish(axes[1], r"output scale $\alpha$", "centred model, dimensionless", loc="upper right")
     save(figure, path)
 
 
