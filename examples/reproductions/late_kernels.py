@@ -90,11 +90,13 @@ class Run:
     """What one run left behind.
 
     Args:
+        seed: Of the run.
         kernels: By step.
         monitors: By the step of their capture.
     """
 
-    def __init__(self, kernels: dict[int, Tensor], monitors: dict[int, LinearizationMonitor]) -> None:
+    def __init__(self, seed: int, kernels: dict[int, Tensor], monitors: dict[int, LinearizationMonitor]) -> None:
+        self.seed = seed
         self.kernels = kernels
         self.histories = {captured: monitor.history for captured, monitor in monitors.items()}
         pairs = itertools.pairwise(sorted(kernels))
@@ -123,7 +125,7 @@ def run(options: argparse.Namespace, seed: int, steps: list[int]) -> Run:
     }  # fmt: skip
     trainer = quiet_trainer(options.steps, [*monitors.values(), kernels])
     trainer.fit(module, loader)
-    return Run(kernels.kernels, monitors)
+    return Run(seed, kernels.kernels, monitors)
 
 
 def log_steps(last: int, per_decade: int = 5) -> list[int]:
@@ -194,7 +196,7 @@ def draw(runs: list[Run], last: int, steps_per_epoch: int, path: Path) -> None:
     for index, r in enumerate(runs):
         style = {"color": COLOURS[index], "marker": MARKERS[index], "markersize": 4, "linewidth": 1}
         axes[1].plot(
-            list(r.velocity), [v * steps_per_epoch for v in r.velocity.values()], "-", label=f"seed {index}", **style
+            list(r.velocity), [v * steps_per_epoch for v in r.velocity.values()], "-", label=f"seed {r.seed}", **style
         )
     finish(axes[1], "optimizer step", "kernel velocity (kernel distance per epoch)")
 

@@ -35,7 +35,7 @@ QUANTITIES = {
     "ntk/relative_weight_distance": "relative weight distance\n" r"$\|w_t - w_\mathrm{lin}(t)\| \,/\, \|w_t - w_0\|$",
     "ntk/taylor_gap": "Taylor gap",
     "ntk/kernel_change": "kernel change",
-    "ntk/relative_displacement": r"displacement $\|w_t - w_0\| \,/\, \|w_0\|$",
+    "ntk/relative_displacement": "relative displacement",
 }
 EXPECTED = -1  # of every one, for the centred model
 
@@ -119,7 +119,7 @@ def draw(results: Results, path: Path) -> None:
     for index, (y, name) in enumerate(rest):
         draw_power_law(axes[1], points(results, y, True), name, index + 2, filled=index != 1)
     draw_reference(axes[1], points(results, rest[-1][0], True), EXPECTED, offset=2)
-    finish(axes[1], r"output scale $\alpha$", "centred model, dimensionless", loc="lower left")
+    finish(axes[1], r"output scale $\alpha$", "centred model, dimensionless", loc="upper right")
     save(figure, path)
 
 
