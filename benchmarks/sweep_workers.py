@@ -10,7 +10,7 @@ from lightning_ntk.sweep import Sweep
 from lightning_ntk.sweep.objective import ImportedObjective
 
 
-def two_workers(trials: int = 8, width: int = 256, steps: int = 1000) -> Comparison:
+def two_workers(trials: int = 8, width: int = 256, steps: int = 3000) -> Comparison:
     """The objective of examples/sweep.py, with as many seeds as trials, from scratch by one worker and by two.
 
     Each worker has one thread. Times are of the whole `run`, with the start of the worker processes.

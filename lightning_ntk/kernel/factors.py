@@ -164,6 +164,20 @@ class Factors:
         """Bytes of all factors."""
         return sum(gram.nbytes for gram in self.grams) + sum(jacobian.nbytes for jacobian in self.jacobians)
 
+    def tensors(self) -> list[tuple[Tensor, bool]]:
+        """All tensors, and whether their first dimension is that of the samples."""
+        grams = [(t, True) for gram in self.grams for t in gram.inputs]
+        gradients = [(gram.gradients, gram.gradients.dim() > 2) for gram in self.grams]
+        return grams + gradients + [(jacobian, True) for jacobian in self.jacobians]
+
+    def with_tensors(self, values: Sequence[Tensor]) -> "Factors":
+        """The factors with others in the place of the tensors that have samples, in the order of `tensors`."""
+        left = iter(values)
+        inputs = [tuple(next(left) for _ in gram.inputs) for gram in self.grams]
+        gradients = [next(left) if gram.gradients.dim() > 2 else gram.gradients for gram in self.grams]
+        grams = tuple(Gram(x, g) for x, g in zip(inputs, gradients, strict=True))
+        return Factors(grams, tuple(next(left) for _ in self.jacobians))
+
     def narrow(self, start: int, stop: int) -> "Factors":
         """The samples `start` to `stop`."""
         grams = tuple(gram.narrow(start, stop) for gram in self.grams)

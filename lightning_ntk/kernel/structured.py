@@ -5,6 +5,7 @@ Rules: layers.py. Which parameters they cover, and their verification: plan.py.
 
 import warnings
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from itertools import chain
 from typing import NamedTuple
 
@@ -134,15 +135,23 @@ def _assemble(
             advance(plan.cost.total(samples=len(part), pairs=0))
         return cat_factors(parts)
 
+    # With several blocks the processes do not come to the same one at the same time.
+    divided = symmetric and len(pairs) == 1 and 1 < shards.size <= len(rows)
+
+    def left_factors(block: range) -> Factors:
+        if not divided:
+            return factors(rows, block)
+        return _gather(factors(rows, shards.rows(len(rows))), shards, len(rows)) or factors(rows, block)
+
     def blocks() -> Iterator[tuple[Tile, Factors, Factors]]:
         held: tuple[range, Factors] | None = None
         for (first, second), share in zip(pairs, shares, strict=True):
             grid = [tile for owner, tile in share if owner == shards.rank]
-            if not grid:
+            if not grid and not divided:
                 continue
             if held is None or held[0] != first:
                 held = None  # freed before the next block is made
-                held = (first, factors(rows, first))
+                held = (first, left_factors(first))
             left = held[1]
             right = left if symmetric and first == second else factors(columns, second)
             for tile in grid:
@@ -153,6 +162,8 @@ def _assemble(
     scratch = torch.empty(tile_rows * tile_columns * num_outputs**2, dtype=dtype, device=linearization.device)
     own = [[tile for owner, tile in share if owner == shards.rank] for share in shares]
     total = _total_operations(plan, list(zip(pairs, own, strict=True)), symmetric)
+    if divided:
+        total -= plan.cost.total(samples=len(rows) - len(shards.rows(len(rows))), pairs=0)
     with track_operations("structured kernel", total=total, enabled=progress) as advance:
         for tile, left, right in blocks():
             block = _block(scratch, tile, num_outputs).zero_()
@@ -193,6 +204,24 @@ def _shares(grids: list[list[Tile]], processes: int) -> list[list[tuple[int, Til
                 done += count * len(rest.rows)
         shares.append(share)
     return shares
+
+
+def _gather(own: Factors, shards: Shards, samples: int) -> Factors | None:
+    """The factors of all samples from those of every process's share; None if sequences differ in length between these."""
+    tensors = [tensor for tensor, by_sample in own.tensors() if by_sample]
+    shapes = torch.tensor([size for tensor in tensors for size in tensor.shape[1:]])
+    if shards.any(not torch.equal(shards.broadcast_(shapes.clone()), shapes)):
+        return None
+    gathered = []
+    for tensor in tensors:
+        whole = tensor.new_empty(samples, *tensor.shape[1:])
+        for source in range(shards.size):
+            rows = replace(shards, rank=source).rows(samples)
+            if source == shards.rank:
+                whole[rows.start : rows.stop] = tensor
+            shards.broadcast_(whole[rows.start : rows.stop], source)
+        gathered.append(whole)
+    return own.with_tensors(gathered)
 
 
 def _exchange(
