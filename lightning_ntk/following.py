@@ -12,6 +12,7 @@ from lightning_ntk.carried import decaying_weights
 from lightning_ntk.dynamics.replay import Replay
 from lightning_ntk.dynamics.sgd import SGDSettings
 from lightning_ntk.dynamics.twin import Twin
+from lightning_ntk.isolation import preserved_rng
 from lightning_ntk.linearization import Linearization
 from lightning_ntk.losses import Loss, Objective
 from lightning_ntk.parameters import Tensors
@@ -165,6 +166,7 @@ class ReplayFollower:
     def _image(self, vector: Tensors | None) -> Tensor | None:
         return None if vector is None else self._capture.push_forward(vector)
 
+    @preserved_rng()
     def see(self, inputs: Any, target: Tensor, scale: float) -> None:
         """Adds the loss gradient of the batch, whose samples are found in the training set by their content."""
         self._replay.accumulate(self.rows(inputs, target), target, scale=scale)
@@ -242,6 +244,7 @@ class TwinFollower:
         self._kept: Tensors | None = None
         self._twin = Twin(linearization, optimizer, parameters)
 
+    @preserved_rng()
     def see(self, inputs: Any, target: Tensor, scale: float) -> None:
         """Adds the loss gradient of the batch at the outputs of the linearised network."""
         if self._steps % self._every:
@@ -251,6 +254,7 @@ class TwinFollower:
             self._twin.objective = Objective(self._loss, outputs, target, flat=self._linearization.flat)
         self._twin.accumulate(inputs, target, scale=scale)
 
+    @preserved_rng()
     def step(self, settings: StepSettings) -> None:
         """One step of the twin's optimizer."""
         if self._kept is not None and self._steps % self._every:

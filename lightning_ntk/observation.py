@@ -160,10 +160,10 @@ class Observation:
 
     def see(self, inputs: Any, target: Tensor, scale: float) -> None:
         """One micro-batch, whose loss the run multiplied by `scale` before its backward pass."""
-        with preserved_rng():
-            if self.steps_taken == 0:
+        if self.steps_taken == 0:
+            with preserved_rng():
                 self._add_expected_gradient(inputs, target, scale)
-            self._follower.see(inputs, target, scale)
+        self._follower.see(inputs, target, scale)
 
     def step(self, settings: StepSettings) -> None:
         """One optimizer step, with the micro-batches seen since the last one.
@@ -171,8 +171,7 @@ class Observation:
         Raises:
             OverflowError: If the linearised network diverges beyond floating-point numbers.
         """
-        with preserved_rng():
-            self._follower.step(settings)
+        self._follower.step(settings)
         self.steps += 1
         self.steps_taken += 1
 
