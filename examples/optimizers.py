@@ -7,11 +7,13 @@ on the kernel, AdamW needs the twin in weight space. The callback chooses, and s
     python examples/optimizers.py
     python examples/optimizers.py --width 1024
 
-How to read the figure: the distance is relative to how far each run has moved, and runs should be compared where they have
-fitted the data equally well, so the second panel shows the distance over the training loss (right to left is forward in time).
-Momentum takes SGD along nearly the same path in fewer steps: over the loss, its curve lies close to that of plain SGD. AdamW
-moves every weight by about the learning rate in each step, however small its gradient, so that weights which hardly matter at w0
-travel as far as the others, and the tangent space is left sooner at the same loss.
+How to read the figure: over time the three runs look different, but a run that learns faster also leaves its tangent space
+sooner, so that runs should be compared where they have fitted the data equally well. Over the training loss (time runs to the
+right) the curves lie nearly on each other: what a run has learned decides how far it is from its linearisation, more than the
+optimizer with which it got there. Two differences remain. Down to a loss of 0.2 plain SGD is farthest, 0.64 against 0.56 with
+momentum and 0.54 with AdamW at about 0.25: its first steps, at ten times the learning rate, are the boldest. And AdamW's
+displacement is half as large again as SGD's at the end, 13.7 against 9.1, in a network that is linearised no better or worse
+for it.
 """
 
 import argparse
