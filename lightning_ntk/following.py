@@ -82,7 +82,6 @@ class ModesFollower:
     def __init__(self, training: LinearizedTraining) -> None:
         self._training = training
         self._run = training.follow()
-        self._settings: list[SGDSettings] = []
 
     def see(self, inputs: Any, target: Tensor, scale: float) -> None:
         """Nothing: these dynamics see the whole training set in every step."""
@@ -91,8 +90,7 @@ class ModesFollower:
         """One step with the settings of the first parameter group."""
         used = SGDSettings.of(settings.groups[0])
         # Gradient flow has a duration of each step, and nothing else of an optimizer.
-        self._settings.append(SGDSettings(used.lr) if self._training.dynamics == "gradient_flow" else used)
-        self._run.step(self._settings[-1])
+        self._run.step(SGDSettings(used.lr) if self._training.dynamics == "gradient_flow" else used)
 
     def skip(self) -> None:
         """Nothing: what a batch holds is not looked at."""
@@ -100,9 +98,9 @@ class ModesFollower:
     @property
     def kernel_time(self) -> float | None:
         r"""The sum of the learning rates times the factor of the loss, :math:`\eta t`; None with momentum or decay."""
-        if any(s.momentum or s.weight_decay for s in self._settings):
+        if any(settings.momentum or settings.weight_decay for settings, _ in self._run.history):
             return None
-        return self._training.loss_factor * sum(s.lr for s in self._settings)
+        return self._training.loss_factor * sum(settings.lr * count for settings, count in self._run.history)
 
     def network(self) -> LinearizedNetwork:
         """One pass over the training set."""
@@ -111,16 +109,17 @@ class ModesFollower:
 
     def state_dict(self) -> dict[str, Any]:
         """The settings of all steps, from which the state follows on any modes."""
-        return {"settings": torch.tensor(self._settings, dtype=torch.float64).reshape(-1, len(SGDSettings._fields))}
+        rows = [(*settings, count) for settings, count in self._run.history]
+        return {"settings": torch.tensor(rows, dtype=torch.float64).reshape(-1, len(SGDSettings._fields) + 1)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Takes the steps again."""
-        for lr, momentum, dampening, nesterov, weight_decay, maximize, decoupled in state["settings"].tolist():
+        for lr, momentum, dampening, nesterov, weight_decay, maximize, decoupled, count in state["settings"].tolist():
             settings = SGDSettings(
                 lr, momentum, dampening, bool(nesterov), weight_decay, bool(maximize), bool(decoupled)
             )
-            self._settings.append(settings)
-            self._run.step(settings)
+            for _ in range(int(count)):
+                self._run.step(settings)
 
 
 class ReplayFollower:

@@ -12,7 +12,7 @@ from lightning_ntk.error_bounds import ErrorBound, RunningBound
 from lightning_ntk.lanczos import LanczosModes
 from lightning_ntk.modes import Modes
 from lightning_ntk.readout import LinearizedState
-from lightning_ntk.refinement import CompleteModes, ModalSolver
+from lightning_ntk.refinement import ModalSolver
 
 Read = Callable[[Sequence[Modes], Filters], LinearizedState]
 
@@ -31,6 +31,10 @@ class Run:
         starts: Where the carried vectors are at step 0.
         read: Turns filters into a state.
         decays: Whether weight decay is possible: toward the initial weights, or toward zero if they are carried along.
+
+    Attributes:
+        history: The settings of all steps so far, equal ones in a row once with their number.
+        steps: Their number.
     """
 
     def __init__(
@@ -50,9 +54,7 @@ class Run:
         self._norms = form.norms
         self._read = read
         self._decays = decays
-        # Runs of equal settings, with their lengths; none are needed where modes never change.
-        self._history: list[tuple[SGDSettings, int]] = []
-        self._keeps_history = not isinstance(solver, CompleteModes)
+        self.history: list[tuple[SGDSettings, int]] = []
         self._time = 0.0
         self.steps = 0
         if self._flow is None:
@@ -66,15 +68,14 @@ class Run:
         """
         self._require_settings(settings)
         self.steps += 1
+        last, count = self.history[-1] if self.history else (None, 0)
+        if settings == last:
+            self.history[-1] = (settings, count + 1)
+        else:
+            self.history.append((settings, 1))
         if self._flow is not None:
             self._time += settings.lr * self._factor
             return
-        if self._keeps_history:
-            last, count = self._history[-1] if self._history else (None, 0)
-            if settings == last:
-                self._history[-1] = (settings, count + 1)
-            else:
-                self._history.append((settings, 1))
         self._advance(settings)
 
     def _require_settings(self, settings: SGDSettings) -> None:
@@ -128,7 +129,7 @@ class Run:
     def _follow(self, modes: Sequence[Modes]) -> None:
         if modes is not self._modes:
             self._start(modes)
-            for settings, count in self._history:
+            for settings, count in self.history:
                 for same in repeat(settings, count):
                     self._advance(same)
 

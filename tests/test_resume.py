@@ -107,7 +107,7 @@ def test_what_cannot_be_resumed_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.tested("exception during the run", "gradient_descent")
 @pytest.mark.filterwarnings("ignore")
-def test_a_failing_measurement_and_an_exception_lose_no_history(tmp_path: Path) -> None:
+def test_an_exception_loses_no_history() -> None:
     class Interrupted(Regression):
         def on_train_batch_end(self, outputs, batch, batch_idx):
             if self.trainer.global_step == 9:
