@@ -14,10 +14,10 @@ import torch.distributed as dist
 from models import MODELS, digits
 from timing import Comparison
 
+from lightning_ntk.data.reference import Reference
 from lightning_ntk.kernel import compute_kernel
 from lightning_ntk.linearization import Linearization
-from lightning_ntk.reference import Reference
-from lightning_ntk.shards import ALONE, Shards
+from lightning_ntk.utilities.distributed import ALONE, Shards
 
 CASES = (("MLP", 1000), ("CNN", 512), ("CNN", 1024), ("transformer", 512))
 REPEATS = 3

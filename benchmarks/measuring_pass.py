@@ -11,9 +11,9 @@ from timing import Comparison, interleaved
 from torch import nn
 
 from lightning_ntk import LinearizedTraining
-from lightning_ntk.following import StepSettings
-from lightning_ntk.observation import Observation
-from lightning_ntk.options import Options
+from lightning_ntk.comparison.options import Options
+from lightning_ntk.comparison.run_comparison import Observation
+from lightning_ntk.training.base import StepSettings
 
 
 def against_an_epoch(samples: int = 1797, batch_size: int = 256, repeats: int = 9) -> Iterator[Comparison]:

@@ -14,13 +14,13 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_ntk import Linearization, LinearizationMonitor, empirical_ntk
-from lightning_ntk.dynamics.replay import Replay
+from lightning_ntk.data.reference import Reference
+from lightning_ntk.data.sample_index import SampleIndex
 from lightning_ntk.dynamics.sgd import SGDSettings
-from lightning_ntk.dynamics.twin import Twin
-from lightning_ntk.losses import Objective
-from lightning_ntk.parameters import trainable_parameters
-from lightning_ntk.reference import Reference
-from lightning_ntk.sample_index import SampleIndex
+from lightning_ntk.linearization.objective import Objective
+from lightning_ntk.linearization.parameters import trainable_parameters
+from lightning_ntk.training.replay import Replay
+from lightning_ntk.training.twin import Twin
 
 BATCH, OUTPUTS = 64, 10
 

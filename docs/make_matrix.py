@@ -38,7 +38,7 @@ class Tested(NamedTuple):
     @property
     def by_trainer(self) -> bool:
         """Whether the test runs the Trainer."""
-        return not self.test.startswith("tests/dynamics/")
+        return not self.test.startswith(("tests/dynamics/", "tests/training/"))
 
 
 def collect(tests: Path) -> list[Tested]:
@@ -53,7 +53,8 @@ def collect(tests: Path) -> list[Tested]:
 def matrix_page(tests: Path) -> str:
     """The table, and below it the tests of each row, in Markdown.
 
-    A filled circle stands for a run of the Trainer, an open one for the dynamics alone: tests below `tests/dynamics`.
+    A filled circle stands for a run of the Trainer, an open one for the dynamics alone: tests below `tests/dynamics` and
+    `tests/training`.
     """
     rows: defaultdict[str, list[Tested]] = defaultdict(list)
     for tested in collect(tests):

@@ -1,9 +1,9 @@
 """How far a network's weights leave the path of its linearisation, the neural-tangent-kernel regime."""
 
-from lightning_ntk.callback import LinearizationMonitor
+from lightning_ntk.callback.monitor import LinearizationMonitor
 from lightning_ntk.kernel import empirical_ntk
-from lightning_ntk.linearization import Linearization
-from lightning_ntk.training import LinearizedTraining
+from lightning_ntk.linearization.linearization import Linearization
+from lightning_ntk.training.linearized_training import LinearizedTraining
 
 __version__ = "0.1.0"
 

@@ -16,8 +16,8 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_ntk import LinearizationMonitor
-from lightning_ntk.kernel.layers import RULES
-from tests.test_callback import digits, fit, make_module
+from lightning_ntk.kernel.rules.layers import RULES
+from tests.callback.test_monitor import digits, fit, make_module
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"

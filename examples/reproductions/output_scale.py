@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 from lightning_ntk import LinearizationMonitor
-from lightning_ntk.kernel_probe import KernelProbe
+from lightning_ntk.kernel.probe import KernelProbe
 from lightning_ntk.sweep import Results, Sweep
 
 PROBE = 32  # samples of the kernel that is followed

@@ -30,7 +30,7 @@ from setting import CLASSES, FullBatch, digits, fit, max_learning_rate
 from torch import Tensor, nn
 
 from lightning_ntk import LinearizationMonitor
-from lightning_ntk.kernel_probe import KernelProbe
+from lightning_ntk.kernel.probe import KernelProbe
 from lightning_ntk.sweep import Results, Sweep, log_log_slope
 
 ACTIVATIONS = {"tanh": (nn.Tanh, 1.5), "relu": (nn.ReLU, math.sqrt(2))}  # with sigma_w

@@ -6,12 +6,12 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from lightning_ntk.kernel.contraction import contraction_kernel
-from lightning_ntk.kernel.structured import structured_kernel
-from lightning_ntk.linearization import Linearization, Predict
-from lightning_ntk.memory import format_bytes
-from lightning_ntk.reference import Data, Reference, Unpack
-from lightning_ntk.shards import ALONE, Shards
+from lightning_ntk.data.reference import Data, Reference, Unpack
+from lightning_ntk.kernel.assembly import structured_kernel
+from lightning_ntk.kernel.per_sample import contraction_kernel
+from lightning_ntk.linearization.linearization import Linearization, Predict
+from lightning_ntk.utilities.distributed import ALONE, Shards
+from lightning_ntk.utilities.memory import format_bytes
 
 # Share of the free memory that the factors and Jacobians of the blocks at work may take.
 _DEFAULT_MEMORY_SHARE = 0.25

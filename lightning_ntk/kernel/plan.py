@@ -9,17 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from lightning_ntk.kernel.capture import (
-    Layout,
-    Usage,
-    UsedParameter,
-    by_sample,
-    find_layout,
-    gradient_support,
-    one_hot_cotangents,
-    record_usage,
-)
-from lightning_ntk.kernel.contraction import sample_jacobians
+from lightning_ntk.data.reference import Reference
 from lightning_ntk.kernel.costs import (
     PASS_COST,
     Cost,
@@ -30,9 +20,19 @@ from lightning_ntk.kernel.costs import (
     same_for_all_samples,
 )
 from lightning_ntk.kernel.factors import Dense, Factor, Factors, Gram, Outer, add_block, gram_of
-from lightning_ntk.linearization import Linearization
-from lightning_ntk.parameters import Tensors
-from lightning_ntk.reference import Reference
+from lightning_ntk.kernel.per_sample import sample_jacobians
+from lightning_ntk.kernel.recorder import (
+    Layout,
+    Usage,
+    UsedParameter,
+    by_sample,
+    find_layout,
+    gradient_support,
+    one_hot_cotangents,
+    record_usage,
+)
+from lightning_ntk.linearization.linearization import Linearization
+from lightning_ntk.linearization.parameters import Tensors
 
 # Samples on which a plan is made and verified: enough to see what belongs to which sample.
 _PROBE_SAMPLES = 3

@@ -1,6 +1,6 @@
 """The distances as `torchmetrics.Metric` classes: alone, in a `MetricCollection`, and over several processes.
 
-The classes hold sums; the mathematics is in `lightning_ntk.distances` and `lightning_ntk.kernel_distances`.
+The classes hold sums; the mathematics is in `lightning_ntk.functional.weights` and `lightning_ntk.functional.kernels`.
 """
 
 from lightning_ntk.metrics.kernels import KernelChange, KernelDistance, KernelTargetAlignment

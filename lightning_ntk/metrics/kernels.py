@@ -5,8 +5,8 @@ from typing import Any
 
 from torch import Tensor
 
-from lightning_ntk.distances import ratio
-from lightning_ntk.kernel_distances import KernelSums, alignment_sums, kernel_sums
+from lightning_ntk.functional.kernels import KernelSums, alignment_sums, kernel_sums
+from lightning_ntk.functional.weights import ratio
 from lightning_ntk.metrics.base import SummedMetric
 
 

@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import Tensor
 
-from lightning_ntk.distances import ratio, require_same_shape
+from lightning_ntk.functional.weights import ratio, require_same_shape
 from lightning_ntk.metrics.base import SummedMetric
 
 

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from lightning_ntk.distances import difference, inner_product, ratio
+from lightning_ntk.functional.weights import difference, inner_product, ratio
 from lightning_ntk.metrics.base import SummedMetric
 
 

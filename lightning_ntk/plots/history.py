@@ -1,181 +1,105 @@
-"""Scalars over optimizer steps."""
+"""Histories: rows of scalars, from a monitor or from a log on disk."""
 
-from typing import TYPE_CHECKING, Any
+import csv
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TypeAlias
 
-from lightning_ntk.plots.log import LABELS, History, require_any, series
-from lightning_ntk.plots.style import (
-    GREY,
-    LINEARIZED_LINE,
-    TAYLOR_LINE,
-    TRAINED_LINE,
-    panels,
-    step_axis,
-    tidy,
-    value_axis,
-)
+History: TypeAlias = Sequence[Mapping[str, float]]
 
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
-_KERNEL_TITLES = {
-    "kernel_distance": "How far the kernel has turned",
-    "kernel_change": "How much the kernel has changed",
-    "kernel_velocity": "How fast it turns, per step",
+# What is logged is described where the callback and `weight_distances` are; these are the words on axes.
+LABELS = {
+    "weight_distance": "weight distance\n" r"$\|w_t - w_\mathrm{lin}(t)\|$",
+    "relative_weight_distance": "relative weight distance\n" r"$\|w_t - w_\mathrm{lin}(t)\| \,/\, \|w_t - w_0\|$",
+    "weight_cosine": r"cosine of $w_t - w_0$ and $w_\mathrm{lin}(t) - w_0$",
+    "weight_norm_ratio": "norm ratio\n" r"$\|w_\mathrm{lin}(t) - w_0\| \,/\, \|w_t - w_0\|$",
+    "displacement": "displacement\n" r"$\|w_t - w_0\|$",
+    "prediction_rmse": "prediction RMSE\n" r"$\mathrm{rms}\,(f_t - f_\mathrm{lin}(t))$",
+    "loss": "loss on the reference set",
+    "linearized_loss": "loss of the linearised network",
+    "taylor_gap": "Taylor gap\n" r"$\|f_t - f_0 - J(w_t - w_0)\| \,/\, \|f_t - f_0\|$",
+    "accuracy": "accuracy on the reference set",
+    "linearized_accuracy": "accuracy of the linearised network",
+    "taylor_accuracy": "accuracy of the expansion at the trained weights",
+    "kernel_distance": "kernel distance\n" r"$1 - \cos(\Theta_0, \Theta_t)$",
+    "kernel_change": "kernel change\n" r"$\|\Theta_t - \Theta_0\| \,/\, \|\Theta_0\|$",
+    "kernel_velocity": "kernel velocity (per step)\n" r"$(1 - \cos(\Theta_s, \Theta_t)) \,/\, (t - s)$",
+    "closest_time": "closest time of the linearised network (steps)",
+    "closest_distance": "relative weight distance at the closest time",
+    "distance_floor": "smallest relative weight distance at any time",
 }
 
 
-def plot_history(history: History, title: str | None = None) -> "tuple[Figure, Any]":
-    """Distance between the trained and the linearised weights, and the losses of both, over optimizer steps.
+def read_history(path: str | Path, name: str = "ntk") -> list[dict[str, float]]:
+    """The history of a monitor, from the log that Lightning's CSVLogger wrote.
 
     Args:
-        history: Rows with "step", and "relative_weight_distance", "loss" and "linearized_loss" or some of them.
-        title: Written above the figure.
+        path: The file `metrics.csv`, or the directory that holds it (`logger.log_dir`).
+        name: The monitor's `name`, the prefix of its columns.
 
     Returns:
-        The figure and its axes: of the distance and of the losses, where they were measured.
+        One row for each step with a measurement, in the order of the log: "step" and the scalars measured, without the prefix.
 
     Raises:
-        ValueError: If the history is empty or has none of these scalars.
-        ModuleNotFoundError: If matplotlib is not installed.
+        FileNotFoundError: If there is no such file.
+        ValueError: If it has no "step" or no column of this monitor.
     """
-    present = require_any(history, ["relative_weight_distance", "loss", "linearized_loss"])
-    has_distance = "relative_weight_distance" in present
-    has_loss = present[-1] != "relative_weight_distance"
-    figure, axes = panels(has_distance + has_loss)
-    steps = [row["step"] for row in history]
-    if has_distance:
-        distance = axes[0]
-        moved = series(history, "relative_weight_distance", after_start=True)
-        distance.plot(*moved, **TRAINED_LINE)
-        distance.set_ylabel(LABELS["relative_weight_distance"])
-        distance.set_title("How far the weights leave the linearised path", fontsize=10)
-        step_axis(distance, steps)
-        # After one full-batch step the distance is zero to rounding.
-        value_axis(distance, moved[1], negligible=1e-4)
-    if has_loss:
-        _plot_pair(axes[-1], history, {"loss": "trained network", "linearized_loss": "linearised network"})
-        axes[-1].set_ylabel(LABELS["loss"])
-        axes[-1].set_title("Loss of both networks", fontsize=10)
-    if title:
-        figure.suptitle(title, fontsize=11)
-    return figure, axes
+    path = Path(path)
+    path = path / "metrics.csv" if path.is_dir() else path
+    if not path.is_file():
+        raise FileNotFoundError(f"Expected a log of the CSVLogger but there is no file {path}.")
+    with path.open(newline="") as file:
+        reader = csv.DictReader(file)
+        columns = reader.fieldnames or []
+        prefix = f"{name}/"
+        if "step" not in columns or not any(column.startswith(prefix) for column in columns):
+            raise ValueError(
+                f'Expected columns "step" and "{prefix}..." in {path} but it has {list(columns)}. '
+                "Give the monitor's `name`, and a log of a run with a LinearizationMonitor."
+            )
+        rows: dict[float, dict[str, float]] = {}
+        for line in reader:
+            scalars = {
+                key[len(prefix) :]: float(value) for key, value in line.items() if value and key.startswith(prefix)
+            }
+            if scalars:
+                step = float(line["step"])
+                rows.setdefault(step, {"step": step}).update(scalars)
+    return list(rows.values())
 
 
-def plot_accuracies(history: History, title: str | None = None) -> "tuple[Figure, Any]":
-    """Accuracies of the trained network, of the linearised one, and of the expansion at the trained weights.
+def series(history: History, key: str, *, after_start: bool = False) -> tuple[list[float], list[float]]:
+    """Steps and values of one scalar where it was measured and is finite.
 
     Args:
-        history: Rows with "step", and "accuracy", "linearized_accuracy" and "taylor_accuracy" or some of them, from 0 to 1.
-        title: Written above the figure.
-
-    Returns:
-        The figure and its only axes, which are in percent.
-
-    Raises:
-        ValueError: If the history is empty or has none of these scalars.
-        ModuleNotFoundError: If matplotlib is not installed.
+        history: Rows with "step".
+        key: The scalar.
+        after_start: Whether to leave out step 0, where distances are zero by definition.
     """
-    networks = {
-        "accuracy": "trained network",
-        "linearized_accuracy": "linearised network",
-        "taylor_accuracy": "expansion at the trained weights",
-    }
-    require_any(history, list(networks))
-    figure, (axis,) = panels(1, width=5.4)
-    percent = [
-        {key: value if key == "step" else 100 * value for key, value in row.items() if key in networks or key == "step"}
+    points = [
+        (row["step"], row[key])
         for row in history
+        if math.isfinite(row.get(key, math.nan)) and (row["step"] > 0 or not after_start)
     ]
-    _plot_pair(axis, percent, networks, logarithmic=False)
-    axis.set_ylabel("accuracy on the reference set (%)")
-    axis.set_title(title or "How much is classified correctly", fontsize=10)
-    axis.set_ylim(bottom=max(0.0, axis.get_ylim()[0]), top=min(101.0, axis.get_ylim()[1] + 1))
-    return figure, axis
+    return [step for step, _ in points], [value for _, value in points]
 
 
-def plot_kernel(history: History, title: str | None = None) -> "tuple[Figure, Any]":
-    """How far the kernel is from the initial one, how much it changed and how fast it moves, over optimizer steps.
+def require_any(history: History, keys: Sequence[str], option: str = "") -> list[str]:
+    """Those of `keys` that the history has.
 
     Args:
-        history: Rows with "step", and "kernel_distance", "kernel_change" and "kernel_velocity" or some of them.
-        title: Written above the figure.
-
-    Returns:
-        The figure and its axes, one for each of the scalars that were measured.
+        history: Rows with "step".
+        keys: Scalars, of which one is enough.
+        option: How to have them measured, for the error.
 
     Raises:
-        ValueError: If the history is empty or has none of these scalars.
-        ModuleNotFoundError: If matplotlib is not installed.
+        ValueError: If the history is empty or has none of them.
     """
-    present = require_any(history, list(_KERNEL_TITLES))
-    figure, axes = panels(len(present))
-    for axis, key in zip(axes, present, strict=True):
-        steps, values = series(history, key, after_start=True)
-        axis.plot(steps, values, **TRAINED_LINE)
-        axis.set_ylabel(LABELS[key])
-        axis.set_title(_KERNEL_TITLES[key], fontsize=10)
-        step_axis(axis, steps)
-        value_axis(axis, values, negligible=1e-8)
-    if title:
-        figure.suptitle(title, fontsize=11)
-    return figure, axes
-
-
-def plot_effective_time(history: History, title: str | None = None) -> "tuple[Figure, Any]":
-    """At which time the linearised network is closest to the trained one, and how close.
-
-    Args:
-        history: Rows with "step", "closest_time" and "closest_distance", and where measured "relative_weight_distance" and
-            "distance_floor"; all distances relative to the displacement of the trained weights.
-        title: Written above the figure.
-
-    Returns:
-        The figure and its two axes: of the time and of the distances.
-
-    Raises:
-        ValueError: If the history is empty or has no closest time.
-        ModuleNotFoundError: If matplotlib is not installed.
-    """
-    require_any(history, ["closest_time"])
-    figure, (time, distance) = panels(2)
-    moved, closest = series(history, "closest_time", after_start=True)
-    time.plot(moved, moved, color=GREY, linewidth=1, label="as fast as the linearised network")
-    time.plot(moved, closest, **TRAINED_LINE, label="trained network")
-    time.set_ylabel(LABELS["closest_time"])
-    time.set_title("How far along the linearised path the run is", fontsize=10)
-    time.legend(frameon=False)
-    step_axis(time, moved)
-    value_axis(time, closest)
-    drawn: list[float] = []
-    for key, label, line in (
-        ("relative_weight_distance", "at the same step", TRAINED_LINE),
-        ("closest_distance", "at the closest time", LINEARIZED_LINE),
-        ("distance_floor", "smallest in the span of $J^\\top$", TAYLOR_LINE),
-    ):
-        points = series(history, key, after_start=True)
-        if points[0]:
-            distance.plot(*points, **line, label=label)
-            drawn += points[1]
-    distance.set_ylabel("weight distance / displacement")
-    distance.set_title("What of the distance is only a matter of time", fontsize=10)
-    distance.legend(frameon=False)
-    step_axis(distance, moved)
-    value_axis(distance, drawn, negligible=1e-4)
-    if title:
-        figure.suptitle(title, fontsize=11)
-    return figure, (time, distance)
-
-
-def _plot_pair(axis: Any, history: History, labels: dict[str, str], *, logarithmic: bool = True) -> None:
-    drawn: list[float] = []
-    for (key, label), line in zip(labels.items(), (TRAINED_LINE, LINEARIZED_LINE, TAYLOR_LINE), strict=False):
-        points = series(history, key)
-        if points[0]:
-            axis.plot(*points, **line, label=label)
-            drawn += points[1]
-    axis.legend(frameon=False)
-    step_axis(axis, [row["step"] for row in history])
-    if logarithmic:
-        value_axis(axis, drawn)
-    else:
-        tidy(axis)
+    if not history:
+        raise ValueError("Expected a history with at least one measurement but it is empty: plot after training.")
+    present = [key for key in keys if any(key in row for row in history)]
+    if not present:
+        found = sorted({key for row in history for key in row if not key.startswith("parameter/")})
+        raise ValueError(f"Expected a history with {' or '.join(keys)} but it has {found}. {option}".rstrip())
+    return present

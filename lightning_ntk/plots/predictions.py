@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from lightning_ntk.distances import require_same_shape, root_mean_square
+from lightning_ntk.functional.weights import require_same_shape, root_mean_square
 from lightning_ntk.plots.style import GREY, TRAINED, new_figure, tidy
 
 if TYPE_CHECKING:

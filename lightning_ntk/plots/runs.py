@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from lightning_ntk.plots.log import LABELS, History, require_any, series
+from lightning_ntk.plots.history import LABELS, History, require_any, series
 from lightning_ntk.plots.style import GREY, PALETTE, TRAINED, new_figure, step_axis, value_axis
 
 if TYPE_CHECKING:

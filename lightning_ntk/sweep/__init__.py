@@ -1,6 +1,6 @@
 """Sweeps over configurations, on Optuna: one short file, from one process to a cluster."""
 
-from lightning_ntk.sweep.grid import Range, grid, latin_hypercube, product, random_sample
+from lightning_ntk.sweep.configurations import Range, grid, latin_hypercube, product, random_sample
 from lightning_ntk.sweep.plot import plot_scaling
 from lightning_ntk.sweep.results import Results
 from lightning_ntk.sweep.runner import Sweep

@@ -7,12 +7,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from lightning_ntk.sweep.file import SweepFile
 from lightning_ntk.sweep.objective import ImportedObjective
 from lightning_ntk.sweep.plot import plot_scaling
 from lightning_ntk.sweep.queue import Queue
 from lightning_ntk.sweep.results import Results
 from lightning_ntk.sweep.storage import open_storage
+from lightning_ntk.sweep.sweep_file import SweepFile
 from lightning_ntk.sweep.worker import set_threads, work
 
 

@@ -6,7 +6,7 @@ from typing import Literal
 
 from optuna.trial import FrozenTrial, TrialState
 
-from lightning_ntk.sweep.grid import Configuration
+from lightning_ntk.sweep.configurations import Configuration
 from lightning_ntk.sweep.liveness import WORKER, Identity
 
 # User attributes of trials.

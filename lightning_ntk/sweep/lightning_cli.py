@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lightning_ntk.callback import LinearizationMonitor
-from lightning_ntk.sweep.grid import Configuration, configuration_key
+from lightning_ntk.callback.monitor import LinearizationMonitor
+from lightning_ntk.sweep.configurations import Configuration, configuration_key
 from lightning_ntk.sweep.objective import add_to_path, import_path
 
 

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
+from lightning_ntk.sweep.configurations import Configuration
 from lightning_ntk.sweep.entry import Row
-from lightning_ntk.sweep.grid import Configuration
 
 
 @runtime_checkable

@@ -22,6 +22,7 @@ from optuna.storages import BaseStorage
 from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
+from lightning_ntk.sweep.configurations import Configuration, configuration_key
 from lightning_ntk.sweep.entry import (
     ATTEMPT,
     CONFIGURATION,
@@ -35,7 +36,6 @@ from lightning_ntk.sweep.entry import (
     ended_in_error,
     entry_of,
 )
-from lightning_ntk.sweep.grid import Configuration, configuration_key
 from lightning_ntk.sweep.liveness import HEARTBEAT, WORKER, Identity, Observer
 
 # User attribute of a study.

@@ -9,8 +9,8 @@ import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from lightning_ntk.sweep.configurations import Configuration
 from lightning_ntk.sweep.entry import Entry
-from lightning_ntk.sweep.grid import Configuration
 from lightning_ntk.sweep.statistics import Mean, PowerLaw, log_log_slope, mean_interval
 
 if TYPE_CHECKING:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lightning_ntk.sweep.grid import check_configurations, configuration_key, grid
+from lightning_ntk.sweep.configurations import check_configurations, configuration_key, grid
 from lightning_ntk.sweep.objective import Objective, objective_identity, require_for_processes
 from lightning_ntk.sweep.processes import ProgressBar, WorkerProcesses, processors
 from lightning_ntk.sweep.queue import Queue

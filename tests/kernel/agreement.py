@@ -2,10 +2,10 @@
 
 import torch
 
+from lightning_ntk.data.reference import Reference
 from lightning_ntk.kernel import compute_kernel
 from lightning_ntk.kernel.plan import make_plan
 from lightning_ntk.linearization import Linearization
-from lightning_ntk.reference import Reference
 
 ALL = 1 << 32
 

@@ -3,11 +3,11 @@ import torch
 from torch import nn
 
 from lightning_ntk import LinearizedTraining
+from lightning_ntk.data.reference import Reference
 from lightning_ntk.kernel import count_operations, empirical_ntk
 from lightning_ntk.kernel.costs import kernel_size
 from lightning_ntk.kernel.plan import make_plan
 from lightning_ntk.linearization import Linearization
-from lightning_ntk.reference import Reference
 
 
 def randn(*shape):

@@ -5,9 +5,9 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
+from lightning_ntk.data.reference import Reference
 from lightning_ntk.kernel import compute_kernel
 from lightning_ntk.linearization import Linearization
-from lightning_ntk.reference import Reference
 from tests.kernel.agreement import relative_error
 
 LENGTHS = [3, 2, 3, 5, 4, 6, 2]
@@ -44,7 +44,7 @@ class Network(nn.Module):
 
 @pytest.fixture(autouse=True)
 def two_samples_a_pass(monkeypatch):
-    monkeypatch.setattr("lightning_ntk.kernel.structured._PASS_SAMPLES", 2)
+    monkeypatch.setattr("lightning_ntk.kernel.assembly._PASS_SAMPLES", 2)
     torch.manual_seed(0)
 
 

@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import nn
 
+from lightning_ntk.data.reference import Reference
 from lightning_ntk.kernel import compute_kernel
 from lightning_ntk.linearization import Linearization
-from lightning_ntk.progress import track_operations
-from lightning_ntk.reference import Reference
+from lightning_ntk.utilities.progress import track_operations
 
 
 def randn(*shape):
@@ -30,7 +30,8 @@ def test_operations_add_up_to_the_total(monkeypatch, method, columns, memory_lim
         totals.append(total)
         yield steps.append
 
-    monkeypatch.setattr(f"lightning_ntk.kernel.{method}.track_operations", spy)
+    module = {"structured": "assembly", "contraction": "per_sample"}[method]
+    monkeypatch.setattr(f"lightning_ntk.kernel.{module}.track_operations", spy)
     samples = 203
     if memory_limit == 1:  # sample by sample
         samples, columns = 7, columns and columns % 10
@@ -51,14 +52,14 @@ def test_less_memory_means_more_operations(monkeypatch):
         totals.append(total)
         yield lambda operations: None
 
-    monkeypatch.setattr("lightning_ntk.kernel.structured.track_operations", spy)
+    monkeypatch.setattr("lightning_ntk.kernel.assembly.track_operations", spy)
     for memory_limit in (1, 1 << 32):
         compute_kernel(Linearization(NETWORK), Reference(randn(20, 1, 4)), memory_limit=memory_limit)
     assert totals[0] > totals[1]
 
 
 def test_the_bar_shows_the_share_of_the_operations(monkeypatch, capsys):
-    monkeypatch.setattr("lightning_ntk.progress.DELAY_SECONDS", 0)
+    monkeypatch.setattr("lightning_ntk.utilities.progress.DELAY_SECONDS", 0)
     with track_operations("some work", total=4e12) as advance:
         advance(1e12)
     shown = capsys.readouterr().err

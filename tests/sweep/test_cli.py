@@ -9,7 +9,7 @@ import tomllib
 import yaml
 
 from lightning_ntk.sweep.cli import _parser, main
-from lightning_ntk.sweep.file import SweepFile
+from lightning_ntk.sweep.sweep_file import SweepFile
 
 OBJECTIVE = """
 def objective(config):

@@ -1,0 +1,139 @@
+"""What a run does that linearised dynamics do not describe, in words, and the first dynamics that describe all of it."""
+
+from collections.abc import Iterable
+from typing import Literal
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import GradientAccumulationScheduler
+from lightning.pytorch.utilities.model_helpers import is_overridden
+from torch import nn
+from torch.optim import SGD, Optimizer
+from torch.utils.data import BatchSampler, DataLoader, RandomSampler, SequentialSampler
+from torch.utils.data.distributed import DistributedSampler
+
+from lightning_ntk.data.reference import seen_samples
+
+Exact = Literal["gradient_descent", "replay", "twin"]
+_HALF = (torch.float16, torch.bfloat16)
+_SGD_OPTIONS = ("lr", "momentum", "dampening", "nesterov", "weight_decay", "maximize")
+
+
+def run_differences(
+    trainer: Trainer, module: LightningModule, optimizer: Optimizer, dynamics: str, reference_size: int | None
+) -> list[str]:
+    """Phrases, one for each respect in which the optimisation of a run is not that of the dynamics.
+
+    Args:
+        trainer: The Trainer, at the start of training.
+        module: The module that it trains.
+        optimizer: Its only optimizer.
+        dynamics: "gradient_descent", "gradient_flow", "replay" or "twin".
+        reference_size: Samples in the reference set; None if there is none.
+
+    Returns:
+        Phrases such as "its optimizer is Adam".
+    """
+    phrases = list(_of_training_step(trainer, module))
+    if dynamics != "twin":
+        phrases += _of_optimizer(optimizer, dynamics, clips=bool(trainer.gradient_clip_val))
+        if trainer.gradient_clip_val and (dynamics != "replay" or trainer.gradient_clip_algorithm == "value"):
+            by = " by value" if trainer.gradient_clip_algorithm == "value" else ""
+            phrases.append(f"it clips gradients{by} at {trainer.gradient_clip_val}")
+    if dynamics == "replay":
+        phrases += _of_data(trainer, reference_size)
+    elif dynamics != "twin":
+        phrases += _of_batches(trainer, reference_size)
+    return phrases
+
+
+def forward_differences(trainer: Trainer, module: LightningModule) -> list[str]:
+    """Phrases for what the forward passes of the run do and those of every linearised network do not."""
+    modes = {
+        "batch statistics in BatchNorm": nn.modules.batchnorm._BatchNorm,
+        "dropout": nn.modules.dropout._DropoutNd,
+    }
+    half = {str(p.dtype).removeprefix("torch.") for p in module.parameters() if p.dtype in _HALF}
+    phrases = [f"it keeps weights in {dtype}, where the linearised network has float32" for dtype in sorted(half)]
+    if str(trainer.precision).endswith("-mixed"):
+        phrases.append(f"its passes run in {trainer.precision} precision, those of the linearised network do not")
+    return phrases + [
+        f"it trains with {phrase}, where the linearised network is in eval mode"
+        for phrase, kind in modes.items()
+        if any(isinstance(m, kind) and m.training and getattr(m, "p", 1) > 0 for m in module.modules())
+    ]
+
+
+def _of_training_step(trainer: Trainer, module: LightningModule) -> Iterable[str]:
+    if not module.automatic_optimization:
+        yield "it optimises manually"
+    for hook in ("configure_gradient_clipping", "optimizer_step", "backward"):
+        if is_overridden(hook, module):
+            yield f"it has a `{hook}` of its own"
+    if getattr(trainer.strategy, "_ddp_comm_hook", None) is not None:
+        yield "its processes exchange gradients through a communication hook"
+    if getattr(trainer.strategy, "_model_averager", None) is not None:
+        yield "its processes average weights, not gradients"
+
+
+def _of_optimizer(optimizer: Optimizer, dynamics: str, *, clips: bool) -> Iterable[str]:
+    if type(optimizer) is not SGD:
+        yield f"its optimizer is {type(optimizer).__name__}"
+        return
+    groups = optimizer.param_groups
+    if dynamics == "gradient_flow":
+        for option in ("momentum", "weight_decay"):
+            values = {group[option] for group in groups}
+            if values != {0}:
+                yield f"it uses {option.replace('_', ' ')} {', '.join(map(str, sorted(values)))}"
+        if any(group["maximize"] for group in groups):
+            yield "it maximises its loss"
+    for option in _SGD_OPTIONS:
+        values = {float(group[option]) for group in groups}
+        # Rates that differ are coordinates of the weights, unless something else acts on the weights themselves.
+        scaled = option == "lr" and not clips and not any(group["weight_decay"] for group in groups)
+        if len(values) > 1 and not scaled:
+            name = "learning rates" if option == "lr" else f"values of {option.replace('_', ' ')}"
+            yield f"its parameter groups have different {name} ({', '.join(f'{value:g}' for value in sorted(values))})"
+
+
+def _of_data(trainer: Trainer, reference_size: int | None) -> Iterable[str]:
+    loader = trainer.train_dataloader
+    samples = seen_samples(loader, trainer.num_training_batches) if isinstance(loader, DataLoader) else None
+    if samples is None:
+        yield "its training data is no data set in a fixed order"
+    elif samples != reference_size:
+        yield f"it trains on {samples} samples while the reference has {reference_size}"
+
+
+def _of_batches(trainer: Trainer, reference_size: int | None) -> Iterable[str]:
+    loader = trainer.train_dataloader
+    samples = seen_samples(loader, trainer.num_training_batches) if isinstance(loader, DataLoader) else None
+    if samples is None or not isinstance(loader, DataLoader):
+        yield "its training data is no data set of known size"
+        return
+    if samples != reference_size:
+        yield f"it trains on {samples} samples while the reference has {reference_size}"
+    known = (SequentialSampler, RandomSampler, DistributedSampler)
+    if not isinstance(loader.sampler, known) or type(loader.batch_sampler) is not BatchSampler:
+        yield f"it draws its samples with {type(loader.sampler).__name__}"
+    if any(isinstance(c, GradientAccumulationScheduler) for c in trainer.callbacks):  # type: ignore[attr-defined]
+        yield "it changes over how many batches it accumulates gradients"
+    own, processes = samples, 1
+    if isinstance(loader.sampler, DistributedSampler):
+        own, processes = loader.sampler.num_samples, loader.sampler.num_replicas
+        if processes * own != samples:
+            does = (
+                f"repeats {processes * own - samples}"
+                if processes * own > samples
+                else f"omits {samples - processes * own}"
+            )
+            yield f"it {does} of {samples} samples in every epoch so that all {processes} processes have {own}"
+    micro_batches = min(trainer.accumulate_grad_batches, int(trainer.num_training_batches))
+    seen = micro_batches * (loader.batch_size or 1)
+    if seen < own:
+        yield f"each step sees {seen * processes} of {samples} samples"
+    elif micro_batches < trainer.accumulate_grad_batches:
+        yield f"it divides gradients by {trainer.accumulate_grad_batches} though an epoch has {micro_batches} batches"
+    elif micro_batches > 1 and own % micro_batches:
+        yield "it accumulates over batches of unequal size"

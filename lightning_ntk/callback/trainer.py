@@ -1,0 +1,215 @@
+"""What the callback reads off a Trainer and its optimizer."""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
+from lightning.pytorch.plugins.precision import MixedPrecision
+from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy
+from lightning.pytorch.utilities.model_helpers import is_overridden
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.utils.data import DataLoader, Subset
+
+from lightning_ntk.data.reference import NoFixedOrderError, seen_samples
+from lightning_ntk.linearization.parameters import trainable_parameters
+from lightning_ntk.training.base import StepSettings
+from lightning_ntk.utilities.distributed import ALONE, Shards
+
+
+def require_supported_strategy(trainer: Trainer) -> None:
+    """Refuses strategies in which no process holds the whole network.
+
+    Raises:
+        MisconfigurationException: With the name of the strategy.
+    """
+    strategy = trainer.strategy
+    supported = isinstance(strategy, SingleDeviceStrategy | DDPStrategy)
+    if not supported or isinstance(strategy, DeepSpeedStrategy):  # which derives from DDPStrategy
+        raise MisconfigurationException(
+            "LinearizationMonitor expects training on a single device, or on several with DDPStrategy, where every process "
+            f'holds the whole network, but got {type(strategy).__name__}. Use Trainer(devices=1) or Trainer(strategy="ddp").'
+        )
+
+
+def shards_of(trainer: Trainer) -> Shards:
+    """The processes of the run; all of them must ask, once training is set up."""
+    if trainer.world_size == 1:
+        return ALONE
+    return Shards.of_process_group(trainer.strategy.root_device)
+
+
+def single_optimizer(trainer: Trainer) -> Optimizer:
+    """The optimizer of the run.
+
+    Raises:
+        MisconfigurationException: If there is none, or several.
+    """
+    if len(trainer.optimizers) != 1:
+        raise MisconfigurationException(
+            f"LinearizationMonitor expects a LightningModule with one optimizer but it has {len(trainer.optimizers)}. "
+            "Linearised training is defined for one optimizer that minimises one loss."
+        )
+    return trainer.optimizers[0]
+
+
+def require_available(device: str | None) -> None:
+    """Refuses a device that this machine has not.
+
+    Raises:
+        MisconfigurationException: If nothing can be put there.
+    """
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # the latter in builds of PyTorch without CUDA
+        raise MisconfigurationException(
+            f"LinearizationMonitor expects a device that can hold a kernel but got device={device!r}: {error}. "
+            'Use device="cpu", or None for that of the module.'
+        ) from error
+
+
+def step_settings(trainer: Trainer, optimizer: Optimizer, parameters: Mapping[str, Tensor]) -> StepSettings:
+    """What the coming optimizer step depends on, of the live parameters that were linearised."""
+    clip = trainer.gradient_clip_val or None  # the Trainer takes 0 for none, too
+    by_value = trainer.gradient_clip_algorithm == "value"
+    return StepSettings(
+        groups=[dict(group) for group in optimizer.param_groups],
+        clip_norm=None if clip is None or by_value else float(clip),
+        clip_value=float(clip) if clip is not None and by_value else None,
+        frozen=[name for name, parameter in parameters.items() if parameter.grad is None],
+    )
+
+
+def momentum_buffers(module: LightningModule, optimizer: Optimizer) -> dict[str, Tensor] | None:
+    """Clones of the momentum buffers that SGD has by now, zero where a parameter has none; None if none has."""
+    buffers = {
+        name: optimizer.state[parameter]["momentum_buffer"]
+        for name, parameter in trainable_parameters(module).items()
+        if parameter in optimizer.state and optimizer.state[parameter].get("momentum_buffer") is not None
+    }
+    if not buffers:
+        return None
+    return {
+        name: buffers[name].detach().clone() if name in buffers else torch.zeros_like(parameter)
+        for name, parameter in trainable_parameters(module).items()
+    }
+
+
+def loss_scale(trainer: Trainer) -> float | None:
+    """The factor that a GradScaler gives the loss at present; None without one."""
+    plugin = trainer.precision_plugin
+    return plugin.scaler.get_scale() if isinstance(plugin, MixedPrecision) and plugin.scaler is not None else None
+
+
+def step_was_taken(trainer: Trainer, settings: StepSettings, scale_before: float | None, parameters: int) -> bool:
+    """Whether the optimizer step that was counted last changed the weights.
+
+    A GradScaler leaves out the step when a gradient is not finite, and lowers its scale then and only then. Parameters without
+    a gradient are left out by the optimizer, all of them where `training_step` returned None.
+
+    Args:
+        trainer: The Trainer, after the step.
+        settings: Those of the step.
+        scale_before: The scale before it.
+        parameters: The number of trainable parameters.
+    """
+    scale = loss_scale(trainer)
+    lowered = scale is not None and scale_before is not None and scale < scale_before
+    return not lowered and len(settings.frozen) < parameters
+
+
+def gradients(optimizer: Optimizer, parameters: Mapping[str, Tensor], scale: float | None) -> dict[str, Tensor | None]:
+    """Clones of the gradients of the coming step, None where there is none, without the factor of a GradScaler."""
+    # Fused optimizers take this factor out themselves, in their step.
+    factor = scale if scale is not None and any(group.get("fused") for group in optimizer.param_groups) else 1.0
+    return {name: None if p.grad is None else p.grad.detach() / factor for name, p in parameters.items()}
+
+
+def training_batch(trainer: Trainer, module: LightningModule, batch: Any) -> Any:
+    """A batch of the data set as `training_step` gets it: in the precision of the run, through the hooks, on its device."""
+    batch = trainer.precision_plugin.convert_input(batch)
+    data = getattr(trainer, "datamodule", None)
+    source = module if data is None or not is_overridden("on_before_batch_transfer", data) else data
+    batch = source.on_before_batch_transfer(batch, 0)
+    return trainer.strategy.batch_to_device(batch)
+
+
+def had_backward_pass(module: LightningModule, outputs: Any) -> bool:
+    """Whether a batch with these outputs of `training_step` can have changed gradients: it cannot where they are None."""
+    return bool(outputs) or not module.automatic_optimization
+
+
+def horizon(trainer: Trainer) -> float | None:
+    """Optimizer steps of the run, or None if they have no end in sight."""
+    steps = float(trainer.estimated_stepping_batches)
+    return steps if math.isfinite(steps) else None
+
+
+def is_last_step(trainer: Trainer) -> bool:
+    """Whether no batch comes after this one."""
+    if trainer.max_steps != -1 and trainer.global_step >= trainer.max_steps:
+        return True
+    last_epoch = trainer.max_epochs is not None and trainer.current_epoch + 1 == trainer.max_epochs
+    # One epoch more follows where BatchNorm has to see the averaged weights.
+    last_epoch |= any(trainer.current_epoch == averaging.swa_end for averaging in _averaging(trainer))
+    return trainer.should_stop or (trainer.is_last_batch and last_epoch)
+
+
+def has_averaged_weights(trainer: Trainer) -> bool:
+    """Whether the present epoch only shows BatchNorm the weights that StochasticWeightAveraging has averaged."""
+    return any(trainer.current_epoch > averaging.swa_end for averaging in _averaging(trainer))
+
+
+def ends_with_averaged_weights(trainer: Trainer, callback: Callback) -> bool:
+    """Whether a callback before this one replaces the weights when training ends."""
+    callbacks = callbacks_of(trainer)
+    kinds = (StochasticWeightAveraging, WeightAveraging)
+    return any(isinstance(c, kinds) for c in callbacks[: callbacks.index(callback)])
+
+
+def _averaging(trainer: Trainer) -> list[StochasticWeightAveraging]:
+    ends = trainer.max_epochs not in (None, -1)
+    return [c for c in callbacks_of(trainer) if isinstance(c, StochasticWeightAveraging)] if ends else []
+
+
+def training_data(trainer: Trainer) -> DataLoader[Any]:
+    """The samples that training sees: those of its DataLoader, or the first of them where it sees no others.
+
+    Raises:
+        NoFixedOrderError: If there are several loaders, or one that is no DataLoader.
+    """
+    loader = trainer.train_dataloader
+    if not isinstance(loader, DataLoader):
+        raise NoFixedOrderError(
+            f'Expected one training DataLoader for reference="train" but got {_describe(loader)}. '
+            "Give the reference data set itself."
+        )
+    seen = seen_samples(loader, trainer.num_training_batches)
+    if seen is None or seen == len(loader.dataset):  # type: ignore[arg-type]
+        return loader
+    first = Subset(loader.dataset, range(seen))
+    return DataLoader(first, loader.batch_size, collate_fn=loader.collate_fn, num_workers=loader.num_workers)
+
+
+def _describe(loaders: Any) -> str:
+    if isinstance(loaders, list | tuple | dict):
+        return f"{len(loaders)} of them"
+    return f"a {type(loaders).__name__}"
+
+
+def precision(trainer: Trainer, module: LightningModule) -> torch.dtype:
+    """The least precise type in which the run computes its gradients."""
+    by_name = {"16": torch.float16, "bf16": torch.bfloat16, "64": torch.float64}
+    own = next(iter(module.parameters())).dtype
+    if own == torch.float32 and torch.get_float32_matmul_precision() != "highest":
+        own = torch.float16  # TF32 has as many digits
+    return by_name.get(str(trainer.precision).split("-")[0], own)
+
+
+def callbacks_of(trainer: Trainer) -> list[Callback]:
+    """All callbacks of a Trainer."""
+    return list(getattr(trainer, "callbacks", []))

@@ -1,0 +1,1 @@
+"""The distances as pure functions."""

@@ -1,0 +1,201 @@
+r"""The time at which a linearised network is closest to given weights, and how close it ever comes.
+
+With :math:`\Delta = w - w_0` and one pass :math:`J\Delta`, the distance to the linearised weights
+:math:`w_0 + \sum_j s_j e_j + J^\top a` at every time costs products with vectors of N K numbers only:
+
+.. math:: D^2 = a^\top \Theta a + 2 a^\top \Big(\sum_j s_j h_j - J\Delta\Big) + \Big|\sum_j s_j e_j - \Delta\Big|^2
+
+It cancels where D is small, so that it serves the search; the distance found is that of formed weights.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from lightning_ntk.functional.weights import difference, inner_product, norm
+from lightning_ntk.linearization.parameters import Tensors
+from lightning_ntk.solvers.refinement import CompleteModes
+from lightning_ntk.training.carried import CarriedVector
+from lightning_ntk.training.modal import ModalTraining
+from lightning_ntk.training.problem import Capture
+from lightning_ntk.training.readout import LinearizedState
+from lightning_ntk.training.scaling import Scaling
+
+# Times of the first look: all whole ones up to here, then this many for each factor of ten.
+_FIRST_TIMES = 64
+_TIMES_PER_DECADE = 16
+# Times between two neighbours of the best one, again and again until nothing lies between.
+_TIMES_BETWEEN = 32
+_FLOW_REFINEMENTS = 8
+# Training is over when the slowest mode has lost e^-40 of its residual.
+_LAST_EXPONENT = 40.0
+
+
+class ClosestTime(NamedTuple):
+    """Where a linearised trajectory is closest to given weights.
+
+    Attributes:
+        time: Optimizer steps, infinite for the limit of training.
+        distance: The distance of the weights there.
+        in_span: The share of |w - w0| that lies in the span of J^T, or None without all modes of the kernel.
+        floor: sqrt(1 - in_span^2), the relative distance that no coefficients a can go under, or None as well.
+    """
+
+    time: float
+    distance: float
+    in_span: float | None
+    floor: float | None
+
+
+def find_closest(
+    capture: Capture,
+    scaling: Scaling | None,
+    training: ModalTraining,
+    carried: Sequence[CarriedVector],
+    displacement: Mapping[str, Tensor],
+    until: float | None,
+    displacement_of: Callable[[LinearizedState], Tensors],
+) -> ClosestTime:
+    """The closest time in [0, until], of weights displaced from w0.
+
+    Args:
+        capture: The network at w0.
+        scaling: The learning rates of its parameters, if they differ.
+        training: Its linearised training.
+        carried: The vectors that the linearised weights carry along.
+        displacement: w - w0.
+        until: The last time to look at, None for that of the training.
+        displacement_of: Forms w_lin - w0 of a state.
+
+    Raises:
+        ValueError: If `until` is needed, or there is no such time, or the rates of parameters differ.
+    """
+    last = training.last_time if until is None else until
+    if last is None or (last == math.inf and not training.has_closed_form(1)):
+        raise ValueError(
+            f"Expected argument `until` to be the last step to look at but got {until}: this training has no end of its own, "
+            "and takes as many steps to look at."
+        )
+    training.require_time(last)
+    if scaling is not None and not scaling.freezes_only:
+        raise ValueError(
+            "Expected equal learning rates, or frozen parameters, for the closest time but got `lr_scales` "
+            f"{scaling.multiples}: the distance is no function of the kernel's modes then."
+        )
+    displaced = {name: value.detach().double() for name, value in displacement.items()}
+    dtype = capture.linearization.dtype
+    approach = Approach(capture if scaling is None else scaling.capture, training, carried, displaced)
+    time, state = closest_time(approach, training, until=last, dtype=dtype)
+    span = approach.in_span(dtype)
+    floor = None if span is None else math.sqrt(1 - span**2)
+    return ClosestTime(time, norm(difference(displaced, displacement_of(state))), span, floor)
+
+
+class Approach:
+    """Squared distances from fixed weights to the linearised ones, at any time.
+
+    Args:
+        capture: The network at w0.
+        training: Its linearised training.
+        carried: The vectors that the linearised weights carry along.
+        displacement: w - w0.
+    """
+
+    def __init__(
+        self,
+        capture: Capture,
+        training: ModalTraining,
+        carried: Sequence[CarriedVector],
+        displacement: Tensors,
+    ) -> None:
+        self._training = training
+        self._carried = carried
+        self._start = capture.predictions.cpu().double()
+        self.square = inner_product(displacement, displacement)
+        self.image = capture.push_forward(displacement).cpu().double()
+        self._along = torch.tensor([inner_product(c.vector, displacement) for c in carried], dtype=torch.float64)
+        self._gram = torch.tensor(
+            [[inner_product(c.vector, d.vector) for d in carried] for c in carried], dtype=torch.float64
+        ).reshape(len(carried), len(carried))
+
+    def squared_distance(self, state: LinearizedState) -> float:
+        """D^2, which rounding may put below zero."""
+        scales = torch.tensor(state.scales, dtype=torch.float64)
+        carried = sum((s * c.image for s, c in zip(state.scales, self._carried, strict=True)), torch.zeros(()))
+        change = state.predictions - self._start - carried
+        quadratic = (state.coefficients * (change + 2 * (carried - self.image))).sum()
+        return (quadratic + scales @ self._gram @ scales - 2 * scales @ self._along).item() + self.square
+
+    def in_span(self, dtype: torch.dtype) -> float | None:
+        """The norm of the projection of w - w0 on the span of J^T, relative to it, if all modes are known."""
+        solver = self._training.solver
+        if not isinstance(solver, CompleteModes):
+            return None
+        modes = solver.modes[0]
+        kept = modes.eigenvalues > modes.cutoff(dtype)
+        along = modes.basis.T @ self.image.flatten().to(modes.basis)
+        square = (along.cpu()[kept].square() / modes.eigenvalues[kept]).sum().item()
+        return math.sqrt(min(1.0, square / self.square)) if self.square > 0 else 1.0
+
+
+def closest_time(
+    approach: Approach, training: ModalTraining, *, until: float, dtype: torch.dtype
+) -> tuple[float, LinearizedState]:
+    """The time in [0, until] of the least distance, and the state there.
+
+    The distance is looked at on a logarithmic grid, then between the neighbours of the best time, until nothing lies between:
+    a minimum that is narrower than a sixth of its time may be missed.
+
+    Args:
+        approach: The distances.
+        training: The linearised training.
+        until: The last time, infinity included.
+        dtype: Type of the passes, which decides which modes never move.
+    """
+    whole = training.dynamics == "gradient_descent" or not training.hyperparameters.constant
+    squares: dict[float, float] = {}
+
+    def look(times: Sequence[float]) -> float:
+        for t in times:
+            if t not in squares:
+                squares[t] = approach.squared_distance(training.state(t))
+        best = min(squares, key=lambda t: squares[t])
+        # Late times that rounding cannot tell from the limit are the limit.
+        unresolved = 4 * torch.finfo(torch.float64).eps * approach.square
+        return math.inf if squares.get(math.inf, math.inf) - squares[best] <= unresolved else best
+
+    shortest, longest = training.time_scales(dtype)
+    grid = _grid(min(until, _LAST_EXPONENT * longest), 1.0 if whole else 1e-3 * shortest, whole=whole)
+    best = look([*grid, until] if until == math.inf or not whole else [*grid, math.floor(until)])
+    refinements = 0
+    while best != math.inf and (whole or refinements < _FLOW_REFINEMENTS):
+        known = sorted(squares)
+        index = known.index(best)
+        low, high = known[max(index - 1, 0)], known[min(index + 1, len(known) - 1)]
+        high = grid[-1] if high == math.inf else high
+        new = [t for t in _between(low, high, whole=whole) if t not in squares]
+        if not new:
+            break
+        best = look(new)
+        refinements += 1
+    return best, training.state(best)
+
+
+def _grid(last: float, first: float, *, whole: bool) -> list[float]:
+    times = [0.0, *(float(t) for t in range(1, int(min(last, _FIRST_TIMES)) + 1))] if whole else [0.0]
+    if last >= first:
+        decades = math.log10(last / first)
+        count = max(2, math.ceil(decades * _TIMES_PER_DECADE) + 1)
+        rounded: Callable[[float], float] = (lambda t: float(round(t))) if whole else float
+        times += [rounded(first * 10 ** (decades * i / (count - 1))) for i in range(count)]
+    return sorted({min(t, last) if not whole else min(t, float(math.floor(last))) for t in times})
+
+
+def _between(low: float, high: float, *, whole: bool) -> list[float]:
+    if whole and high - low <= 2 * _TIMES_BETWEEN:
+        return [float(t) for t in range(int(low), int(high) + 1)]
+    times = [low + (high - low) * i / _TIMES_BETWEEN for i in range(1, _TIMES_BETWEEN)]
+    return [float(round(t)) for t in times] if whole else times

@@ -1,0 +1,164 @@
+"""Linearised training on the modes: the state at any time, by a closed form where there is one, else by the recurrence."""
+
+import math
+from collections.abc import Sequence
+
+import torch
+
+from lightning_ntk.dynamics.closed_form import ClosedForm, Dynamics, is_infinite
+from lightning_ntk.dynamics.error_bounds import ErrorBound, combined_bound, gradient_flow_bound
+from lightning_ntk.dynamics.hyperparameters import Hyperparameters
+from lightning_ntk.dynamics.stability import max_learning_rate
+from lightning_ntk.solvers.refinement import CompleteModes, LanczosSolver, ModalSolver
+from lightning_ntk.training.carried import CarriedVector
+from lightning_ntk.training.readout import LinearizedState, Readout
+from lightning_ntk.training.run import Run
+
+
+class ModalTraining:
+    """What `LinearizedTraining` knows in function space.
+
+    Args:
+        solver: The modes of the residual and of the carried vectors.
+        dynamics: "gradient_descent" or "gradient_flow".
+        hyperparameters: Those of the optimizer.
+        factor: c, the measured factor of the loss.
+        carried: The vectors that the weights carry along.
+        readout: Turns filters into states.
+        dtype: Type of the passes.
+
+    Raises:
+        ValueError: If gradient flow cannot have these hyperparameters.
+    """
+
+    def __init__(
+        self,
+        solver: ModalSolver,
+        dynamics: Dynamics,
+        hyperparameters: Hyperparameters,
+        factor: float,
+        carried: Sequence[CarriedVector],
+        readout: Readout,
+        dtype: torch.dtype,
+    ) -> None:
+        self.solver = solver
+        self.dynamics = dynamics
+        self.hyperparameters = hyperparameters
+        self._factor = factor
+        self._carried = carried
+        self._readout = readout
+        self._form = ClosedForm(
+            dynamics,
+            hyperparameters.lr * factor if isinstance(hyperparameters.lr, float) else 0.0,
+            dtype,
+            ridge=hyperparameters.weight_decay / factor,
+            limits=tuple(c.limit for c in carried),
+            norms=tuple(c.norm for c in carried),
+        )
+        self._run: Run | None = None
+
+    @property
+    def max_learning_rate(self) -> float:
+        """The largest stable learning rate, infinite for gradient flow."""
+        if self.dynamics == "gradient_flow":
+            return math.inf
+        return max_learning_rate(self.hyperparameters.shape, self._factor * max(self.solver.largest_eigenvalue, 0.0))
+
+    @property
+    def unstable(self) -> bool:
+        """Whether a constant learning rate is above the largest stable one."""
+        return isinstance(self.hyperparameters.lr, float) and self.hyperparameters.lr > self.max_learning_rate
+
+    def state(self, t: float | None) -> LinearizedState:
+        """The linearised network after t steps; the recurrence goes on from the last time it was asked for."""
+        self.require_time(t)
+        if not self.has_closed_form(t):
+            return self._run_to(_whole(t)).state
+        self._refine(t)
+        return self._readout.state(self.solver.modes, self._form.filters(self.solver.modes, t))
+
+    def error_bound(self, t: float | None) -> ErrorBound:
+        """The error of the weights after t steps that the solver makes."""
+        self.require_time(t)
+        return self._refine(t) if self.has_closed_form(t) else self._run_to(_whole(t)).error_bound
+
+    def follow(self) -> Run:
+        """These dynamics from step 0 on."""
+        return Run(
+            self.solver, self._form, self._factor, [c.start for c in self._carried], self._readout.state,
+            decays=self.hyperparameters.decays_to_zero or self.hyperparameters.decay == "initial",
+        )  # fmt: skip
+
+    @property
+    def last_time(self) -> float | None:
+        """The last time that can be asked for at bearable cost, infinity included, or None if nothing sets one."""
+        constant, complete = self.hyperparameters.constant, isinstance(self.solver, CompleteModes)
+        if constant and complete and self.has_closed_form(1) and not self.unstable:
+            return math.inf
+        return None if constant or self.hyperparameters.steps == math.inf else self.hyperparameters.steps
+
+    def time_scales(self, dtype: torch.dtype) -> tuple[float, float]:
+        """Steps in which the fastest and the slowest mode above the rounding of `dtype` lose a factor e of their residual."""
+        rate = self._form.rate
+        largest = max(m.eigenvalues[-1].item() for m in self.solver.modes)
+        cutoff = max(m.cutoff(dtype) for m in self.solver.modes)
+        moving = [m.eigenvalues[m.eigenvalues > cutoff] for m in self.solver.modes]
+        smallest = min((values.min().item() for values in moving if len(values)), default=math.inf)
+        if rate == 0 or largest <= 0:
+            return 1.0, math.inf
+        return 1 / (rate * (largest + self._form.ridge)), 1 / (rate * (smallest + self._form.ridge))
+
+    def prepare(self, horizon: float) -> None:
+        """Refines for times up to a number of steps; without a closed form, for gradient flow over the same time."""
+        t = None if horizon == math.inf else math.floor(horizon)
+        settings, rate = self.hyperparameters.shape, self.hyperparameters.lr
+        if is_infinite(t) and not (isinstance(rate, float) and rate < self.max_learning_rate):
+            return
+        if self.has_closed_form(t) or not isinstance(self.solver, LanczosSolver):
+            self._refine(t)
+            return
+        steps = int(min(_whole(t), self.hyperparameters.steps))
+        rates = sum(self.hyperparameters.settings(step).lr for step in range(steps))
+        gain = (1 - settings.dampening) / max(1 - settings.momentum, 1e-3) if settings.momentum else 1.0
+        time = rates * self._factor * gain
+        self.solver.refine(lambda modes: combined_bound([gradient_flow_bound(m, time) for m in modes]))
+
+    def has_closed_form(self, t: float | None) -> bool:
+        """Whether the state at this time takes no recurrence."""
+        if is_infinite(t):
+            return True
+        plain = self.hyperparameters.momentum == 0 and not self._carried and not self.hyperparameters.maximize
+        return self.hyperparameters.constant and (plain or self.dynamics == "gradient_flow")
+
+    def require_time(self, t: float | None) -> None:
+        """Raises a ValueError where there is no such time."""
+        if t is not None and not t >= 0:
+            raise ValueError(f"Expected argument `t` to be at least 0 optimizer steps but got {t}.")
+        if not is_infinite(t):
+            return
+        rate = self.hyperparameters.lr
+        if not isinstance(rate, float):
+            raise ValueError(
+                "Expected a finite `t` with a learning rate that changes: only a constant one has a limit."
+            )
+        if rate >= self.max_learning_rate or self.hyperparameters.maximize:
+            raise ValueError(
+                f"Expected a stable learning rate for t = infinity but {rate:.4g} is not below the maximum "
+                f"{self.max_learning_rate:.4g}: the linearised network has no limit."
+            )
+
+    def _run_to(self, t: int) -> Run:
+        if self._run is None or self._run.steps > t:
+            self._run = self.follow()
+        while self._run.steps < t:
+            self._run.step(self.hyperparameters.settings(self._run.steps))
+        return self._run
+
+    def _refine(self, t: float | None) -> ErrorBound:
+        return self.solver.refine(lambda modes: self._form.total_bound(modes, t))
+
+
+def _whole(t: float | None) -> int:
+    if t is None or t != int(t):
+        raise ValueError(f"Expected argument `t` to be a whole number of optimizer steps, at least 0, but got {t}.")
+    return int(t)

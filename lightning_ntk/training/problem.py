@@ -1,0 +1,215 @@
+"""What is computed once, when the training of a network is captured."""
+
+import hashlib
+from collections.abc import Iterator, Mapping
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from lightning_ntk.data.reference import Batch, Data, Reference, Unpack
+from lightning_ntk.data.sample_index import sample_digests
+from lightning_ntk.data.targets import Classes
+from lightning_ntk.kernel import compute_kernel
+from lightning_ntk.kernel.per_sample import contract, sample_jacobians
+from lightning_ntk.linearization.jacobian import Jacobian, StoredJacobian, StreamedJacobian, join_outputs, predict
+from lightning_ntk.linearization.linearization import Linearization, Predict
+from lightning_ntk.linearization.objective import Loss, Objective
+from lightning_ntk.linearization.parameters import Tensors
+from lightning_ntk.linearization.verification import check_adjoint, check_determinism, check_kernel
+from lightning_ntk.utilities.contexts import preserved_rng
+from lightning_ntk.utilities.distributed import ALONE, Shards
+from lightning_ntk.utilities.progress import track
+
+JacobianStorage = Literal["streamed", "stored"]
+
+
+class Capture:
+    """A network at its initial weights w0 on a training set: what all linearised dynamics start from.
+
+    Args:
+        module: The network, left as it is.
+        data: The training set, as for `Reference`.
+        loss: Of outputs and targets. Default: `nn.MSELoss()`.
+        predict: As for `Linearization`.
+        unpack: As for `Reference`.
+        jacobian: "streamed" or "stored".
+        batch_size: Samples in one pass.
+        dtype: Type of the passes.
+        device: Where the kernel and all that is as large as its rows is kept. Default: with the passes, on the device of the
+            parameters.
+        progress: Whether passes show a progress bar.
+        start: What `Linearization.state_dict` returned, to linearise at in the place of the module's own state.
+        shards: The processes that share the passes. All of them read the whole data set once, later only their rows. Buffers
+            are those of the first process, as in distributed training.
+
+    Attributes:
+        linearization: The network at w0.
+        reference: The training set in a fixed order.
+        predictions: f0, `(N, K)` in the type of the passes.
+        objective: The loss, with the targets of all samples.
+        jacobian: J of all samples.
+        fingerprint: A digest of the content and order of the training set.
+        classes: The classes that the targets stand for, or None.
+
+    Raises:
+        ValueError: If the data, the network or the loss cannot be used.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        data: Data,
+        *,
+        loss: Loss | None = None,
+        predict: Predict | None = None,
+        unpack: Unpack | None = None,
+        jacobian: JacobianStorage = "streamed",
+        batch_size: int = 256,
+        dtype: torch.dtype | None = None,
+        device: torch.device | None = None,
+        progress: bool = False,
+        start: Mapping[str, Mapping[str, Tensor]] | None = None,
+        shards: Shards = ALONE,
+    ) -> None:
+        self.progress = progress
+        self.shards = shards
+        self.unpack = unpack
+        with preserved_rng():
+            self.linearization = Linearization(module, predict=predict, dtype=dtype)
+            self.device = device or self.linearization.device
+            if start is not None:
+                self.linearization.load_state_dict(start)
+            share_buffers(self.linearization, shards)
+            self.reference = Reference(data, batch_size=batch_size, unpack=unpack)
+            self.predictions, targets, self.fingerprint = first_pass(
+                self.linearization, self.reference, progress=progress, shards=shards
+            )
+            shards.require_same(self.fingerprint, "reference data")
+            check_determinism(self.linearization, self.reference, self.predictions)
+            self.objective = Objective(
+                nn.MSELoss() if loss is None else loss, self.predictions, targets, flat=self.linearization.flat
+            )
+            self.jacobian: Jacobian = (
+                store_jacobian(self.linearization, self.reference, progress=progress)
+                if jacobian == "stored"
+                else StreamedJacobian(
+                    self.linearization, self.reference, self.predictions, progress=progress, shards=shards
+                )
+            )
+            check_adjoint(self.linearization, self.jacobian, self.predictions)
+        squared = self.objective.factor is not None
+        self.classes = Classes.of(self.objective.targets, self.predictions.shape[1], squared=squared)
+
+    @property
+    def initial_weights(self) -> Tensors:
+        """w0: clones of the trainable parameters, under their names in `named_parameters()`."""
+        return self.linearization.params
+
+    def predict(self, weights: Mapping[str, Tensor]) -> Tensor:
+        """Outputs of the (non-linear) network at other weights, `(N, K)`: one forward pass over the training set."""
+        with preserved_rng():
+            return predict(
+                self.linearization, self.reference, params=weights, progress=self.progress, shards=self.shards
+            )
+
+    def push_forward(self, tangent: Mapping[str, Tensor]) -> Tensor:
+        """J v, `(N, K)` in float64."""
+        with preserved_rng():
+            return self.jacobian.jvp(tangent)
+
+    def pull_back(self, coefficients: Tensor) -> Tensors:
+        """J^T a for coefficients `(T, N, K)`: for every parameter `(T, *shape)` in float64."""
+        with preserved_rng():
+            return self.jacobian.vjp(coefficients)
+
+    def loss_of(self, predictions: Tensor) -> float:
+        """The loss of predictions `(N, K)` on the training set, in float64."""
+        return self.objective.value(predictions.detach().cpu(), self.objective.targets).item()
+
+
+def share_buffers(linearization: Linearization, shards: Shards) -> None:
+    """Gives all processes the buffers of the first one: their batches, and with them running statistics, differ."""
+    if shards.size > 1:
+        for buffer in linearization.buffers.values():
+            shards.broadcast_(buffer)
+
+
+def first_pass(
+    linearization: Linearization, reference: Reference, *, progress: bool, shards: Shards = ALONE
+) -> tuple[Tensor, Tensor, str]:
+    """Outputs `(N, K)`, targets and a digest of the whole data set.
+
+    Raises:
+        ValueError: If there are no targets, or if anything is NaN or infinite.
+    """
+    outputs, targets, digest = [], [], hashlib.blake2b(digest_size=16)
+    own = shards.rows(len(reference))
+    for batch in track(
+        _batches_around(reference, own), "initial predictions", total=reference.num_batches, enabled=progress
+    ):
+        if batch.target is None:
+            raise ValueError("Expected the training set to have targets but its batches hold inputs only.")
+        for name, value in (("inputs", batch.inputs), ("targets", batch.target)):
+            _require_finite(name, value, batch.rows)
+        for sample in sample_digests(batch.inputs, batch.target):
+            digest.update(sample)
+        targets.append(batch.target.detach().cpu())
+        if batch.rows.start in own:
+            outputs.append(linearization.predict(batch.inputs))
+            _require_finite("initial outputs", outputs[-1], batch.rows)
+    return join_outputs(outputs, linearization, reference, shards), torch.cat(targets), digest.hexdigest()
+
+
+def _batches_around(reference: Reference, own: range) -> Iterator[Batch]:
+    """All batches in order, none of which holds rows inside and outside of `own`."""
+    for rows in (range(own.start), own, range(own.stop, len(reference))):
+        yield from reference.batches(rows)
+
+
+def store_jacobian(linearization: Linearization, reference: Reference, *, progress: bool) -> StoredJacobian:
+    """All of J, N K P numbers."""
+    batches = track(reference.batches(), "Jacobian", total=reference.num_batches, enabled=progress)
+    blocks = [sample_jacobians(linearization, batch.inputs) for batch in batches]
+    return StoredJacobian({name: torch.cat([block[name] for block in blocks]) for name in blocks[0]})
+
+
+def training_kernel(given: Tensor | None, capture: Capture, *, dtype: torch.dtype) -> Tensor:
+    """The kernel of the training set with itself, `(N K, N K)`, summed in `dtype` or `given`, and verified.
+
+    Raises:
+        ValueError: If the given one is not of this network and data.
+    """
+    linearization, jacobian = capture.linearization, capture.jacobian
+    size = capture.predictions.numel()
+    if given is not None:
+        if tuple(given.shape) != (size, size):
+            raise ValueError(f"Expected argument `ntk` of shape {(size, size)} but got {tuple(given.shape)}.")
+        if not given.isfinite().all():
+            raise ValueError("Expected argument `ntk` to be finite but it holds NaN or infinity.")
+        kernel = given.detach().to(capture.device)
+        if not torch.allclose(kernel, kernel.T, rtol=1e-3, atol=1e-4 * kernel.abs().max().item()):
+            raise ValueError("Expected argument `ntk` to be symmetric, the kernel of the training set with itself.")
+    elif isinstance(jacobian, StoredJacobian):
+        kernel = contract(jacobian.blocks, jacobian.blocks, dtype).to(capture.device)
+    else:
+        kernel = compute_kernel(
+            linearization,
+            capture.reference,
+            dtype=dtype,
+            device=capture.device,
+            progress=capture.progress,
+            shards=capture.shards,
+        )
+    # A kernel computed earlier may come from float32 passes whatever its type is now.
+    computed = linearization.dtype if given is None else torch.float32
+    check_kernel(jacobian, kernel, capture.predictions, dtype=computed)
+    return kernel
+
+
+def _require_finite(name: str, tree: object, rows: slice) -> None:
+    for leaf in torch.utils._pytree.tree_leaves(tree):
+        if isinstance(leaf, Tensor) and leaf.is_floating_point() and not leaf.isfinite().all():
+            raise ValueError(
+                f"Expected finite {name} but samples {rows.start} to {rows.stop - 1} hold NaN or infinity."
+            )

@@ -1,0 +1,1 @@
+"""Python and torch only: contexts, process groups, progress, memory, validation."""
