@@ -1,4 +1,4 @@
-"""The linearised network at later times: modes of the kernel, with and without one."""
+"""The linearized network at later times: modes of the kernel, with and without one."""
 
 import resource
 from collections.abc import Iterator

@@ -1,7 +1,7 @@
-"""Train a small network on real handwritten digits and see how far it leaves its linearised (NTK) path.
+"""Train a small network on real handwritten digits and see how far it leaves its linearized (NTK) path.
 
 A tanh network is trained by full-batch gradient descent on scikit-learn's digits (8 x 8 images, ten classes, one-hot
-targets, squared loss). The callback compares its weights with those of the linearised network at the same step.
+targets, squared loss). The callback compares its weights with those of the linearized network at the same step.
 
     python examples/digits.py
     python examples/digits.py --width 512 --output-scale 3
@@ -72,14 +72,14 @@ def explain(history: list[dict[str, float]]) -> str:
     last = history[-1]
     distance = last["relative_weight_distance"]
     if distance < 0.1:
-        regime = "stayed close to its tangent space at initialisation: the lazy (kernel) regime describes it"
+        regime = "stayed close to its tangent space at initialization: the lazy (kernel) regime describes it"
     elif distance < 0.5:
-        regime = "left the linearised path by a clear margin: the kernel at initialisation describes it only roughly"
+        regime = "left the linearized path by a clear margin: the kernel at initialization describes it only roughly"
     else:
-        regime = "is far from its linearisation: it learned features that the kernel at initialisation does not have"
+        regime = "is far from its linearization: it learned features that the kernel at initialization does not have"
     return (
         f"After {last['step']:.0f} steps the weights are {distance:.1%} of their own displacement away from where the "
-        f"linearised network would be, so this network {regime}."
+        f"linearized network would be, so this network {regime}."
     )
 
 

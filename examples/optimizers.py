@@ -1,7 +1,7 @@
-"""One network, three optimizers: which of them stays closest to the linearised (NTK) training of the same network?
+"""One network, three optimizers: which of them stays closest to the linearized (NTK) training of the same network?
 
 A tanh network is trained on scikit-learn's digits by cross-entropy on minibatches, with SGD, with SGD and momentum, and with
-AdamW. Each run is compared with its own linearised twin, trained by the same optimizer on the same minibatches: SGD is replayed
+AdamW. Each run is compared with its own linearized twin, trained by the same optimizer on the same minibatches: SGD is replayed
 on the kernel, AdamW needs the twin in weight space. The callback chooses, and says so.
 
     python examples/optimizers.py
@@ -9,10 +9,10 @@ on the kernel, AdamW needs the twin in weight space. The callback chooses, and s
 
 How to read the figure: over time the three runs look different, but a run that learns faster also leaves its tangent space
 sooner, so that runs should be compared where they have fitted the data equally well. Over the training loss (time runs to the
-right) the curves lie nearly on each other: what a run has learned decides how far it is from its linearisation, more than the
+right) the curves lie nearly on each other: what a run has learned decides how far it is from its linearization, more than the
 optimizer with which it got there. Two differences remain. Down to a loss of 0.2 plain SGD is farthest, 0.64 against 0.56 with
 momentum and 0.54 with AdamW at about 0.25: its first steps, at ten times the learning rate, are the boldest. And AdamW's
-displacement is half as large again as SGD's at the end, 13.7 against 9.1, in a network that is linearised no better or worse
+displacement is half as large again as SGD's at the end, 13.7 against 9.1, in a network that is linearized no better or worse
 for it.
 """
 
@@ -104,7 +104,7 @@ def plot(runs: list[tuple[str, list[dict[str, float]]]]) -> Figure:
     """The relative weight distance of every run, over steps and over the training loss."""
     figure = Figure(figsize=(9.5, 3.8), layout="constrained")
     over_steps, over_loss = figure.subplots(1, 2, sharey=True)
-    # Three colours of the Okabe-Ito palette, which stay apart for colour-blind readers.
+    # Three colors of the Okabe-Ito palette, which stay apart for color-blind readers.
     for (name, history), color, marker in zip(runs, ("#0072B2", "#D55E00", "#009E73"), "osD", strict=True):
         rows = [row for row in history if row["step"] > 1]
         distances = [row["relative_weight_distance"] for row in rows]

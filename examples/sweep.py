@@ -1,4 +1,4 @@
-"""A sweep to copy: how far networks of several widths leave their linearised path, for several seeds.
+"""A sweep to copy: how far networks of several widths leave their linearized path, for several seeds.
 
     python examples/sweep.py
 

@@ -1,4 +1,4 @@
-"""How far a network's weights leave the path of its linearisation, the neural-tangent-kernel regime."""
+"""How far a network's weights leave the path of its linearization, the neural-tangent-kernel regime."""
 
 from lightning_ntk.callback.monitor import LinearizationMonitor
 from lightning_ntk.kernel import empirical_ntk

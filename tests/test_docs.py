@@ -158,8 +158,8 @@ def test_a_marker_with_other_arguments_is_refused(arguments: str, tmp_path: Path
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_the_scalars_page_has_every_scalar() -> None:
     page = (DOCS / "scalars.md").read_text()
-    labelled = TensorDataset(digits().tensors[0], torch.arange(11) % 3)
-    options = {"per_parameter": True, "evaluation": labelled, "loss": nn.MSELoss(), "reference": labelled}
+    labeled = TensorDataset(digits().tensors[0], torch.arange(11) % 3)
+    options = {"per_parameter": True, "evaluation": labeled, "loss": nn.MSELoss(), "reference": labeled}
     names: set[str] = set()
     for more in (
         {"dynamics": "gradient_descent", "modes": 2, "closest": True, "kernel_probe": 3},

@@ -57,8 +57,8 @@ def test_slopes_over_the_output_scale(tmp_path: Path, run: Run) -> None:
     printed = run("output_scale.py", "--scales 10 100 --seeds 0 --width 16 --steps 5 --samples 20 --workers 0")
     found = {tuple(cells[:2]): float(cells[2].split()[0]) for cells in table(printed, "quantity")}
     for quantity in ("relative weight distance", "taylor gap", "kernel change", "relative displacement"):
-        assert found[quantity, "centred"] == pytest.approx(-1, abs=0.01)
-        assert found[quantity, "not centred"] == pytest.approx(0, abs=0.1)
+        assert found[quantity, "centered"] == pytest.approx(-1, abs=0.01)
+        assert found[quantity, "not centered"] == pytest.approx(0, abs=0.1)
     require_figures(tmp_path, "output-scale.png")
 
 
@@ -76,10 +76,10 @@ def test_kernels_through_training(tmp_path: Path, run: Run) -> None:
 def test_learning_rates_through_the_edge(tmp_path: Path, run: Run) -> None:
     printed = run("learning_rate.py", "--fractions 0.5 2 --seeds 0 --width 128 --steps 30 --samples 20 --workers 0")
     for activation in ("tanh", "relu"):
-        assert f"{activation}: the linearised predictions differ by less than 0.5 of what they changed up to" in printed
+        assert f"{activation}: the linearized predictions differ by less than 0.5 of what they changed up to" in printed
     assert "= 0.5, and no longer at 2." in printed
     stable, unstable = table(printed, "lr")
-    assert float(stable[3]) < 1 < 1e6 < float(unstable[3])  # the loss of the linearised network
+    assert float(stable[3]) < 1 < 1e6 < float(unstable[3])  # the loss of the linearized network
     require_figures(tmp_path, "learning-rate.png")
 
 

@@ -1,9 +1,9 @@
-"""When the kernel settles: kernels through training, and linearisations captured late (Fort et al., 2020).
+"""When the kernel settles: kernels through training, and linearizations captured late (Fort et al., 2020).
 
-A ReLU network in standard parametrisation is trained on digits by minibatch SGD with the cross-entropy. The kernel of a few
+A ReLU network in standard parametrization is trained on digits by minibatch SGD with the cross-entropy. The kernel of a few
 test images is kept at many steps: the distances between all pairs of them show when it turns, its velocity how fast. Meanwhile
-the network is linearised not only at the start but also at later steps, and each of these linearised networks is trained on, on
-the same minibatches, to the end: how far does it get from the run, and how many test images does it recognise?
+the network is linearized not only at the start but also at later steps, and each of these linearized networks is trained on, on
+the same minibatches, to the end: how far does it get from the run, and how many test images does it recognize?
 
     python examples/reproductions/late_kernels.py
     python examples/reproductions/late_kernels.py --seeds 0 --width 8 --steps 20 --captures 0 4 --samples 40    # seconds
@@ -75,7 +75,7 @@ class Kernels(Callback):
         self.kernels: dict[int, Tensor] = {}
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """The kernel at initialisation."""
+        """The kernel at initialization."""
         self.kernels[0] = empirical_ntk(pl_module, self.images)
 
     def on_train_batch_end(
@@ -103,7 +103,7 @@ class Run:
         self.velocity = {math.sqrt(max(a, 1) * b): kernel_distance(kernels[a], kernels[b]) / (b - a) for a, b in pairs}
 
 
-def labelled(samples: slice) -> TensorDataset:
+def labeled(samples: slice) -> TensorDataset:
     """Images of digits and their labels."""
     images, targets = digits(samples.stop).tensors
     return TensorDataset(images[samples], targets.argmax(1)[samples])
@@ -112,7 +112,7 @@ def labelled(samples: slice) -> TensorDataset:
 def run(options: argparse.Namespace, seed: int, steps: list[int]) -> Run:
     """Trains one network, watched."""
     torch.manual_seed(seed)
-    data, test = labelled(slice(0, options.samples)), labelled(slice(options.samples, options.samples + TEST))
+    data, test = labeled(slice(0, options.samples)), labeled(slice(options.samples, options.samples + TEST))
     module = Classifier(options.width, options.lr)
     loader = DataLoader(data, batch_size=options.batch_size, shuffle=True, drop_last=True)
     kernels = Kernels(test.tensors[0][:PROBE], steps)
@@ -160,7 +160,7 @@ def kernel_table(runs: list[Run], steps_per_epoch: int) -> str:
 
 
 def capture_table(runs: list[Run], last: int) -> str:
-    """Linearised networks at the end of training, means over seeds."""
+    """Linearized networks at the end of training, means over seeds."""
     lines: list[list[Any]] = []
     for captured in runs[0].histories:
         final = [r.histories[captured][-1] for r in runs]
@@ -174,14 +174,14 @@ def capture_table(runs: list[Run], last: int) -> str:
         start = average([r.histories[captured][0]["evaluation/accuracy"] for r in runs])
         lines.append([captured, last - captured, start, *(average([row[name] for row in final]) for name in names)])
     header = [
-        "captured at", "steps since", "test accuracy then", "relative weight distance at the end", "training loss", "linearised",
-        "test accuracy at the end", "linearised",
+        "captured at", "steps since", "test accuracy then", "relative weight distance at the end", "training loss", "linearized",
+        "test accuracy at the end", "linearized",
     ]  # fmt: skip
     return markdown(header, lines)
 
 
 def draw(runs: list[Run], last: int, steps_per_epoch: int, path: Path) -> None:
-    """Distances between all pairs of kernels, velocity, and the linearised networks."""
+    """Distances between all pairs of kernels, velocity, and the linearized networks."""
     figure, axes = grid_of_panels(2, 2)
     steps = sorted(runs[0].kernels)
     distances = [[average([kernel_distance(r.kernels[a], r.kernels[b]) for r in runs]) for a in steps] for b in steps]
@@ -201,13 +201,13 @@ def draw(runs: list[Run], last: int, steps_per_epoch: int, path: Path) -> None:
     finish(axes[1], "optimizer step", "kernel velocity (kernel distance per epoch)")
 
     for index, captured in enumerate(runs[0].histories):
-        colour, marker = COLOURS[index % len(COLOURS)], MARKERS[index % len(MARKERS)]
+        color, marker = COLOURS[index % len(COLOURS)], MARKERS[index % len(MARKERS)]
         rows = list(zip(*(r.histories[captured] for r in runs), strict=True))
         since = [row[0]["step"] - captured for row in rows if row[0]["step"] > captured]
         means = [average([x["relative_weight_distance"] for x in row]) for row in rows if row[0]["step"] > captured]
         kept = [(s, m) for s, m in zip(since, means, strict=True) if m > 1e-4]
         axes[2].plot(
-            *zip(*kept, strict=True), marker=marker, markersize=4, color=colour, label=f"captured at {captured}",
+            *zip(*kept, strict=True), marker=marker, markersize=4, color=color, label=f"captured at {captured}",
         )  # fmt: skip
     finish(
         axes[2],
@@ -218,7 +218,7 @@ def draw(runs: list[Run], last: int, steps_per_epoch: int, path: Path) -> None:
     captures = list(runs[0].histories)
     places = range(len(captures))
     for index, (key, place, label) in enumerate((
-        ("evaluation/linearized_accuracy", -1, "linearised there, trained to the end"),
+        ("evaluation/linearized_accuracy", -1, "linearized there, trained to the end"),
         ("evaluation/accuracy", 0, "the network at the capture"),
         ("evaluation/accuracy", -1, "the network at the end"),
     )):  # fmt: skip
@@ -236,7 +236,7 @@ def main() -> None:
     parser.add_argument("--lr", type=float, default=0.1)
     parser.add_argument("--steps", type=int, default=640, help="of SGD")
     parser.add_argument(
-        "--captures", type=int, nargs="+", default=[0, 4, 8, 16, 32, 64, 128], help="steps at which to linearise"
+        "--captures", type=int, nargs="+", default=[0, 4, 8, 16, 32, 64, 128], help="steps at which to linearize"
     )
     parser.add_argument("--samples", type=int, default=256, help="training images")
     parser.add_argument("--batch-size", type=int, default=32)

@@ -1,14 +1,14 @@
-"""Through the edge: learning rates around the largest stable one of the linearised network (Lewkowycz et al., 2020).
+"""Through the edge: learning rates around the largest stable one of the linearized network (Lewkowycz et al., 2020).
 
 A network with one hidden layer is trained with learning rates from a tenth of the largest stable one, 2 / (c lambda_max), to
-twice that. Below it the linearised network converges and describes the run. Above it the linearised network diverges; the network
+twice that. Below it the linearized network converges and describes the run. Above it the linearized network diverges; the network
 itself may catapult: its loss rises, then falls in a flatter place, where the largest eigenvalue of its kernel has come down. The
 learning rate over the largest stable one *of the kernel at the last step* shows it.
 
     python examples/reproductions/learning_rate.py
     python examples/reproductions/learning_rate.py --fractions 0.5 1.2 --seeds 0 --width 16 --steps 5 --samples 20    # seconds
 
-Run again, it resumes. In float64, in which a diverging linearised network stays a number.
+Run again, it resumes. In float64, in which a diverging linearized network stays a number.
 
 Reference: A. Lewkowycz, Y. Bahri, E. Dyer, J. Sohl-Dickstein, G. Gur-Ari, The large learning rate phase of deep learning: the
 catapult mechanism, 2020.
@@ -78,14 +78,14 @@ def table(results: Results, activation: str) -> str:
         kept = [row for row in rows if row["fraction"] == fraction]
         lines.append([f"{fraction:g}", *(mean(kept, name) for name in names)])
     header = [
-        "lr / max", "highest loss / initial", "final loss", "linearised loss", "prediction difference / change",
+        "lr / max", "highest loss / initial", "final loss", "linearized loss", "prediction difference / change",
         "relative weight distance", "kernel change", "lr / max at the end",
     ]  # fmt: skip
     return markdown(header, lines)
 
 
 def describe_until(results: Results, activation: str) -> str:
-    """The largest fraction up to which the linearised network describes the run, for every seed."""
+    """The largest fraction up to which the linearized network describes the run, for every seed."""
     rows = results.where({"activation": activation}).final
     fractions = sorted({row["fraction"] for row in rows})
     good = [all(row[RMSE] < DESCRIBED for row in rows if row["fraction"] == f) for f in fractions]
@@ -94,7 +94,7 @@ def describe_until(results: Results, activation: str) -> str:
         return f"{activation}: at no learning rate the predictions differ by less than {DESCRIBED:g} of their change."
     after = f", and no longer at {fractions[first_bad]:g}" if first_bad < len(good) else ""
     return (
-        f"{activation}: the linearised predictions differ by less than {DESCRIBED:g} of what they changed up to lr / max = "
+        f"{activation}: the linearized predictions differ by less than {DESCRIBED:g} of what they changed up to lr / max = "
         f"{fractions[first_bad - 1]:g}{after}."
     )
 
@@ -125,17 +125,17 @@ def draw(results: Results, path: Path) -> None:
     for index, fraction in enumerate(f for f in SHOWN if any(row["fraction"] == f for row in every)):
         rows = [row for row in every if row["fraction"] == fraction and row["seed"] == seed and row["step"] > 0]
         steps = [row["step"] for row in rows]
-        colour = COLOURS[index]
-        axes[1].plot(steps, [row["ntk/loss"] for row in rows], color=colour, label=f"lr / max = {fraction:g}")
-        axes[1].plot(steps, [row["ntk/linearized_loss"] for row in rows], "--", color=colour)
-    axes[1].plot([], [], "--", color="#555555", label="linearised")
+        color = COLOURS[index]
+        axes[1].plot(steps, [row["ntk/loss"] for row in rows], color=color, label=f"lr / max = {fraction:g}")
+        axes[1].plot(steps, [row["ntk/linearized_loss"] for row in rows], "--", color=color)
+    axes[1].plot([], [], "--", color="#555555", label="linearized")
     highest = max((row["ntk/loss"] for row in every if math.isfinite(row["ntk/loss"])), default=1.0)
     lowest = min((row["ntk/loss"] for row in every), default=1.0)
     axes[1].set_ylim(lowest / 30, 10 * highest)
-    x = "learning rate / largest stable one at initialisation"
+    x = "learning rate / largest stable one at initialization"
     for axis in (axes[0], axes[2]):
         axis.axvline(1, color="#555555", linestyle=":", linewidth=1.5)
-    finish(axes[0], x, "linearised against trained: difference / change", scales="linear-log", loc="center right")
+    finish(axes[0], x, "linearized against trained: difference / change", scales="linear-log", loc="center right")
     finish(axes[1], "optimizer step", "loss, ReLU, one seed", scales="log-log", loc="lower left")
     axes[2].axhline(1, color="#555555", linestyle=":", linewidth=1.5)
     finish(axes[2], x, "learning rate / largest stable one at the end", scales="linear-linear", loc="upper left")

@@ -1,12 +1,12 @@
-"""Linear layers in NTK and in standard parametrisation, with the same function at initialisation.
+"""Linear layers in NTK and in standard parametrization, with the same function at initialization.
 
-In NTK parametrisation (Jacot et al., 2018; Lee et al., 2019, section 2.1) the entries of weight and bias are drawn from a
+In NTK parametrization (Jacot et al., 2018; Lee et al., 2019, section 2.1) the entries of weight and bias are drawn from a
 standard normal distribution, and the layer multiplies them by constants:
 
     y = sigma_w / sqrt(fan_in) W x + sigma_b b
 
-In standard parametrisation the constants are in the initial values instead. Outputs at initialisation are the same, gradients are
-not: in NTK parametrisation the kernel has a limit as the width grows, and one learning rate serves every width.
+In standard parametrization the constants are in the initial values instead. Outputs at initialization are the same, gradients are
+not: in NTK parametrization the kernel has a limit as the width grows, and one learning rate serves every width.
 """
 
 import itertools

@@ -1,8 +1,8 @@
 """Lazy training at any width: the slope over the output scale alpha (Chizat et al., 2019).
 
 The output of one network is multiplied by alpha. The learning rate is the same fraction of the largest stable one, so that it
-falls as 1 / alpha^2 and the linearised network does the same thing at every alpha. The model is trained twice: centred,
-alpha (h(w) - h(w0)), as the theory wants it, and not centred, alpha h(w), where the initial outputs grow with alpha and training
+falls as 1 / alpha^2 and the linearized network does the same thing at every alpha. The model is trained twice: centered,
+alpha (h(w) - h(w0)), as the theory wants it, and not centered, alpha h(w), where the initial outputs grow with alpha and training
 has to undo them. Everything is in float64: at alpha = 1000 weights move by so little that float32 rounds it away.
 
     python examples/reproductions/output_scale.py
@@ -37,7 +37,7 @@ QUANTITIES = {
     "ntk/kernel_change": "kernel change",
     "ntk/relative_displacement": "relative displacement",
 }
-EXPECTED = -1  # of every one, for the centred model
+EXPECTED = -1  # of every one, for the centered model
 
 
 class Scaled(nn.Module):
@@ -46,13 +46,13 @@ class Scaled(nn.Module):
     Args:
         network: h, at its initial weights.
         alpha: The scale.
-        centred: Whether the outputs at initialisation are subtracted.
+        centered: Whether the outputs at initialization are subtracted.
     """
 
-    def __init__(self, network: nn.Module, alpha: float, centred: bool) -> None:
+    def __init__(self, network: nn.Module, alpha: float, centered: bool) -> None:
         super().__init__()
         self.trained = network
-        self.initial = copy.deepcopy(network).requires_grad_(False) if centred else None
+        self.initial = copy.deepcopy(network).requires_grad_(False) if centered else None
         self.alpha = alpha
 
     def forward(self, images: Tensor) -> Tensor:
@@ -65,7 +65,7 @@ def objective(config: dict[str, Any]) -> LinearizationMonitor:
     """Trains one network."""
     torch.manual_seed(config["seed"])
     network = mlp([64, *[config["width"]] * 3, CLASSES], nn.Tanh, sigma_w=1.5, sigma_b=0.1)
-    model = Scaled(network, config["alpha"], config["centred"]).double()
+    model = Scaled(network, config["alpha"], config["centered"]).double()
     data = TensorDataset(*(tensor.double() for tensor in digits(config["samples"]).tensors))
     module = FullBatch(model, config["fraction"] * max_learning_rate(model, data))
     monitor = LinearizationMonitor(steps=[0], progress=False, strict=True)
@@ -80,19 +80,19 @@ def objective(config: dict[str, Any]) -> LinearizationMonitor:
     return monitor
 
 
-def points(results: Results, y: str, centred: bool) -> list[tuple[float, float]]:
+def points(results: Results, y: str, centered: bool) -> list[tuple[float, float]]:
     """(alpha, y at the last step) of all seeds."""
-    return [(row["alpha"], row[y]) for row in results.where({"centred": centred}).final]
+    return [(row["alpha"], row[y]) for row in results.where({"centered": centered}).final]
 
 
 def table(results: Results) -> str:
     """Slopes with 95 % intervals."""
     lines = []
-    for y, centred in itertools.product(QUANTITIES, (True, False)):
-        law = results.slope("alpha", y, where={"centred": centred})
-        kind = "centred" if centred else "not centred"
+    for y, centered in itertools.product(QUANTITIES, (True, False)):
+        law = results.slope("alpha", y, where={"centered": centered})
+        kind = "centered" if centered else "not centered"
         interval = f"{law.slope:.3f} [{law.low:.3f}, {law.high:.3f}]"
-        lines.append([y.removeprefix("ntk/").replace("_", " "), kind, interval, f"{EXPECTED}" if centred else "none"])
+        lines.append([y.removeprefix("ntk/").replace("_", " "), kind, interval, f"{EXPECTED}" if centered else "none"])
     return markdown(["quantity", "model", "slope over alpha", "stated"], lines)
 
 
@@ -100,26 +100,26 @@ def means(results: Results) -> str:
     """The relative weight distance and both losses, means over seeds."""
     lines: list[list[Any]] = []
     rows = results.final
-    for alpha, centred in itertools.product(sorted({row["alpha"] for row in rows}), (True, False)):
-        kept = [row for row in rows if row["alpha"] == alpha and row["centred"] == centred]
+    for alpha, centered in itertools.product(sorted({row["alpha"] for row in rows}), (True, False)):
+        kept = [row for row in rows if row["alpha"] == alpha and row["centered"] == centered]
         names = ("ntk/relative_weight_distance", "ntk/loss", "ntk/linearized_loss")
         cells = [sum(row[name] for row in kept) / len(kept) for name in names]
-        lines.append([f"{alpha:g}", "centred" if centred else "not centred", *cells])
-    return markdown(["alpha", "model", "relative weight distance", "loss", "linearised loss"], lines)
+        lines.append([f"{alpha:g}", "centered" if centered else "not centered", *cells])
+    return markdown(["alpha", "model", "relative weight distance", "loss", "linearized loss"], lines)
 
 
 def draw(results: Results, path: Path) -> None:
-    """The relative weight distance of both models; the other quantities of the centred one."""
+    """The relative weight distance of both models; the other quantities of the centered one."""
     figure, axes = grid_of_panels(1, 2)
     (first, label), *rest = QUANTITIES.items()
-    for index, (centred, name) in enumerate(((True, "centred"), (False, "not centred"))):
-        draw_power_law(axes[0], points(results, first, centred), name, index, filled=centred)
+    for index, (centered, name) in enumerate(((True, "centered"), (False, "not centered"))):
+        draw_power_law(axes[0], points(results, first, centered), name, index, filled=centered)
     draw_reference(axes[0], points(results, first, True), EXPECTED, offset=0.5)
     finish(axes[0], r"output scale $\alpha$", label, loc="lower left")
     for index, (y, name) in enumerate(rest):
         draw_power_law(axes[1], points(results, y, True), name, index + 2, filled=index != 1)
     draw_reference(axes[1], points(results, rest[-1][0], True), EXPECTED, offset=2)
-    finish(axes[1], r"output scale $\alpha$", "centred model, dimensionless", loc="upper right")
+    finish(axes[1], r"output scale $\alpha$", "centered model, dimensionless", loc="upper right")
     save(figure, path)
 
 
@@ -141,7 +141,7 @@ def main() -> None:
     chosen = {
         "width": options.width, "steps": options.steps, "samples": options.samples, "fraction": options.fraction,
     }  # fmt: skip
-    grid = {"alpha": options.scales, "centred": [True, False], "seed": options.seeds}
+    grid = {"alpha": options.scales, "centered": [True, False], "seed": options.seeds}
     grid |= {name: [value] for name, value in chosen.items()}
     storage = options.output / "output_scale.journal"
     sweep = Sweep(objective, grid, storage=storage, name="output_scale", logs=options.output / "logs")

@@ -16,7 +16,7 @@ CLASSES = 10
 
 
 def digits(samples: int) -> TensorDataset:
-    """The first images of scikit-learn's digits, centred and of unit mean square, with one-hot targets: `(N, 64)`, `(N, 10)`."""
+    """The first images of scikit-learn's digits, centered and of unit mean square, with one-hot targets: `(N, 64)`, `(N, 10)`."""
     data = load_digits()
     images = torch.tensor(data.data[:samples], dtype=torch.float32)
     images = images - images.mean()
@@ -53,7 +53,7 @@ class FullBatch(LightningModule):
 
 
 def max_learning_rate(network: nn.Module, data: TensorDataset) -> float:
-    """The largest learning rate for which the linearised network is stable, 2 / (c lambda_max) for a loss gradient c (f - Y)."""
+    """The largest learning rate for which the linearized network is stable, 2 / (c lambda_max) for a loss gradient c (f - Y)."""
     training = LinearizedTraining(network, data, lr=1e-30, solver="lanczos", horizon=1, progress=False)
     return training.max_learning_rate
 

@@ -1,10 +1,10 @@
 """Wide networks move along their tangent space: slopes over the width (Lee et al., 2019).
 
-Networks with three hidden layers, tanh and ReLU, in NTK and in standard parametrisation, are trained by full-batch gradient
+Networks with three hidden layers, tanh and ReLU, in NTK and in standard parametrization, are trained by full-batch gradient
 descent on images of digits, each with the same fraction of its own largest stable learning rate for the same number of steps.
 Then these are compared over the width:
 
-* how far the weights are from those of the linearised network, relative to how far they moved,
+* how far the weights are from those of the linearized network, relative to how far they moved,
 * the part of the change of the outputs that is not first order in the weights (Taylor gap),
 * the change of the kernel, relative to the initial one,
 * the change of the weights of the input, the hidden and the output layers, relative to the initial ones.
@@ -46,7 +46,7 @@ LABELS = {
     GAP: "Taylor gap\n" r"$\|f_t - f_0 - J(w_t - w_0)\| \,/\, \|f_t - f_0\|$",
     CHANGE: "kernel change\n" r"$\|\Theta_t - \Theta_0\| \,/\, \|\Theta_0\|$",
 }
-# Exponents of the width. In standard parametrisation the learning rate falls as 1 / width, and input weights with it.
+# Exponents of the width. In standard parametrization the learning rate falls as 1 / width, and input weights with it.
 EXPECTED: dict[str, dict[str, float]] = {
     "ntk/change/input": {"ntk": -0.5, "standard": -1.5},
     "ntk/change/hidden": {"ntk": -1, "standard": -1},
@@ -140,7 +140,7 @@ def step_table(results: Results) -> str:
 def draw(results: Results, parametrization: str, path: Path) -> None:
     """One panel for each distance, one for the layers of the tanh network."""
     figure, axes = grid_of_panels(2, 2)
-    name = "NTK parametrisation" if parametrization == "ntk" else "standard parametrisation"
+    name = "NTK parametrization" if parametrization == "ntk" else "standard parametrization"
     for axis, (y, label) in zip(axes, LABELS.items(), strict=False):
         drawn = []
         for index, activation in enumerate(ACTIVATIONS):
@@ -192,9 +192,9 @@ def main() -> None:
     results = sweep.results.where(chosen)
     results.to_csv(options.output / "widths.csv")
     for parametrization in ("ntk", "standard"):
-        print(f"\n{parametrization} parametrisation, {options.steps} steps\n\n{table(results, parametrization)}")
+        print(f"\n{parametrization} parametrization, {options.steps} steps\n\n{table(results, parametrization)}")
         draw(results, parametrization, options.output / f"widths-{parametrization}.png")
-    print("\nntk parametrisation, slopes over the width after fewer steps\n")
+    print("\nntk parametrization, slopes over the width after fewer steps\n")
     print(step_table(results.where({"parametrization": "ntk"})))
 
 

@@ -1,4 +1,4 @@
-"""What a run does that linearised dynamics do not describe, in words, and the first dynamics that describe all of it."""
+"""What a run does that linearized dynamics do not describe, in words, and the first dynamics that describe all of it."""
 
 from collections.abc import Iterable
 from typing import Literal
@@ -22,7 +22,7 @@ _SGD_OPTIONS = ("lr", "momentum", "dampening", "nesterov", "weight_decay", "maxi
 def run_differences(
     trainer: Trainer, module: LightningModule, optimizer: Optimizer, dynamics: str, reference_size: int | None
 ) -> list[str]:
-    """Phrases, one for each respect in which the optimisation of a run is not that of the dynamics.
+    """Phrases, one for each respect in which the optimization of a run is not that of the dynamics.
 
     Args:
         trainer: The Trainer, at the start of training.
@@ -48,17 +48,17 @@ def run_differences(
 
 
 def forward_differences(trainer: Trainer, module: LightningModule) -> list[str]:
-    """Phrases for what the forward passes of the run do and those of every linearised network do not."""
+    """Phrases for what the forward passes of the run do and those of every linearized network do not."""
     modes = {
         "batch statistics in BatchNorm": nn.modules.batchnorm._BatchNorm,
         "dropout": nn.modules.dropout._DropoutNd,
     }
     half = {str(p.dtype).removeprefix("torch.") for p in module.parameters() if p.dtype in _HALF}
-    phrases = [f"it keeps weights in {dtype}, where the linearised network has float32" for dtype in sorted(half)]
+    phrases = [f"it keeps weights in {dtype}, where the linearized network has float32" for dtype in sorted(half)]
     if str(trainer.precision).endswith("-mixed"):
-        phrases.append(f"its passes run in {trainer.precision} precision, those of the linearised network do not")
+        phrases.append(f"its passes run in {trainer.precision} precision, those of the linearized network do not")
     return phrases + [
-        f"it trains with {phrase}, where the linearised network is in eval mode"
+        f"it trains with {phrase}, where the linearized network is in eval mode"
         for phrase, kind in modes.items()
         if any(isinstance(m, kind) and m.training and getattr(m, "p", 1) > 0 for m in module.modules())
     ]
@@ -66,7 +66,7 @@ def forward_differences(trainer: Trainer, module: LightningModule) -> list[str]:
 
 def _of_training_step(trainer: Trainer, module: LightningModule) -> Iterable[str]:
     if not module.automatic_optimization:
-        yield "it optimises manually"
+        yield "it optimizes manually"
     for hook in ("configure_gradient_clipping", "optimizer_step", "backward"):
         if is_overridden(hook, module):
             yield f"it has a `{hook}` of its own"
@@ -87,7 +87,7 @@ def _of_optimizer(optimizer: Optimizer, dynamics: str, *, clips: bool) -> Iterab
             if values != {0}:
                 yield f"it uses {option.replace('_', ' ')} {', '.join(map(str, sorted(values)))}"
         if any(group["maximize"] for group in groups):
-            yield "it maximises its loss"
+            yield "it maximizes its loss"
     for option in _SGD_OPTIONS:
         values = {float(group[option]) for group in groups}
         # Rates that differ are coordinates of the weights, unless something else acts on the weights themselves.

@@ -31,8 +31,8 @@ COMPARED = (
 )  # fmt: skip
 # Charts of the Custom Scalars tab of TensorBoard, by title: what is drawn over one another.
 _CHARTS = {
-    "loss of the trained and the linearised network": ("loss", "linearized_loss"),
-    "accuracy of the trained, the linearised and the expanded network": (
+    "loss of the trained and the linearized network": ("loss", "linearized_loss"),
+    "accuracy of the trained, the linearized and the expanded network": (
         "accuracy", "linearized_accuracy", "taylor_accuracy",
     ),
     "relative distances": ("relative_weight_distance", "taylor_gap"),
@@ -47,7 +47,7 @@ _DOTS_PER_INCH = 120
 
 
 def layout(absent: Mapping[str, Sequence[str]]) -> dict[str, dict[str, list[Any]]]:
-    """Charts for the Custom Scalars tab of TensorBoard: a category for each monitor, which overlays real and linearised network.
+    """Charts for the Custom Scalars tab of TensorBoard: a category for each monitor, which overlays real and linearized network.
 
     Args:
         absent: By the name of each monitor, beginnings of the tags that it will not log.
@@ -111,7 +111,7 @@ def figures_of(
 
     Args:
         history: Rows with "step".
-        observation: What is known of the linearised network.
+        observation: What is known of the linearized network.
 
     Yields:
         Names, and functions that draw.

@@ -21,10 +21,10 @@ _LOG_POINTS_PER_DECADE = 8
 
 
 class LinearizationMonitor(Monitoring):
-    """Logs how far a training run leaves the path of its linearised (neural-tangent-kernel) network.
+    """Logs how far a training run leaves the path of its linearized (neural-tangent-kernel) network.
 
     When fitting starts, the initial weights, predictions and the empirical neural tangent kernel on the reference set are
-    captured. At chosen optimizer steps the weights that the *linearised* network would have after the same steps, with the
+    captured. At chosen optimizer steps the weights that the *linearized* network would have after the same steps, with the
     learning rates really used, are computed and compared with those of the run. Training itself is not changed: weights
     after `fit` are bitwise those of a run without the callback.
 
@@ -33,13 +33,13 @@ class LinearizationMonitor(Monitoring):
     `loss`, `linearized_loss`, `taylor_gap` and, for classes, `accuracy`, `linearized_accuracy`, `taylor_accuracy`; the same on
     the evaluation set as `evaluation/...`; and what is asked for. The same values are in `trainer.callback_metrics`.
 
-    The linearised network is trained as the run trains its own: with the learning rates, momentum, decay and clipping of
+    The linearized network is trained as the run trains its own: with the learning rates, momentum, decay and clipping of
     each step. What the dynamics do not describe is said once, in words, and so is a `training_step` whose gradient is not that of
     `loss(predict(module, inputs), target)`, with the size of the mismatch.
 
     A run resumed with `ckpt_path` goes on as if it had not been interrupted.
 
-    On several devices, with DDP, captures and measurements are shared by the processes, and the linearised network is trained
+    On several devices, with DDP, captures and measurements are shared by the processes, and the linearized network is trained
     on the batches of all of them.
 
     Not supported: several optimizers, and strategies that divide the network itself, as FSDP. They raise a
@@ -54,15 +54,15 @@ class LinearizationMonitor(Monitoring):
             The first (0) and the last step are always measured.
         dynamics: "gradient_descent" is full-batch `torch.optim.SGD` with the settings of the run; "gradient_flow" is
             continuous time, the sum of the learning rates; "replay" is SGD on the run's own minibatches, with any loss, on the
-            kernel; "twin" trains the linearised network in lockstep, with any optimizer and loss, without a kernel. "auto"
+            kernel; "twin" trains the linearized network in lockstep, with any optimizer and loss, without a kernel. "auto"
             takes the first that is exact for the run and affordable, and says which and why.
-        loss: Of outputs and targets, the one that the run minimises. Default: `nn.MSELoss()`; for a squared loss class labels
+        loss: Of outputs and targets, the one that the run minimizes. Default: `nn.MSELoss()`; for a squared loss class labels
             become one-hot rows.
         predict: Maps `(module, inputs)` to outputs `(B, K)`. Default: the LightningModule's `forward`.
         unpack: Maps a batch of the data to `(inputs, target)`. Default: batches that are such pairs.
         evaluation: Data on which functions are compared too, a validation set for example.
-        capture_at: The optimizer step at whose weights to linearise. Later than 0 as in studies of fine-tuning: the
-            linearised network starts there, with the optimizer's state.
+        capture_at: The optimizer step at whose weights to linearize. Later than 0 as in studies of fine-tuning: the
+            linearized network starts there, with the optimizer's state.
         solver: How the modes of the kernel are found: "eigh" (all of them), "lanczos" (those that matter for the length of
             the run, with or without forming the kernel), or "auto" for the cheapest that fits into memory.
         jacobian: "streamed" or, for small models, "stored": see `LinearizedTraining`.
@@ -76,7 +76,7 @@ class LinearizationMonitor(Monitoring):
         name: Prefix of the logged tags.
         per_parameter: Whether to log the distance of every parameter tensor, `parameter/<name>`.
         taylor: Whether to expand the trained network after the fact, one forward-mode pass, for `taylor_gap`.
-        closest: Whether to log `closest_time`, the number of steps after which the linearised network is closest to the
+        closest: Whether to log `closest_time`, the number of steps after which the linearized network is closest to the
             trained weights, `closest_distance` then, and `distance_floor`, under which no time can go; for gradient descent and
             flow, two passes more.
         modes: For how many leading eigenvectors of the kernel to log `mode/<i>/residual` and `mode/<i>/linearized_residual`;
@@ -87,7 +87,7 @@ class LinearizationMonitor(Monitoring):
             over steps, accuracies, the kernel, a heat map of the parameters, the kernel's spectrum with the residual's
             energy in each mode (for gradient descent and flow), and outputs of both networks. Needs matplotlib.
         save_state: Whether checkpoints hold what a resumed run needs to go on with its measurements: the initial weights and
-            the state of the linearised network. Without it a resumed run is refused.
+            the state of the linearized network. Without it a resumed run is refused.
         strict: Whether a failing measurement ends the run. Default: it is reported once and training goes on.
         progress: Whether captures and measurements show a progress bar, below the Trainer's own, TQDM or Rich.
 

@@ -116,7 +116,7 @@ class Monitoring(Callback):
         self._loaded = state_dict or None
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Adds the initial weights and the state of the linearised network."""
+        """Adds the initial weights and the state of the linearized network."""
         states = checkpoint.setdefault("lightning_ntk", {})
         if not self._started:
             states[self.state_key] = None
@@ -124,7 +124,7 @@ class Monitoring(Callback):
             states[self.state_key] = self._observation.state_dict()
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Refuses to resume from a checkpoint that does not know the weights at which to linearise."""
+        """Refuses to resume from a checkpoint that does not know the weights at which to linearize."""
         states = checkpoint.get("lightning_ntk", {})
         # Tuners save and restore before training starts, when there is nothing to resume.
         tuned = self.state_key in states and states[self.state_key] is None
@@ -135,11 +135,11 @@ class Monitoring(Callback):
         if self._resumed is None and not waiting and not checkpoint["callbacks"].get(self.state_key, {}).get("lost"):
             raise MisconfigurationException(
                 f"LinearizationMonitor {self.name!r} expects a checkpoint of a run that it has watched, with save_state=True, "
-                "but this one does not hold the weights at which to linearise. Remove the callback, or start a new run."
+                "but this one does not hold the weights at which to linearize. Remove the callback, or start a new run."
             )
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Captures the linearised problem and makes the first measurement, unless it is to come later."""
+        """Captures the linearized problem and makes the first measurement, unless it is to come later."""
         loaded, resumed = self._loaded, self._resumed
         self._reset()
         self._started = True
@@ -169,7 +169,7 @@ class Monitoring(Callback):
         except ValueError as error:
             raise MisconfigurationException(f"LinearizationMonitor cannot replay this run. {error}") from error
         if reason is not None:
-            self._report_once("dynamics", f"LinearizationMonitor follows the run with the linearised twin. {reason}")
+            self._report_once("dynamics", f"LinearizationMonitor follows the run with the linearized twin. {reason}")
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Reads what the coming step depends on; at the end of the batch the scheduler has moved on."""
@@ -190,13 +190,13 @@ class Monitoring(Callback):
             self._report_once(
                 "thawed",
                 f"From step {self._step + 1} on the run trains {_some(thawed)}, which was frozen when the network was "
-                "linearised: the linearised network keeps them as they were then, and they are in no distance.",
+                "linearized: the linearized network keeps them as they were then, and they are in no distance.",
             )
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Advances the linearised network if the optimizer stepped, and measures if it is time."""
+        """Advances the linearized network if the optimizer stepped, and measures if it is time."""
         stepped, self._step = trainer.global_step - self._step, trainer.global_step
         if view.has_averaged_weights(trainer):
             return
@@ -218,7 +218,7 @@ class Monitoring(Callback):
                     self._follow_step(trainer, pl_module)
         except Exception as error:
             self._fail(
-                error, f"The linearised network is lost in step {self._step}, and measurements end; training goes on."
+                error, f"The linearized network is lost in step {self._step}, and measurements end; training goes on."
             )
             self._lost = True
             return

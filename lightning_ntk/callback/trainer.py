@@ -52,7 +52,7 @@ def single_optimizer(trainer: Trainer) -> Optimizer:
     if len(trainer.optimizers) != 1:
         raise MisconfigurationException(
             f"LinearizationMonitor expects a LightningModule with one optimizer but it has {len(trainer.optimizers)}. "
-            "Linearised training is defined for one optimizer that minimises one loss."
+            "Linearized training is defined for one optimizer that minimizes one loss."
         )
     return trainer.optimizers[0]
 
@@ -73,7 +73,7 @@ def require_available(device: str | None) -> None:
 
 
 def step_settings(trainer: Trainer, optimizer: Optimizer, parameters: Mapping[str, Tensor]) -> StepSettings:
-    """What the coming optimizer step depends on, of the live parameters that were linearised."""
+    """What the coming optimizer step depends on, of the live parameters that were linearized."""
     clip = trainer.gradient_clip_val or None  # the Trainer takes 0 for none, too
     by_value = trainer.gradient_clip_algorithm == "value"
     return StepSettings(

@@ -1,1 +1,1 @@
-"""A run beside its linearised network: told of batches and steps, asked for scalars."""
+"""A run beside its linearized network: told of batches and steps, asked for scalars."""

@@ -41,7 +41,7 @@ def choose_dynamics(
         free: Free memory in bytes.
     """
     if no_kernel is not None:
-        return DynamicsChoice("twin", f"Linearised twin in lockstep, because {no_kernel}.")
+        return DynamicsChoice("twin", f"Linearized twin in lockstep, because {no_kernel}.")
     descent = ["its loss is not a squared one"] if not_squared else []
     descent += differences("gradient_descent")
     if not descent:
@@ -55,5 +55,5 @@ def choose_dynamics(
     if not replay:
         return DynamicsChoice("replay", f"Replay of the run's minibatches on the kernel, because {head}.")
     return DynamicsChoice(
-        "twin", f"Linearised twin in lockstep, because no kernel dynamics describe the run: {'; '.join(replay)}."
+        "twin", f"Linearized twin in lockstep, because no kernel dynamics describe the run: {'; '.join(replay)}."
     )

@@ -1,4 +1,4 @@
-"""Whether a run trains on the loss that is linearised: its gradient against that of `loss(predict(module, inputs), target)`."""
+"""Whether a run trains on the loss that is linearized: its gradient against that of `loss(predict(module, inputs), target)`."""
 
 import math
 from collections.abc import Mapping

@@ -1,4 +1,4 @@
-"""The optimizer of a run as the linearised dynamics see it: its settings at capture, and what changes of them later."""
+"""The optimizer of a run as the linearized dynamics see it: its settings at capture, and what changes of them later."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -10,11 +10,11 @@ from lightning_ntk.training.base import StepSettings
 
 
 class ObservedOptimizer:
-    """The parameter groups of an optimizer, as they were when the network was linearised.
+    """The parameter groups of an optimizer, as they were when the network was linearized.
 
     Args:
         optimizer: The optimizer of the run.
-        parameters: The live parameters that were linearised, by name.
+        parameters: The live parameters that were linearized, by name.
         settings: Its settings then, if that was in an earlier part of the run.
 
     Attributes:

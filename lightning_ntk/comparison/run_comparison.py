@@ -1,4 +1,4 @@
-"""A run compared with its linearised network: told of every batch and step, asked for scalars. It knows no Lightning."""
+"""A run compared with its linearized network: told of every batch and step, asked for scalars. It knows no Lightning."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -33,10 +33,10 @@ from lightning_ntk.utilities.distributed import ALONE, Shards, mean_over
 
 
 class Observation:
-    """What is known of a run and its linearised network from the capture on.
+    """What is known of a run and its linearized network from the capture on.
 
     Args:
-        module: The network, at the weights w0 at which to linearise.
+        module: The network, at the weights w0 at which to linearize.
         optimizer: Its optimizer, in the state that it has there.
         options: How to observe.
         data: Gives the training set in a fixed order, or raises a `NoFixedOrderError`; None for none, with the twin.
@@ -53,7 +53,7 @@ class Observation:
         training: The captured problem of gradient descent or flow; None for other dynamics.
         steps: Optimizer steps of the run since the capture.
         steps_taken: Those that changed the weights.
-        outputs: Of the trained and of the linearised network on the reference at the last measurement, `(N, K)` each.
+        outputs: Of the trained and of the linearized network on the reference at the last measurement, `(N, K)` each.
 
     Raises:
         ValueError: If data, network, loss or optimizer cannot be used.
@@ -169,7 +169,7 @@ class Observation:
         """One optimizer step, with the micro-batches seen since the last one.
 
         Raises:
-            OverflowError: If the linearised network diverges beyond floating-point numbers.
+            OverflowError: If the linearized network diverges beyond floating-point numbers.
         """
         self._follower.step(settings)
         self.steps += 1
@@ -188,7 +188,7 @@ class Observation:
             yield (
                 "unstable",
                 f"the learning rate {lr:.4g} is above {self.training.max_learning_rate:.4g}, the largest for which the "
-                "linearised network is stable: it diverges while the run may not.",
+                "linearized network is stable: it diverges while the run may not.",
             )
         if self.dynamics != "twin":
             ends = f'{self.dynamics.replace("_", " ")} does not follow: dynamics="twin" does.'
@@ -259,7 +259,7 @@ class Observation:
             if expected.get(name) != own.get(name):
                 raise ValueError(
                     f"Expected the {name} set with which the run began but its content, order or existence is another: "
-                    "distances to the linearised network are defined on one set. Give the same data."
+                    "distances to the linearized network are defined on one set. Give the same data."
                 )
 
     def _linearize(self, module: nn.Module) -> Linearization:

@@ -1,4 +1,4 @@
-"""The scalars that compare a trained network with its linearised one at one time."""
+"""The scalars that compare a trained network with its linearized one at one time."""
 
 from collections.abc import Mapping
 
@@ -14,7 +14,7 @@ from lightning_ntk.training.problem import Capture
 def compare_weights(displacement: Tensors, linearized: Tensors, *, per_parameter: bool = False) -> dict[str, float]:
     r"""Distances in weight space.
 
-    The linearised weights are formed, by one pass :math:`J^\top a`, and subtracted in float64. The shortcut
+    The linearized weights are formed, by one pass :math:`J^\top a`, and subtracted in float64. The shortcut
     :math:`|w_\text{lin} - w_t|^2 = \sum_i \lambda_i a_i^2 - 2 a^\top J \Delta + |\Delta|^2` cancels: at a relative distance of
     1e-3 float32 leaves no correct digit of it.
 
@@ -35,12 +35,12 @@ def compare_weights(displacement: Tensors, linearized: Tensors, *, per_parameter
 
 
 def outputs_of(data: Capture, weights: Mapping[str, Tensor], network: LinearizedNetwork) -> tuple[Tensor, Tensor]:
-    """Outputs of the trained and of the linearised network, `(N, K)` each in float64 on the CPU.
+    """Outputs of the trained and of the linearized network, `(N, K)` each in float64 on the CPU.
 
     Args:
         data: The data set, captured at w_0.
         weights: The trained weights w_t.
-        network: The linearised network. Its predictions, if it has any, must be those on this data set.
+        network: The linearized network. Its predictions, if it has any, must be those on this data set.
     """
     linearized = network.predictions
     if linearized is None:
@@ -51,7 +51,7 @@ def outputs_of(data: Capture, weights: Mapping[str, Tensor], network: Linearized
 def compare_functions(data: Capture, trained: Tensor, linearized: Tensor, pushed: Tensor | None) -> dict[str, float]:
     r"""Distances in function space, on one data set.
 
-    Three networks are compared: the trained one, f_t; the one whose training was linearised, f_lin; and the first-order
+    Three networks are compared: the trained one, f_t; the one whose training was linearized, f_lin; and the first-order
     expansion of the trained one after the fact, :math:`f_0 + J (w_t - w_0)`. All at the buffers of the capture.
 
     Args:
@@ -86,7 +86,7 @@ def compare_modes(training: LinearizedTraining, trained: Tensor, linearized: Ten
     Args:
         training: The captured problem.
         trained: Outputs of the trained network on the training set, `(N, K)` in float64 on the CPU.
-        linearized: Those of the linearised network.
+        linearized: Those of the linearized network.
         count: How many modes.
 
     Returns:
@@ -102,7 +102,7 @@ def compare_modes(training: LinearizedTraining, trained: Tensor, linearized: Ten
 
 
 def compare_closest(training: LinearizedTraining, displacement: Tensors, steps: int) -> dict[str, float]:
-    r"""How near the whole linearised trajectory comes to the trained weights, whatever the time.
+    r"""How near the whole linearized trajectory comes to the trained weights, whatever the time.
 
     Args:
         training: The captured problem.

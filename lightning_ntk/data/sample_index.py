@@ -1,4 +1,4 @@
-"""Which samples of the reference set a training batch holds, recognised by their content."""
+"""Which samples of the reference set a training batch holds, recognized by their content."""
 
 import hashlib
 import math
@@ -141,7 +141,7 @@ def sample_digests(inputs: Any, target: Tensor | None) -> list[Digest]:
 
 
 def _digests(leaves: list[Tensor]) -> list[Digest]:
-    # A loop over samples: 0.7 us each, against 0.5 us for a vectorised hash that mixes as well (64 samples of 64 numbers).
+    # A loop over samples: 0.7 us each, against 0.5 us for a vectorized hash that mixes as well (64 samples of 64 numbers).
     samples = torch.cat([_bytes(leaf) for leaf in leaves], 1).numpy()
     return [hashlib.blake2b(sample, digest_size=16).digest() for sample in samples]
 

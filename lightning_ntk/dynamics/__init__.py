@@ -1,1 +1,1 @@
-"""What an optimizer does to the modes of a linearised network."""
+"""What an optimizer does to the modes of a linearized network."""

@@ -1,4 +1,4 @@
-r"""How far weights from Ritz values are from the linearised ones: rigorous bounds, and the rounding on top of them.
+r"""How far weights from Ritz values are from the linearized ones: rigorous bounds, and the rounding on top of them.
 
 Lanczos leaves :math:`\Theta a_k + r` with a part :math:`\beta_k |r| y_k v_{k+1}` outside its space, where
 :math:`y_k(s) = e_k^\top \phi_s(T_k) e_1`. That defect drives the error of the weights, and since
@@ -303,12 +303,12 @@ def _rounding(modes: LanczosModes, filtered: Tensor, time: float, rate: float = 
     if time < math.inf:
         largest = torch.maximum(largest, torch.clamp(1 / values.clamp_min(1e-300), max=time))
         root = math.sqrt(momentum)
-        centre = 1 + momentum - rate * values  # twice the cosine of the step's oscillation, times the root
-        sine = (1 - (centre / max(2 * root, 1e-300)).square()).clamp_min((1 - root) ** 2).sqrt()
+        center = 1 + momentum - rate * values  # twice the cosine of the step's oscillation, times the root
+        sine = (1 - (center / max(2 * root, 1e-300)).square()).clamp_min((1 - root) ** 2).sqrt()
         swinging = rate / max((1 - root), 1e-300) / sine.clamp_min(1e-300)
         alternating = rate / (2 * (1 + momentum) - rate * values).clamp_min(1e-300)
-        undamped = torch.where(centre.abs() < 2 * root, swinging, alternating).clamp_max(time)
-        propagated = torch.where(centre < 2 * root, torch.maximum(largest, undamped), largest)
+        undamped = torch.where(center.abs() < 2 * root, swinging, alternating).clamp_max(time)
+        propagated = torch.where(center < 2 * root, torch.maximum(largest, undamped), largest)
     # Only the minimum-norm filter is zero anywhere, and it jumps there.
     dropped = (largest == 0).to(largest)
     divided = torch.outer(propagated, largest) + torch.outer(propagated**2, dropped)

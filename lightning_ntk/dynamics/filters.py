@@ -18,7 +18,7 @@ class Start(NamedTuple):
 
 
 class Filters(NamedTuple):
-    r"""The linearised weights at one time, :math:`w_0 + \sum_j s_j e_j - J^\top U (\phi \tilde r + \sum_j \chi_j \tilde h_j)`.
+    r"""The linearized weights at one time, :math:`w_0 + \sum_j s_j e_j - J^\top U (\phi \tilde r + \sum_j \chi_j \tilde h_j)`.
 
     Here :math:`h_j = J e_j` for the carried vectors :math:`e_j`, and a tilde stands for coefficients in the modes U.
 

@@ -19,7 +19,7 @@ class SGDSettings(NamedTuple):
         dampening: One minus the factor of the gradient that enters the buffer, from the second step on.
         nesterov: Whether the step goes along gradient + momentum * buffer.
         weight_decay: The decay rate gamma.
-        maximize: Whether the loss is maximised.
+        maximize: Whether the loss is maximized.
         decoupled_weight_decay: Whether the weights are multiplied by 1 - lr * gamma before the step, instead of adding
             gamma * w to the gradient.
     """

@@ -1,6 +1,6 @@
 r"""Closed forms: the filter :math:`\phi_t(\lambda)` that training applies to one mode of the kernel.
 
-With the kernel's eigenvectors U and the residual r = f0 - Y, the linearised network trained on a squared loss has
+With the kernel's eigenvectors U and the residual r = f0 - Y, the linearized network trained on a squared loss has
 :math:`w_t = w_0 - J^\top U \phi_t(\lambda) U^\top r` and predictions :math:`f_t = f_0 - U \lambda \phi_t(\lambda) U^\top r`.
 The rate `eta = lr * c` is the learning rate times the measured factor of the loss.
 """

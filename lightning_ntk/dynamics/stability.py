@@ -21,7 +21,7 @@ def max_learning_rate(settings: SGDSettings, curvature: float) -> float:
         curvature: :math:`\kappa`, not negative.
 
     Returns:
-        The learning rate, infinite where nothing bounds it; 0 for a maximised loss, unless decay holds it back.
+        The learning rate, infinite where nothing bounds it; 0 for a maximized loss, unless decay holds it back.
     """
     momentum, decay = settings.momentum, settings.weight_decay
     gain = 1 - settings.dampening if momentum else 1.0

@@ -102,7 +102,7 @@ def kernel_target_alignment(kernel: Tensor, targets: Tensor) -> float:
 
     Args:
         kernel: `(N K, N K)`, rows in sample-major order.
-        targets: `(N, K)` or `(N K,)`; centre them first where a constant should not count.
+        targets: `(N, K)` or `(N K,)`; center them first where a constant should not count.
 
     Returns:
         The alignment: 1 for :math:`\Theta \propto y y^\top`, which is learned in one step, near 0 for a kernel that knows

@@ -36,11 +36,11 @@ def ratio(numerator: float, denominator: float) -> float:
 
 
 def weight_distances(displacement: Mapping[str, Tensor], linearized: Mapping[str, Tensor]) -> dict[str, float]:
-    r"""How far the trained weights are from the linearised ones.
+    r"""How far the trained weights are from the linearized ones.
 
     Args:
         displacement: w_t - w_0 of the trained network, by parameter name.
-        linearized: w_lin(t) - w_0 of the linearised one.
+        linearized: w_lin(t) - w_0 of the linearized one.
 
     Returns:
         `weight_distance` :math:`|w_t - w_\text{lin}|`, `relative_weight_distance` (the same over :math:`|w_t - w_0|`),
@@ -79,7 +79,7 @@ def taylor_gap(outputs: Tensor, taylor_outputs: Tensor, initial_outputs: Tensor)
 
     Args:
         outputs: :math:`f_t`, of the network at the trained weights, `(N, K)`.
-        taylor_outputs: :math:`f_0 + J (w_t - w_0)`, of its linearisation at the same weights, `(N, K)`.
+        taylor_outputs: :math:`f_0 + J (w_t - w_0)`, of its linearization at the same weights, `(N, K)`.
         initial_outputs: :math:`f_0`, `(N, K)`.
 
     Returns:

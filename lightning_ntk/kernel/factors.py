@@ -240,7 +240,7 @@ def _input_gram(first: Gram, second: Gram, group: int) -> Tensor:
 
 
 def _add_hadamard(tile: Tensor, gradients: Tensor, inputs: Tensor) -> None:
-    # One column of the inputs' Gram for each column of the tile: broadcasting over K innermost would not be vectorised.
+    # One column of the inputs' Gram for each column of the tile: broadcasting over K innermost would not be vectorized.
     inputs = inputs.repeat_interleave(tile.shape[1], dim=1).unsqueeze(1)
     tile.flatten(2).addcmul_(gradients, inputs)
 

@@ -219,7 +219,7 @@ def _apply_rules(recorder: _Recorder, gradients: list[Tensor]) -> Iterator[UsedP
 
 
 def _detached(tensor: Tensor) -> Tensor:
-    # Parameters need no detaching here, and are recognised by their identity.
+    # Parameters need no detaching here, and are recognized by their identity.
     return tensor.detach() if tensor.requires_grad else tensor
 
 

@@ -54,10 +54,10 @@ class Linearization:
             inputs are a tuple or list.
         dtype: Floating-point type of the passes; parameters, buffers and inputs are converted. Default: that of the
             parameters, and float32 for those in half precision.
-        params: Weights to linearise at instead of the module's own, with the same names and shapes.
+        params: Weights to linearize at instead of the module's own, with the same names and shapes.
 
     Raises:
-        ValueError: If the module has no trainable parameters or uninitialised ones, or if `params` does not match.
+        ValueError: If the module has no trainable parameters or uninitialized ones, or if `params` does not match.
 
     Example:
         >>> module = torch.nn.Linear(3, 2)
@@ -168,7 +168,7 @@ class Linearization:
             return self.forward(self._convert_all(params), self.convert(inputs))
 
     def __call__(self, params: Mapping[str, Tensor], inputs: Any) -> Tensor:
-        """Outputs of the linearised network, `f0 + J (params - params0)`, `(B, K)`."""
+        """Outputs of the linearized network, `f0 + J (params - params0)`, `(B, K)`."""
         params = self._convert_all(params)
         tangent = {name: params[name] - start for name, start in self.params.items()}
         outputs, derivative = self.predict_and_jvp(tangent, inputs)

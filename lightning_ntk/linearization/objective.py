@@ -223,6 +223,6 @@ def _not_differentiable() -> ValueError:
 def _not_squared(loss: Loss) -> ValueError:
     return ValueError(
         f"Expected argument `loss` to be a squared loss, with a gradient c (f - Y) in the outputs f, but {loss!r} is not one. "
-        "Closed-form linearised dynamics exist for squared losses only: use nn.MSELoss(), or dynamics that take any loss: "
+        "Closed-form linearized dynamics exist for squared losses only: use nn.MSELoss(), or dynamics that take any loss: "
         '"replay" or "twin".'
     )

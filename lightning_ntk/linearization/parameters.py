@@ -17,19 +17,19 @@ def trainable_parameters(module: nn.Module) -> Tensors:
     """The live parameters that require a gradient, tied ones once, under their names in `named_parameters()`.
 
     Raises:
-        ValueError: If there are none, if one is not initialised yet (lazy modules), or not real-valued.
+        ValueError: If there are none, if one is not initialized yet (lazy modules), or not real-valued.
     """
     for name, parameter in module.named_parameters():
         if isinstance(parameter, nn.parameter.UninitializedParameter):
             raise ValueError(
-                f"Expected initialised parameters but got the uninitialised `{name}` of a lazy module. "
+                f"Expected initialized parameters but got the uninitialized `{name}` of a lazy module. "
                 "Run one batch through the module before capturing it."
             )
     parameters: Tensors = {name: p for name, p in module.named_parameters() if p.requires_grad}
     if not parameters:
         raise ValueError(
             "Expected argument `module` to have trainable parameters but none has requires_grad=True. "
-            "Unfreeze the parameters whose linearised training is wanted."
+            "Unfreeze the parameters whose linearized training is wanted."
         )
     for name, tensor in parameters.items():
         if not tensor.is_floating_point():

@@ -10,7 +10,7 @@ from lightning_ntk.metrics.base import SummedMetric
 
 
 class PredictionRMSE(SummedMetric):
-    r"""The root mean square difference between the outputs of the trained and of the linearised network.
+    r"""The root mean square difference between the outputs of the trained and of the linearized network.
 
     .. math:: \sqrt{\frac{1}{N K} \sum_{n,k} \bigl(f(x_n; w_t) - f_\text{lin}(x_n; t)\bigr)_k^2}
 
@@ -37,7 +37,7 @@ class PredictionRMSE(SummedMetric):
 
         Args:
             outputs: Of the trained network, `(B, K)`.
-            linearized_outputs: Of the linearised network at the same time, `(B, K)`.
+            linearized_outputs: Of the linearized network at the same time, `(B, K)`.
 
         Raises:
             ValueError: If the shapes differ.
@@ -84,7 +84,7 @@ class TaylorGap(SummedMetric):
 
         Args:
             outputs: :math:`f_t`, of the network at the trained weights, `(B, K)`.
-            taylor_outputs: :math:`f_0 + J (w_t - w_0)`, of its linearisation at the same weights, `(B, K)`.
+            taylor_outputs: :math:`f_0 + J (w_t - w_0)`, of its linearization at the same weights, `(B, K)`.
             initial_outputs: :math:`f_0`, `(B, K)`.
 
         Raises:

@@ -1,4 +1,4 @@
-"""Distances between trained and linearised weights."""
+"""Distances between trained and linearized weights."""
 
 import math
 from collections.abc import Mapping
@@ -64,7 +64,7 @@ class _LinearizedWeightMetric(_WeightMetric):
 
 
 class WeightDistance(_LinearizedWeightMetric):
-    r"""How far trained weights are from the linearised ones.
+    r"""How far trained weights are from the linearized ones.
 
     .. math::
         \|w_t - w_\text{lin}(t)\| \quad\text{or}\quad \frac{\|w_t - w_\text{lin}(t)\|}{\|w_t - w_0\|}
@@ -115,7 +115,7 @@ class WeightDistance(_LinearizedWeightMetric):
 
 
 class WeightCosine(_LinearizedWeightMetric):
-    r"""The cosine between the displacements of trained and linearised weights.
+    r"""The cosine between the displacements of trained and linearized weights.
 
     .. math:: \frac{\langle w_t - w_0, w_\text{lin}(t) - w_0\rangle}{\|w_t - w_0\| \, \|w_\text{lin}(t) - w_0\|}
 
@@ -145,7 +145,7 @@ class WeightCosine(_LinearizedWeightMetric):
 
 
 class WeightNormRatio(_LinearizedWeightMetric):
-    r"""How far the linearised weights have moved, relative to the trained ones.
+    r"""How far the linearized weights have moved, relative to the trained ones.
 
     .. math:: \frac{\|w_\text{lin}(t) - w_0\|}{\|w_t - w_0\|}
 

@@ -1,7 +1,7 @@
 """Figures of a monitored run, drawn with matplotlib.
 
-They are made without pyplot: the user's backend and open figures are left alone. Colours are those of the Okabe-Ito palette or
-of cividis, which stay apart for colour-blind readers; line styles and markers tell curves apart in print.
+They are made without pyplot: the user's backend and open figures are left alone. Colors are those of the Okabe-Ito palette or
+of cividis, which stay apart for color-blind readers; line styles and markers tell curves apart in print.
 """
 
 from lightning_ntk.plots.history import read_history

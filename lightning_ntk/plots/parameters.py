@@ -18,7 +18,7 @@ _MOST_OUTLINED = 30
 
 
 def plot_parameters(history: History, title: str | None = None) -> "tuple[Figure, Any]":
-    """Relative weight distance of every parameter tensor (rows) at every measurement (columns), in logarithmic colour.
+    """Relative weight distance of every parameter tensor (rows) at every measurement (columns), in logarithmic color.
 
     Args:
         history: Rows with "step" and "parameter/<name>", as a monitor with `per_parameter=True` keeps them.
@@ -49,7 +49,7 @@ def plot_parameters(history: History, title: str | None = None) -> "tuple[Figure
     smallest = max(min(finite, default=1.0), _DYNAMIC_RANGE * largest)
     if smallest == largest:
         smallest = largest / 10
-    # On a log scale a zero has no colour: it gets that of the smallest.
+    # On a log scale a zero has no color: it gets that of the smallest.
     shown = [[max(value, smallest) if math.isfinite(value) else value for value in line] for line in cells]
     # Lines between many cells would be most of what is seen.
     grid: dict[str, Any] = {"edgecolors": "white", "linewidth": 0.4} if len(names) <= _MOST_OUTLINED else {}
@@ -66,7 +66,7 @@ def plot_parameters(history: History, title: str | None = None) -> "tuple[Figure
     axis.tick_params(length=0)
     axis.spines[:].set_visible(False)
     axis.set_xlabel("optimizer step")
-    axis.set_title(title or "How far each parameter leaves its linearised path", fontsize=10)
+    axis.set_title(title or "How far each parameter leaves its linearized path", fontsize=10)
     bar = figure.colorbar(
         image, ax=axis, extend="min" if min(finite, default=1.0) < smallest else "neither", pad=0.02, aspect=30
     )

@@ -1,4 +1,4 @@
-"""The outputs of the linearised network against those of the trained one."""
+"""The outputs of the linearized network against those of the trained one."""
 
 import math
 from collections.abc import Sequence
@@ -21,11 +21,11 @@ _MANY_POINTS = 3000
 def plot_predictions(
     outputs: Tensor, linearized_outputs: Tensor, *, names: Sequence[str] | None = None, title: str | None = None
 ) -> "tuple[Figure, Any]":
-    """Outputs of the linearised network against those of the trained one; on the diagonal they agree.
+    """Outputs of the linearized network against those of the trained one; on the diagonal they agree.
 
     Args:
         outputs: Of the trained network, `(N, K)`.
-        linearized_outputs: Of the linearised network at the same time, `(N, K)`.
+        linearized_outputs: Of the linearized network at the same time, `(N, K)`.
         names: Of the K outputs. Default: their numbers.
         title: Written above the figure.
 
@@ -67,8 +67,8 @@ def plot_predictions(
     for axis in grid[len(labels) :]:
         axis.set_visible(False)
     figure.supxlabel("output of the trained network", fontsize=10)
-    figure.supylabel("output of the linearised network", fontsize=10)
-    figure.suptitle(title or "Linearised against trained network", fontsize=11)
+    figure.supylabel("output of the linearized network", fontsize=10)
+    figure.suptitle(title or "Linearized against trained network", fontsize=11)
     return figure, tuple(grid[: len(labels)])
 
 

@@ -21,7 +21,7 @@ def plot_runs(
 ) -> "tuple[Figure, Any]":
     """The same scalars of several runs, over optimizer steps.
 
-    Up to six runs share a panel for each scalar. More get a panel each, for the first scalar only, in which all others are grey.
+    Up to six runs share a panel for each scalar. More get a panel each, for the first scalar only, in which all others are gray.
 
     Args:
         runs: Label and history of each run.

@@ -25,7 +25,7 @@ _KERNEL_TITLES = {
 
 
 def plot_history(history: History, title: str | None = None) -> "tuple[Figure, Any]":
-    """Distance between the trained and the linearised weights, and the losses of both, over optimizer steps.
+    """Distance between the trained and the linearized weights, and the losses of both, over optimizer steps.
 
     Args:
         history: Rows with "step", and "relative_weight_distance", "loss" and "linearized_loss" or some of them.
@@ -48,12 +48,12 @@ def plot_history(history: History, title: str | None = None) -> "tuple[Figure, A
         moved = series(history, "relative_weight_distance", after_start=True)
         distance.plot(*moved, **TRAINED_LINE)
         distance.set_ylabel(LABELS["relative_weight_distance"])
-        distance.set_title("How far the weights leave the linearised path", fontsize=10)
+        distance.set_title("How far the weights leave the linearized path", fontsize=10)
         step_axis(distance, steps)
         # After one full-batch step the distance is zero to rounding.
         value_axis(distance, moved[1], negligible=1e-4)
     if has_loss:
-        _plot_pair(axes[-1], history, {"loss": "trained network", "linearized_loss": "linearised network"})
+        _plot_pair(axes[-1], history, {"loss": "trained network", "linearized_loss": "linearized network"})
         axes[-1].set_ylabel(LABELS["loss"])
         axes[-1].set_title("Loss of both networks", fontsize=10)
     if title:
@@ -62,7 +62,7 @@ def plot_history(history: History, title: str | None = None) -> "tuple[Figure, A
 
 
 def plot_accuracies(history: History, title: str | None = None) -> "tuple[Figure, Any]":
-    """Accuracies of the trained network, of the linearised one, and of the expansion at the trained weights.
+    """Accuracies of the trained network, of the linearized one, and of the expansion at the trained weights.
 
     Args:
         history: Rows with "step", and "accuracy", "linearized_accuracy" and "taylor_accuracy" or some of them, from 0 to 1.
@@ -77,7 +77,7 @@ def plot_accuracies(history: History, title: str | None = None) -> "tuple[Figure
     """
     networks = {
         "accuracy": "trained network",
-        "linearized_accuracy": "linearised network",
+        "linearized_accuracy": "linearized network",
         "taylor_accuracy": "expansion at the trained weights",
     }
     require_any(history, list(networks))
@@ -122,7 +122,7 @@ def plot_kernel(history: History, title: str | None = None) -> "tuple[Figure, An
 
 
 def plot_effective_time(history: History, title: str | None = None) -> "tuple[Figure, Any]":
-    """At which time the linearised network is closest to the trained one, and how close.
+    """At which time the linearized network is closest to the trained one, and how close.
 
     Args:
         history: Rows with "step", "closest_time" and "closest_distance", and where measured "relative_weight_distance" and
@@ -139,10 +139,10 @@ def plot_effective_time(history: History, title: str | None = None) -> "tuple[Fi
     require_any(history, ["closest_time"])
     figure, (time, distance) = panels(2)
     moved, closest = series(history, "closest_time", after_start=True)
-    time.plot(moved, moved, color=GREY, linewidth=1, label="as fast as the linearised network")
+    time.plot(moved, moved, color=GREY, linewidth=1, label="as fast as the linearized network")
     time.plot(moved, closest, **TRAINED_LINE, label="trained network")
     time.set_ylabel(LABELS["closest_time"])
-    time.set_title("How far along the linearised path the run is", fontsize=10)
+    time.set_title("How far along the linearized path the run is", fontsize=10)
     time.legend(frameon=False)
     step_axis(time, moved)
     value_axis(time, closest)

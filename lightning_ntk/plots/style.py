@@ -1,4 +1,4 @@
-"""Figures without pyplot, their colours and their axes."""
+"""Figures without pyplot, their colors and their axes."""
 
 import math
 from collections.abc import Iterable
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 TRAINED, LINEARIZED, TAYLOR = PALETTE[:3]
 GREY = "#999999"
-# Of the curve of the trained and of the linearised network, and of one that is neither.
+# Of the curve of the trained and of the linearized network, and of one that is neither.
 TRAINED_LINE = {"color": TRAINED, "linestyle": "-", "marker": "o", "markersize": 4}
 LINEARIZED_LINE = {
     "color": LINEARIZED, "linestyle": "--", "marker": "s", "markersize": 3.5, "markerfacecolor": "none",
@@ -19,7 +19,7 @@ LINEARIZED_LINE = {
 TAYLOR_LINE = {"color": TAYLOR, "linestyle": ":", "marker": "^", "markersize": 4, "markerfacecolor": "none"}
 # Largest over smallest value from which an axis is logarithmic.
 _WIDE = 5
-# Upper over lower limit up to which a logarithmic axis is labelled at 1, 2 and 5.
+# Upper over lower limit up to which a logarithmic axis is labeled at 1, 2 and 5.
 _FEW_DECADES = 100
 
 

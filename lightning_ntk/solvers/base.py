@@ -16,7 +16,7 @@ _TRIAL_ROWS = 512
 
 @dataclass(frozen=True)
 class Modes:
-    """An orthonormal basis in which the dynamics of the linearised network are scalar.
+    """An orthonormal basis in which the dynamics of the linearized network are scalar.
 
     Attributes:
         eigenvalues: `(m,)`, ascending, float64 on the CPU.
@@ -30,7 +30,7 @@ class Modes:
     residual: Tensor
 
     def coefficients(self, filtered: Tensor) -> Tensor:
-        """The coefficients a = -U (phi * U^T r), `(N K,)` on the CPU: the linearised weights are `w0 + J^T a`."""
+        """The coefficients a = -U (phi * U^T r), `(N K,)` on the CPU: the linearized weights are `w0 + J^T a`."""
         return -self.expand(filtered * self.residual)
 
     def prediction_change(self, filtered: Tensor) -> Tensor:
@@ -45,7 +45,7 @@ class Modes:
         """The largest eigenvalue that rounding can make out of zero, for a Jacobian computed in `dtype`.
 
         Eight roundings of the Jacobian's type, relative to the largest eigenvalue. The customary `N K * eps` would drop
-        eigenvalues of real kernels that carry much of the solution; for the float64 factorisation itself it is needed.
+        eigenvalues of real kernels that carry much of the solution; for the float64 factorization itself it is needed.
         """
         relative = max(8 * torch.finfo(dtype).eps, len(self.basis) * torch.finfo(torch.float64).eps)
         return relative * max(self.eigenvalues[-1].item(), 0.0)

@@ -52,7 +52,7 @@ class LanczosModes(Modes):
 class Lanczos:
     """The Lanczos process on a kernel, from the residual: it can be extended at any time, never started again.
 
-    Every new vector is orthogonalised twice against all others (Parlett, 1998, section 6.9), because without it copies of
+    Every new vector is orthogonalized twice against all others (Parlett, 1998, section 6.9), because without it copies of
     converged Ritz values appear. In exact arithmetic the coefficients on all but the last two vectors are zero; what they
     are instead measures the rounding of the products.
 

@@ -7,7 +7,7 @@ from lightning_ntk.utilities.memory import format_bytes
 
 Solver = Literal["auto", "eigh", "lanczos"]
 
-# Relative costs of an operation: a matrix product is 1; a factorisation and a product with a vector wait for memory.
+# Relative costs of an operation: a matrix product is 1; a factorization and a product with a vector wait for memory.
 _EIGH_OPERATIONS = 20.0  # times rows^3
 _MEMORY_BOUND = 10.0
 # A forward, a backward and a forward-mode pass, in forward passes.
@@ -142,10 +142,10 @@ def _ways(problem: Problem) -> list[_Way]:
     forming = rows**2 * parameters if problem.kernel_operations is None else problem.kernel_operations
     kernel = 0.0 if problem.kernel_given else forming
     held = jacobian if problem.kernel_given else jacobian + matrix
-    reorthogonalisation = 4 * rows * products**2 * problem.vectors
+    reorthogonalization = 4 * rows * products**2 * problem.vectors
     basis = 3 * 8 * rows * products * problem.vectors
     dense = _Way(
-        "lanczos", False, kernel + 2 * _MEMORY_BOUND * products * rows**2 + reorthogonalisation, held + basis,
+        "lanczos", False, kernel + 2 * _MEMORY_BOUND * products * rows**2 + reorthogonalization, held + basis,
         "Lanczos on the kernel",
     )  # fmt: skip
     # The kernel in float64, a copy, the eigenvectors and the workspace of the eigensolver.
@@ -164,7 +164,7 @@ def _ways(problem: Problem) -> list[_Way]:
     free = _Way(
         "lanczos",
         True,
-        passes * products * problem.vectors + reorthogonalisation,
+        passes * products * problem.vectors + reorthogonalization,
         jacobian + basis + weights,
         "Lanczos without a kernel",
     )

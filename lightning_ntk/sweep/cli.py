@@ -119,7 +119,7 @@ def _show_warning(message: Any, category: Any, *_: Any, **__: Any) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="lightning-ntk", description="Comparing networks with their linearisation.")
+    parser = argparse.ArgumentParser(prog="lightning-ntk", description="Comparing networks with their linearization.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     sweep = commands.add_parser("sweep", help="run one objective for many configurations")
     actions = sweep.add_subparsers(required=True, metavar="ACTION")

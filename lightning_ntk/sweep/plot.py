@@ -8,7 +8,7 @@ from lightning_ntk.sweep.statistics import log_log_slope, mean_interval
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-# The Okabe-Ito palette, which stays apart for colour-blind readers; markers tell lines apart in print.
+# The Okabe-Ito palette, which stays apart for color-blind readers; markers tell lines apart in print.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 _MARKERS = "osD^vPX"
 
@@ -50,13 +50,13 @@ def plot_scaling(
     axis = figure.subplots()
     percent = f"{confidence:.0%}"
     for index, (others, points) in enumerate(series.items()):
-        colour, marker = _COLOURS[index % len(_COLOURS)], _MARKERS[index % len(_MARKERS)]
+        color, marker = _COLOURS[index % len(_COLOURS)], _MARKERS[index % len(_MARKERS)]
         xs, ys = [point[0] for point in points], [point[1] for point in points]
         law = log_log_slope(xs, ys, confidence)
         name = ", ".join(f"{parameter}={value}" for parameter, value in others)
         label = f"{name + ': ' if name else ''}slope {law.slope:.2f}, {percent} [{law.low:.2f}, {law.high:.2f}]"
-        axis.plot(xs, ys, marker, color=colour, markersize=3.5, alpha=0.45 if over else 1.0)
-        axis.plot([xs[0], xs[-1]], [law.at(xs[0]), law.at(xs[-1])], "-", color=colour, linewidth=1.2, label=label)
+        axis.plot(xs, ys, marker, color=color, markersize=3.5, alpha=0.45 if over else 1.0)
+        axis.plot([xs[0], xs[-1]], [law.at(xs[0]), law.at(xs[-1])], "-", color=color, linewidth=1.2, label=label)
         if over:
             for value in sorted(set(xs)):
                 mean = mean_interval([b for a, b in points if a == value], confidence)
@@ -65,7 +65,7 @@ def plot_scaling(
                     low = max(mean.low, 1e-3 * mean.mean)
                     axis.errorbar(
                         value, mean.mean, yerr=[[mean.mean - low], [mean.high - mean.mean]],
-                        fmt=marker, color=colour, markersize=6, capsize=3,
+                        fmt=marker, color=color, markersize=6, capsize=3,
                     )  # fmt: skip
     axis.set_xscale("log")
     axis.set_yscale("log")

@@ -1,4 +1,4 @@
-"""Linearised training that follows a run: what it is told of every batch and step, and the network that it holds then."""
+"""Linearized training that follows a run: what it is told of every batch and step, and the network that it holds then."""
 
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
@@ -23,7 +23,7 @@ from lightning_ntk.utilities.distributed import ALONE, Shards, mean_over
 
 
 class LinearizedNetwork(NamedTuple):
-    """The linearised network at one time.
+    """The linearized network at one time.
 
     Attributes:
         displacement: w_lin - w0, float64.
@@ -51,7 +51,7 @@ class StepSettings(NamedTuple):
 
 
 class Follower(Protocol):
-    """Linearised training in step with a run."""
+    """Linearized training in step with a run."""
 
     def see(self, inputs: Any, target: Tensor, scale: float) -> None:
         """One micro-batch of the run, whose loss it multiplied by `scale` before the backward pass."""
@@ -63,7 +63,7 @@ class Follower(Protocol):
         """Forgets the micro-batches seen since the last step: the optimizer did not step."""
 
     def network(self) -> LinearizedNetwork:
-        """The linearised network after the steps so far."""
+        """The linearized network after the steps so far."""
 
     def state_dict(self) -> dict[str, Any]:
         """What of the steps so far another run continues with: tensors, numbers, dicts and lists."""
@@ -214,7 +214,7 @@ class ReplayFollower:
 
 
 class TwinFollower:
-    """The linearised network trained in lockstep, by an optimizer of the same class.
+    """The linearized network trained in lockstep, by an optimizer of the same class.
 
     Args:
         linearization: The network at w0.
@@ -245,7 +245,7 @@ class TwinFollower:
 
     @preserved_rng()
     def see(self, inputs: Any, target: Tensor, scale: float) -> None:
-        """Adds the loss gradient of the batch at the outputs of the linearised network."""
+        """Adds the loss gradient of the batch at the outputs of the linearized network."""
         if self._steps % self._every:
             return
         if self._twin.objective is None:

@@ -1,4 +1,4 @@
-"""Vectors of weights that linearised SGD carries along besides J^T a: decaying initial weights, an older momentum buffer."""
+"""Vectors of weights that linearized SGD carries along besides J^T a: decaying initial weights, an older momentum buffer."""
 
 from collections.abc import Mapping
 from typing import NamedTuple
@@ -16,7 +16,7 @@ from lightning_ntk.training.scaling import Scaling
 
 
 class CarriedVector(NamedTuple):
-    """A vector e of weights whose multiple the linearised weights hold.
+    """A vector e of weights whose multiple the linearized weights hold.
 
     Attributes:
         start: Its coefficients at step 0.

@@ -1,6 +1,6 @@
-r"""The time at which a linearised network is closest to given weights, and how close it ever comes.
+r"""The time at which a linearized network is closest to given weights, and how close it ever comes.
 
-With :math:`\Delta = w - w_0` and one pass :math:`J\Delta`, the distance to the linearised weights
+With :math:`\Delta = w - w_0` and one pass :math:`J\Delta`, the distance to the linearized weights
 :math:`w_0 + \sum_j s_j e_j + J^\top a` at every time costs products with vectors of N K numbers only:
 
 .. math:: D^2 = a^\top \Theta a + 2 a^\top \Big(\sum_j s_j h_j - J\Delta\Big) + \Big|\sum_j s_j e_j - \Delta\Big|^2
@@ -27,7 +27,7 @@ from lightning_ntk.training.scaling import Scaling
 # Times of the first look: all whole ones up to here, then this many for each factor of ten.
 _FIRST_TIMES = 64
 _TIMES_PER_DECADE = 16
-# Times between two neighbours of the best one, again and again until nothing lies between.
+# Times between two neighbors of the best one, again and again until nothing lies between.
 _TIMES_BETWEEN = 32
 _FLOW_REFINEMENTS = 8
 # Training is over when the slowest mode has lost e^-40 of its residual.
@@ -35,7 +35,7 @@ _LAST_EXPONENT = 40.0
 
 
 class ClosestTime(NamedTuple):
-    """Where a linearised trajectory is closest to given weights.
+    """Where a linearized trajectory is closest to given weights.
 
     Attributes:
         time: Optimizer steps, infinite for the limit of training.
@@ -64,8 +64,8 @@ def find_closest(
     Args:
         capture: The network at w0.
         scaling: The learning rates of its parameters, if they differ.
-        training: Its linearised training.
-        carried: The vectors that the linearised weights carry along.
+        training: Its linearized training.
+        carried: The vectors that the linearized weights carry along.
         displacement: w - w0.
         until: The last time to look at, None for that of the training.
         displacement_of: Forms w_lin - w0 of a state.
@@ -95,12 +95,12 @@ def find_closest(
 
 
 class Approach:
-    """Squared distances from fixed weights to the linearised ones, at any time.
+    """Squared distances from fixed weights to the linearized ones, at any time.
 
     Args:
         capture: The network at w0.
-        training: Its linearised training.
-        carried: The vectors that the linearised weights carry along.
+        training: Its linearized training.
+        carried: The vectors that the linearized weights carry along.
         displacement: w - w0.
     """
 
@@ -146,12 +146,12 @@ def closest_time(
 ) -> tuple[float, LinearizedState]:
     """The time in [0, until] of the least distance, and the state there.
 
-    The distance is looked at on a logarithmic grid, then between the neighbours of the best time, until nothing lies between:
+    The distance is looked at on a logarithmic grid, then between the neighbors of the best time, until nothing lies between:
     a minimum that is narrower than a sixth of its time may be missed.
 
     Args:
         approach: The distances.
-        training: The linearised training.
+        training: The linearized training.
         until: The last time, infinity included.
         dtype: Type of the passes, which decides which modes never move.
     """

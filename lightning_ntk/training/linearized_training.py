@@ -1,4 +1,4 @@
-"""The linearised network trained on a data set: captured once, then answered for every time."""
+"""The linearized network trained on a data set: captured once, then answered for every time."""
 
 import math
 import warnings
@@ -33,7 +33,7 @@ __all__ = ["LinearizedState", "LinearizedTraining"]
 
 
 class LinearizedTraining:
-    r"""Full-batch training of the network linearised at the weights that `module` has now.
+    r"""Full-batch training of the network linearized at the weights that `module` has now.
 
     .. math:: w_\text{lin}(t) = w_0 - J^\top \Theta^{-1} (I - (I - \eta\Theta)^t) (f_0 - Y)
 
@@ -175,8 +175,8 @@ class LinearizedTraining:
         )  # fmt: skip
         if self._modal.unstable:
             warnings.warn(
-                f"The learning rate {self.lr:.4g} is above {self.max_learning_rate:.4g}, the largest for which these linearised "
-                "dynamics are stable: the linearised network diverges.",
+                f"The learning rate {self.lr:.4g} is above {self.max_learning_rate:.4g}, the largest for which these linearized "
+                "dynamics are stable: the linearized network diverges.",
                 stacklevel=2,
             )
         elif horizon:
@@ -238,7 +238,7 @@ class LinearizedTraining:
         return self._modal.max_learning_rate
 
     def weights(self, t: float | None) -> Tensors:
-        """The linearised weights after `t` optimizer steps: one pass over the data.
+        """The linearized weights after `t` optimizer steps: one pass over the data.
 
         Args:
             t: Optimizer steps, a whole number for gradient descent; None for infinity, with a constant learning rate:
@@ -249,7 +249,7 @@ class LinearizedTraining:
 
         Raises:
             ValueError: If `t` is negative, fractional for gradient descent, or None where the dynamics have no limit.
-            OverflowError: If the linearised network has diverged beyond floating-point numbers.
+            OverflowError: If the linearized network has diverged beyond floating-point numbers.
         """
         return self._add_to_initial(self.displacement(t))
 
@@ -265,7 +265,7 @@ class LinearizedTraining:
         return self._solution[1]
 
     def predictions(self, t: float | None, data: Data | None = None) -> Tensor:
-        """Outputs of the linearised network after `t` steps.
+        """Outputs of the linearized network after `t` steps.
 
         On the training set they come from the modes, without a pass. On other data from `f0 + J (w_lin(t) - w0)`, or from the
         kernel between the two data sets where that takes fewer operations.
@@ -294,7 +294,7 @@ class LinearizedTraining:
             return outputs + there.jvp(self.displacement(t)).to(outputs)
 
     def loss(self, t: float | None) -> float:
-        """The loss of the linearised network on the training set after `t` steps."""
+        """The loss of the linearized network on the training set after `t` steps."""
         return self.capture.loss_of(self.state(t).predictions)
 
     def error_bound(self, t: float | None, *, relative: bool = False) -> float:
@@ -317,7 +317,7 @@ class LinearizedTraining:
         return bound.relative if relative else bound.total
 
     def state(self, t: float | None) -> LinearizedState:
-        """The linearised network after `t` steps, in function space: no pass over the data, unless Lanczos needs more."""
+        """The linearized network after `t` steps, in function space: no pass over the data, unless Lanczos needs more."""
         return self._engine.state(t)
 
     @property
@@ -327,7 +327,7 @@ class LinearizedTraining:
         return isinstance(engine, ModalTraining) and engine.last_time == math.inf and engine.has_closed_form(1)
 
     def closest(self, displacement: Mapping[str, Tensor], *, until: float | None = None) -> ClosestTime:
-        """The time at which the linearised network is closest to given weights, and the distance there.
+        """The time at which the linearized network is closest to given weights, and the distance there.
 
         One pass of Jacobian-vector products and one that forms the weights of the time found; the search takes none.
 
@@ -375,6 +375,6 @@ class LinearizedTraining:
 def _require_describable(dynamics: Dynamics, hyperparameters: Hyperparameters) -> None:
     if dynamics == "gradient_flow" and (hyperparameters.momentum != 0 or hyperparameters.maximize):
         raise ValueError(
-            'Expected no momentum, and no maximisation, with dynamics="gradient_flow", which has neither, but got momentum '
+            'Expected no momentum, and no maximization, with dynamics="gradient_flow", which has neither, but got momentum '
             f'{hyperparameters.momentum} and maximize={hyperparameters.maximize}. Use dynamics="gradient_descent".'
         )

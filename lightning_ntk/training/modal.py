@@ -1,4 +1,4 @@
-"""Linearised training on the modes: the state at any time, by a closed form where there is one, else by the recurrence."""
+"""Linearized training on the modes: the state at any time, by a closed form where there is one, else by the recurrence."""
 
 import math
 from collections.abc import Sequence
@@ -70,7 +70,7 @@ class ModalTraining:
         return isinstance(self.hyperparameters.lr, float) and self.hyperparameters.lr > self.max_learning_rate
 
     def state(self, t: float | None) -> LinearizedState:
-        """The linearised network after t steps; the recurrence goes on from the last time it was asked for."""
+        """The linearized network after t steps; the recurrence goes on from the last time it was asked for."""
         self.require_time(t)
         if not self.has_closed_form(t):
             return self._run_to(_whole(t)).state
@@ -144,7 +144,7 @@ class ModalTraining:
         if rate >= self.max_learning_rate or self.hyperparameters.maximize:
             raise ValueError(
                 f"Expected a stable learning rate for t = infinity but {rate:.4g} is not below the maximum "
-                f"{self.max_learning_rate:.4g}: the linearised network has no limit."
+                f"{self.max_learning_rate:.4g}: the linearized network has no limit."
             )
 
     def _run_to(self, t: int) -> Run:

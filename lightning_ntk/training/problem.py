@@ -25,7 +25,7 @@ JacobianStorage = Literal["streamed", "stored"]
 
 
 class Capture:
-    """A network at its initial weights w0 on a training set: what all linearised dynamics start from.
+    """A network at its initial weights w0 on a training set: what all linearized dynamics start from.
 
     Args:
         module: The network, left as it is.
@@ -39,7 +39,7 @@ class Capture:
         device: Where the kernel and all that is as large as its rows is kept. Default: with the passes, on the device of the
             parameters.
         progress: Whether passes show a progress bar.
-        start: What `Linearization.state_dict` returned, to linearise at in the place of the module's own state.
+        start: What `Linearization.state_dict` returned, to linearize at in the place of the module's own state.
         shards: The processes that share the passes. All of them read the whole data set once, later only their rows. Buffers
             are those of the first process, as in distributed training.
 

@@ -14,7 +14,7 @@ from lightning_ntk.training.problem import Capture
 
 
 class LinearizedState(NamedTuple):
-    """The linearised network at one time, in function space.
+    """The linearized network at one time, in function space.
 
     Attributes:
         coefficients: a, `(N, K)` in float64 on the CPU; the weights are `w0 + J^T a`, and what is carried along.
@@ -57,7 +57,7 @@ class Readout:
         coefficients = torch.stack([m.coefficients(values) for m, values in pairs]).sum(0)
         if not coefficients.isfinite().all():
             raise OverflowError(
-                "The linearised network has diverged beyond floating-point numbers: the learning rate is above the largest "
+                "The linearized network has diverged beyond floating-point numbers: the learning rate is above the largest "
                 "stable one, `max_learning_rate`."
             )
         shape = self._capture.predictions.shape

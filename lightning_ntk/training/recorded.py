@@ -1,4 +1,4 @@
-"""Linearised training on a recorded order of minibatches: the replay of `lightning_ntk.training.replay`, asked for any step."""
+"""Linearized training on a recorded order of minibatches: the replay of `lightning_ntk.training.replay`, asked for any step."""
 
 from collections.abc import Sequence
 from typing import TypeAlias
@@ -60,7 +60,7 @@ class RecordedTraining:
         return len(self._batches)
 
     def state(self, t: float | None) -> LinearizedState:
-        """The linearised network after t steps, on from the last time that was asked for."""
+        """The linearized network after t steps, on from the last time that was asked for."""
         if t is None or not (0 <= t <= self.steps and t == int(t)):
             raise ValueError(
                 f"Expected argument `t` to be a whole number of steps up to {self.steps}, the number of recorded `batches`, "

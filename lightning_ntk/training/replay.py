@@ -1,4 +1,4 @@
-r"""Minibatch SGD of the linearised network, replayed in function space with the batches of the run.
+r"""Minibatch SGD of the linearized network, replayed in function space with the batches of the run.
 
 Every step of `torch.optim.SGD` stays in the span of what it has seen: the weights at capture w0, the momentum buffer b0 that the
 optimizer had then, and the rows of the Jacobian. So
@@ -31,7 +31,7 @@ _GATHERED_BYTES = {"cpu": 2**20, "cuda": 2**28}  # what stays in a processor's c
 
 
 class Replay:
-    r"""SGD on the linearised network, one call for each batch and one for each optimizer step of the run.
+    r"""SGD on the linearized network, one call for each batch and one for each optimizer step of the run.
 
     All state is in float64 on the kernel's device, and nothing waits for that device before a result is read. It is made of plain
     tensors also inside `torch.inference_mode`, so that a replay may be used inside and outside of it.
@@ -115,7 +115,7 @@ class Replay:
 
     @torch.inference_mode(False)
     def accumulate(self, rows: Tensor, target: Tensor, *, scale: float = 1.0) -> None:
-        """Adds the gradient of a batch's loss at the linearised predictions to the gradient of the next step.
+        """Adds the gradient of a batch's loss at the linearized predictions to the gradient of the next step.
 
         Args:
             rows: Which samples the batch holds, `(b,)` integers; a sample may come more than once, and counts as often.
@@ -201,7 +201,7 @@ class Replay:
         """The coefficients a of the Jacobian's rows, `(N, K)` in float64.
 
         Raises:
-            OverflowError: If the linearised network has diverged.
+            OverflowError: If the linearized network has diverged.
         """
         return self._finite(self._coefficients).clone()
 
@@ -210,7 +210,7 @@ class Replay:
         """f_lin on all samples, `(N, K)` in float64.
 
         Raises:
-            OverflowError: If the linearised network has diverged.
+            OverflowError: If the linearized network has diverged.
         """
         return self._finite(self._offset + self._image)
 
@@ -227,7 +227,7 @@ class Replay:
     def _finite(self, values: Tensor) -> Tensor:
         if not values.isfinite().all():
             raise OverflowError(
-                f"The linearised network has diverged: after {self.steps} steps its values are not finite any more. "
+                f"The linearized network has diverged: after {self.steps} steps its values are not finite any more. "
                 "The learning rate is above what it can be trained with; the real network, whose kernel changes, may be stable."
             )
         return values

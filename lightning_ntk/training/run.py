@@ -1,4 +1,4 @@
-"""Linearised training step by step, with the settings of every step."""
+"""Linearized training step by step, with the settings of every step."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -98,7 +98,7 @@ class Run:
 
     @property
     def state(self) -> LinearizedState:
-        """The linearised network after the steps so far: no pass over the data, unless Lanczos needs more.
+        """The linearized network after the steps so far: no pass over the data, unless Lanczos needs more.
 
         Raises:
             OverflowError: If the dynamics have diverged.
@@ -108,7 +108,7 @@ class Run:
 
     @property
     def error_bound(self) -> ErrorBound:
-        """Bound on the distance of the weights after the steps so far from the linearised ones."""
+        """Bound on the distance of the weights after the steps so far from the linearized ones."""
         return self._solver.refine(self._bound, by_runs=self._flow is None)
 
     @property

@@ -87,7 +87,7 @@ class Scaling:
             raise ValueError(
                 f"Expected no weight decay with learning rates that differ between parameters but got {weight_decay}: weights "
                 'that shrink at different rates leave the modes of the kernel. Use dynamics="twin", which trains the '
-                "linearised network itself."
+                "linearized network itself."
             )
 
     def kernel(self, given: Tensor | None, *, dtype: torch.dtype) -> Tensor:

@@ -1,4 +1,4 @@
-"""The linearised network trained in lockstep with the real one, in weight space: any optimizer, no kernel."""
+"""The linearized network trained in lockstep with the real one, in weight space: any optimizer, no kernel."""
 
 import copy
 import inspect
@@ -63,12 +63,12 @@ class Twin:
 
     @property
     def weights(self) -> Tensors:
-        """The weights of the linearised network, views without a gradient."""
+        """The weights of the linearized network, views without a gradient."""
         return {name: weight.detach() for name, weight in self._weights.items()}
 
     @property
     def displacement(self) -> Tensors:
-        """How far the weights of the linearised network are from w0, in float64."""
+        """How far the weights of the linearized network are from w0, in float64."""
         start = self._linearization.params
         return {name: weight.detach().double() - start[name].double() for name, weight in self._weights.items()}
 
@@ -86,7 +86,7 @@ class Twin:
             weight.grad = values[name].clone()
 
     def accumulate(self, inputs: Any, target: Tensor, *, scale: float = 1.0) -> None:
-        """Adds the gradient of the loss on one batch, at the weights of the linearised network, to its gradients.
+        """Adds the gradient of the loss on one batch, at the weights of the linearized network, to its gradients.
 
         Args:
             inputs: What the network predicts from.
@@ -94,7 +94,7 @@ class Twin:
             scale: Factor of the loss, 1/n when the gradients of n batches are accumulated before a step.
 
         Raises:
-            ValueError: If a gradient is sparse, or if the loss refuses the predictions of the linearised network.
+            ValueError: If a gradient is sparse, or if the loss refuses the predictions of the linearized network.
         """
 
         def cotangent(outputs: Tensor, derivative: Tensor) -> Tensor:
@@ -134,7 +134,7 @@ class Twin:
             frozen: Parameters without a gradient in the run, as frozen and unused ones: the optimizer skips them.
 
         Raises:
-            OverflowError: If a gradient or a weight is not finite, because the training of the linearised network
+            OverflowError: If a gradient or a weight is not finite, because the training of the linearized network
                 diverges. A gradient is found before the step, so that the weights are then those of the step before.
             ValueError: If the groups hold trainable parameters that are not in `parameters`.
         """
@@ -188,7 +188,7 @@ class Twin:
             return self.objective.gradient(predictions, prepared)
         except RuntimeError as error:
             raise ValueError(
-                "Expected a loss that takes any outputs, because those of the linearised network leave the range of "
+                "Expected a loss that takes any outputs, because those of the linearized network leave the range of "
                 f"a sigmoid or softmax, but it failed on outputs from {predictions.min():.3g} to {predictions.max():.3g}: "
                 f"{error}. Use a loss of logits, such as nn.BCEWithLogitsLoss(), with a `predict` that returns them."
             ) from error
@@ -240,16 +240,16 @@ class Twin:
             count = sum(parameter.requires_grad and id(parameter) not in self._names for parameter in group["params"])
             if count:
                 raise ValueError(
-                    f"Expected the optimizer to step parameters that were trainable when the network was linearised, but its "
+                    f"Expected the optimizer to step parameters that were trainable when the network was linearized, but its "
                     f"parameter group {number} holds {count} trainable tensors that were not. Leave requires_grad=True on "
-                    "parameters that are unfrozen during the run, or linearise after they are."
+                    "parameters that are unfrozen during the run, or linearize after they are."
                 )
 
     def _require_finite(self, tensors: Sequence[Tensor], what: str) -> None:
         # The Euclidean norm overflows a little earlier than the entries do, and takes a tenth of the time of the largest one.
         if tensors and not torch.nn.utils.get_total_norm([tensor.detach() for tensor in tensors]).isfinite():
             raise OverflowError(
-                f"Expected finite {what} of the linearised network but got NaN or infinity in its step {self.steps + 1}: its "
+                f"Expected finite {what} of the linearized network but got NaN or infinity in its step {self.steps + 1}: its "
                 "training diverges, as it does above the largest stable learning rate. Lower the learning rate."
             )
 
@@ -295,7 +295,7 @@ def _require_names(tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor]
     differing = sorted(set(shapes.items()) ^ {(name, tuple(tensor.shape)) for name, tensor in expected.items()})
     if differing:
         raise ValueError(
-            f"Expected argument `{argument}` to hold the trainable parameters of the linearised network, but these names "
+            f"Expected argument `{argument}` to hold the trainable parameters of the linearized network, but these names "
             f"or shapes differ: {differing[:6]}."
         )
 

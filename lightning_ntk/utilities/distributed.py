@@ -25,13 +25,13 @@ class Shards:
     Args:
         rank: Number of this process.
         size: How many there are.
-        neighbours: Processes on this machine, this one included, which share its memory.
+        neighbors: Processes on this machine, this one included, which share its memory.
         device: Where tensors are exchanged; others are copied there and back.
     """
 
     rank: int = 0
     size: int = 1
-    neighbours: int = 1
+    neighbors: int = 1
     device: torch.device | None = None
 
     @classmethod
@@ -83,7 +83,7 @@ class Shards:
         """Bytes that each process can still allocate on any of these devices, the least of all."""
         free = [(device, available_memory(device)) for device in map(torch.device, devices)]
         # Each process has a GPU of its own, but they share main memory.
-        own = [size // self.neighbours if device.type == "cpu" else size for device, size in free]
+        own = [size // self.neighbors if device.type == "cpu" else size for device, size in free]
         return int(self.minimum(min(own)))
 
     def require_same(self, digest: str, what: str) -> None:

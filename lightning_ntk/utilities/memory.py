@@ -29,7 +29,7 @@ def available_memory(device: torch.device | str = "cpu") -> int:
 
 
 def empty_matrix(rows: int, columns: int, *, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """An uninitialised matrix `(rows, columns)`, on the CPU in huge pages if it is large.
+    """An uninitialized matrix `(rows, columns)`, on the CPU in huge pages if it is large.
 
     Touching 1.3 GB of fresh memory in pages of 4 KiB takes as long as the matrix products of a kernel of that size.
     """

@@ -100,7 +100,7 @@ def track_operations(
 def wait_for(call: Callable[[], T], description: str, *, seconds: float, enabled: bool = True) -> T:
     """Calls a function that is one long operation of a library, under a bar, and so that Ctrl-C ends the waiting at once.
 
-    Python answers signals between two of its own instructions, hence never within a factorisation. It runs in a thread
+    Python answers signals between two of its own instructions, hence never within a factorization. It runs in a thread
     of its own, which an interruption leaves to itself until the process ends.
 
     Args:

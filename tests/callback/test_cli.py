@@ -192,7 +192,7 @@ def test_the_help_explains_every_option(run: Callable[..., LightningCLI], capsys
         assert len(explained) > 50, name
         default = "null" if parameter.default is None else parameter.default
         assert f"default: {default}" in explained, name
-    assert "Of outputs and targets, the one that the run minimises." in described
+    assert "Of outputs and targets, the one that the run minimizes." in described
     assert "known subclasses: torch.Tensor" not in described
 
 

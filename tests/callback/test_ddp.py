@@ -120,13 +120,13 @@ def test_a_failure_of_one_process_is_one_of_all(others: list[dict[str, Any]]) ->
         if not isinstance(result, str):
             assert result["history"] == second[name]["history"], name
             assert all(torch.equal(value, second[name]["weights"][key]) for key, value in result["weights"].items())
-    # In the capture, in a measurement, and in a step of the linearised network, after which there are no more measurements.
+    # In the capture, in a measurement, and in a step of the linearized network, after which there are no more measurements.
     for count in (1, 7):
         assert first[f"failure after {count} passes"] == "Failing: a sensor is broken (In process 1.)"
     reports = {count: first[f"failure after {count} passes"]["warnings"] for count in (13, 17, 23, 27)}
     assert all("a sensor is broken (In process 1.)" in message for (message,) in reports.values())
     assert reports[13][0].startswith("The measurement at step 0 failed")
-    assert reports[17][0].startswith("The linearised network is lost in step 1")
+    assert reports[17][0].startswith("The linearized network is lost in step 1")
     assert len(first["failure after 27 passes"]["history"]) == 4
 
 

@@ -267,7 +267,7 @@ def test_samples_that_are_changed_in_training_only_are_noticed_on_the_first_batc
     torch.manual_seed(0)
     monitor = LinearizationMonitor(steps=2, strict=True, reference=other)
     with pytest.warns(
-        UserWarning, match="follows the run with the linearised twin.*11 of its 11 samples are not in it"
+        UserWarning, match="follows the run with the linearized twin.*11 of its 11 samples are not in it"
     ):
         fit(monitor, Regression(mlp(3), lr=0.3, weight_decay=0.1), max_steps=5, gradient_clip_val=10.0)
     assert monitor._observation is not None
@@ -322,7 +322,7 @@ def test_parameters_that_thaw_or_freeze_are_said() -> None:
 
     for dynamics, phrase in (
         ("gradient_descent", "which was frozen"),
-        ("twin", "linearised network is lost in step 3.*not"),
+        ("twin", "linearized network is lost in step 3.*not"),
     ):
         torch.manual_seed(0)
         with pytest.warns(UserWarning, match=phrase):
@@ -366,7 +366,7 @@ def test_gradient_flow_is_the_idealised_question_whatever_the_optimizer_does() -
 
 
 @pytest.mark.parametrize("dynamics", ["replay", "twin"])
-def test_a_linearised_network_that_diverges_is_reported_once_and_training_goes_on(dynamics: str) -> None:
+def test_a_linearized_network_that_diverges_is_reported_once_and_training_goes_on(dynamics: str) -> None:
     module = make_module(body=lambda outputs: nn.Sequential(nn.Linear(6, outputs), nn.Tanh()), lr=30.0)
     monitor = LinearizationMonitor(dynamics=dynamics, steps=5)
     with pytest.warns(UserWarning, match=r"step \d+.*training goes on. OverflowError") as record:

@@ -134,7 +134,7 @@ def test_figures_are_of_the_weights_at_the_last_step(tmp_path: Path, monkeypatch
 
 
 @pytest.mark.tested("TensorBoard custom scalars", "gradient_descent")
-def test_layout_overlays_real_and_linearised_and_has_no_chart_of_what_is_not_logged(tmp_path: Path) -> None:
+def test_layout_overlays_real_and_linearized_and_has_no_chart_of_what_is_not_logged(tmp_path: Path) -> None:
     logger = TensorBoardLogger(tmp_path)
     everything, little = (
         monitor(evaluation=data(5)),

@@ -172,7 +172,7 @@ def test_an_exactly_linear_model_stays_at_distance_zero() -> None:
         assert row["loss"] == pytest.approx(row["linearized_loss"], rel=1e-11)
 
 
-def test_the_first_step_of_the_linearised_weights_is_the_gradient_of_the_module_itself() -> None:
+def test_the_first_step_of_the_linearized_weights_is_the_gradient_of_the_module_itself() -> None:
     module = make_module(ConvNet).double().eval()  # S5, through the training_step of the user
     data = TensorDataset(*(tensor.double() for tensor in digits().tensors))
     module.log = lambda *args, **kwargs: None
@@ -271,7 +271,7 @@ def test_gradient_flow_and_float64_passes() -> None:
         ({"module": {"optimizer": torch.optim.Adam, "lr": 1e-3}}, "its optimizer is Adam"),
         ({"module": {"momentum": 0.9}, "monitor": {"dynamics": "gradient_flow"}}, "it uses momentum 0.9"),
         ({"module": {"weight_decay": 0.01}, "monitor": {"dynamics": "gradient_flow"}}, "it uses weight decay 0.01"),
-        ({"module": {"maximize": True, "lr": 1e-3}, "monitor": {"dynamics": "gradient_flow"}}, "it maximises its loss"),
+        ({"module": {"maximize": True, "lr": 1e-3}, "monitor": {"dynamics": "gradient_flow"}}, "it maximizes its loss"),
         ({"module": {"body": ConvNet}}, "batch statistics in BatchNorm.*; it trains with dropout"),
         ({"batch_size": 4}, "each step sees 4 of 11 samples"),
         ({"batch_size": 4, "accumulate_grad_batches": 2}, "each step sees 8 of 11 samples"),

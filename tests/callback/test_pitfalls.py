@@ -34,7 +34,7 @@ def compared(training: LinearizedTraining, steps: int, weights: dict[str, torch.
 
 
 class Run:
-    """A trained network, brute force for its linearisation, and what the package logs."""
+    """A trained network, brute force for its linearization, and what the package logs."""
 
     def __init__(self, network: str = "mlp", outputs: int = 3, *, module: nn.Module | None = None) -> None:
         self.module, self.inputs, self.targets = make(network, outputs)

@@ -55,7 +55,7 @@ def test_training_is_bitwise_the_same_in_every_precision(precision: str) -> None
     assert_trains_alike(run, watch(evaluation=digits(5)), follows=False)
 
 
-# The largest distance of a network that is its own linearisation is the rounding of the run. Measured over 24 steps: 1e-15, 2e-7,
+# The largest distance of a network that is its own linearization is the rounding of the run. Measured over 24 steps: 1e-15, 2e-7,
 # 2e-3, 2e-4, 1.3e-2, 1.7e-3.
 ROUNDING = {"64-true": 1e-14, "32-true": 1e-6, "bf16-mixed": 5e-3, "16-mixed": 5e-4, "bf16-true": 0.03, "16-true": 5e-3}
 
@@ -80,7 +80,7 @@ def test_a_linear_network_stays_as_close_as_the_precision_of_the_run(precision: 
 
 @pytest.mark.parametrize(("precision", "phrase"), [
     ("bf16-mixed", "its passes run in bf16-mixed precision"),
-    ("bf16-true", "it keeps weights in bfloat16, where the linearised network has float32"),
+    ("bf16-true", "it keeps weights in bfloat16, where the linearized network has float32"),
 ])  # fmt: skip
 def test_half_precision_is_said(precision: str, phrase: str) -> None:
     with pytest.warns(UserWarning, match=phrase):
@@ -109,7 +109,7 @@ class Overflowing(Task):
 @pytest.mark.tested("steps skipped by a GradScaler", "gradient_descent", "replay", "twin")
 @pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize("accumulate", [1, 2])
-def test_steps_that_a_grad_scaler_skips_are_skipped_by_the_linearised_network(accumulate: int, fused: bool) -> None:
+def test_steps_that_a_grad_scaler_skips_are_skipped_by_the_linearized_network(accumulate: int, fused: bool) -> None:
     def run(callbacks, batch_size, momentum):
         plugin = NoAutocast("16-mixed", "cpu", scaler=torch.amp.GradScaler("cpu", growth_interval=3))
         module = make(task=Overflowing, momentum=0.0 if fused else momentum, fused=fused).double()
@@ -147,7 +147,7 @@ def test_a_measurement_falls_on_the_counted_step_even_if_it_is_skipped() -> None
     assert monitor.history[2]["displacement"] > 0
 
 
-def test_the_samples_of_half_precision_batches_are_recognised() -> None:
+def test_the_samples_of_half_precision_batches_are_recognized() -> None:
     """The reference is read in the precision of the run, in which samples are compared."""
     inputs, targets = (tensor / 3 for tensor in digits().tensors)  # numbers that have no bfloat16 of their own
     monitor = LinearizationMonitor(dynamics="auto", steps=1, strict=True)

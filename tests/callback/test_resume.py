@@ -85,7 +85,7 @@ def test_what_cannot_be_resumed_is_refused(tmp_path: Path) -> None:
 
     first, _ = fit(None, make_module(), max_steps=2, precision="64-true")
     first.save_checkpoint(checkpoint)
-    with pytest.raises(MisconfigurationException, match="does not hold the weights at which to linearise"):
+    with pytest.raises(MisconfigurationException, match="does not hold the weights at which to linearize"):
         resume(LinearizationMonitor())
     first, _ = fit(LinearizationMonitor(save_state=False), make_module(), max_steps=2, precision="64-true")
     first.save_checkpoint(checkpoint)

@@ -1,6 +1,6 @@
 """What a Trainer can do during a fit, with monitors of all dynamics beside it: training unchanged, distances still right.
 
-Most networks here are linear, their own linearisation: whatever the Trainer does, every distance of dynamics that follow it is
+Most networks here are linear, their own linearization: whatever the Trainer does, every distance of dynamics that follow it is
 rounding.
 """
 
@@ -102,7 +102,7 @@ SETTINGS = {
     ),
     "workers": ({}, {"max_epochs": 2}, {"num_workers": 1, "persistent_workers": True}),
     "drop_last": ({"nesterov": True, "momentum": 0.9}, {}, {"drop_last": True}),
-    "maximisation": ({"maximize": True, "lr": 0.01}, {}, {}),
+    "maximization": ({"maximize": True, "lr": 0.01}, {}, {}),
     "inference between epochs": ({}, {"val": True, "inference_mode": True, "check_val_every_n_epoch": 2}, {}),
     "deterministic and profiled": ({}, {"deterministic": True, "profiler": "simple", "detect_anomaly": True}, {}),
 }  # fmt: skip
@@ -195,7 +195,7 @@ def test_clipping_of_ones_own_is_said() -> None:
 
 
 class Manual(Task):
-    """Manual optimisation, with a step after every second batch if `every` is 2."""
+    """Manual optimization, with a step after every second batch if `every` is 2."""
 
     every = 1
 
@@ -211,7 +211,7 @@ class Manual(Task):
             optimizer.zero_grad()
 
 
-@pytest.mark.tested("manual optimisation", "replay", "twin")
+@pytest.mark.tested("manual optimization", "replay", "twin")
 @pytest.mark.parametrize("every", [1, 2])
 def test_manual_optimization_with_one_optimizer(every: int) -> None:
     def run(callbacks):
@@ -223,7 +223,7 @@ def test_manual_optimization_with_one_optimizer(every: int) -> None:
     monitors = watch(MINIBATCH)
     assert_trains_alike(run, monitors)
     check(monitors)
-    with pytest.warns(UserWarning, match="it optimises manually"):
+    with pytest.warns(UserWarning, match="it optimizes manually"):
         train(make(task=Manual), loader(), watch(("twin",)), max_epochs=1)
 
 
@@ -547,7 +547,7 @@ def test_fast_dev_run(batches, tmp_path: Path) -> None:
     assert not list(tmp_path.rglob("*.csv"))
 
 
-class Standardised(LightningDataModule):
+class Standardized(LightningDataModule):
     """A data module whose hooks change every batch."""
 
     def __init__(self, shuffle: bool = True) -> None:
@@ -574,7 +574,7 @@ class Standardised(LightningDataModule):
 def test_the_hooks_of_a_datamodule_are_part_of_the_reference() -> None:
     def run(callbacks):
         module = make()
-        train(module, Standardised(), callbacks)
+        train(module, Standardized(), callbacks)
         return module
 
     evaluation = TensorDataset((digits().tensors[0] * 255).to(torch.uint8), digits().tensors[1])

@@ -1,4 +1,4 @@
-"""Real Trainer runs, with monitors and without: whether they train alike, and how far the linearised networks are."""
+"""Real Trainer runs, with monitors and without: whether they train alike, and how far the linearized networks are."""
 
 import random
 import warnings
@@ -21,7 +21,7 @@ DYNAMICS = ("gradient_descent", "replay", "twin")
 
 
 def linear(outputs: int) -> nn.Module:
-    """A network that is its own linearisation, so that every distance is an error of the package."""
+    """A network that is its own linearization, so that every distance is an error of the package."""
     return nn.Linear(6, outputs)
 
 
@@ -101,7 +101,7 @@ def assert_trains_alike(
 ) -> LightningModule:
     """The golden test: weights, buffers, modes and random states after a run with monitors are those of one without.
 
-    And with `follows` the gradient of its first step is the one that is linearised.
+    And with `follows` the gradient of its first step is the one that is linearized.
     """
     expected = run([])
     drawn = random_state()

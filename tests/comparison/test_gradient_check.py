@@ -1,4 +1,4 @@
-"""The gradient of a run's own backward pass against the one that is linearised: what is found, and how it is told."""
+"""The gradient of a run's own backward pass against the one that is linearized: what is found, and how it is told."""
 
 import math
 

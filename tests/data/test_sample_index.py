@@ -1,4 +1,4 @@
-"""Samples of training batches are recognised by their content, in any order and from any loader."""
+"""Samples of training batches are recognized by their content, in any order and from any loader."""
 
 from typing import Any
 
@@ -36,7 +36,7 @@ class Augmented(Dataset[tuple[Tensor, Tensor]]):
 
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("sampler", ["shuffle", "with replacement", "weighted"])
-def test_every_sampler_is_recognised(sampler: str, workers: int) -> None:
+def test_every_sampler_is_recognized(sampler: str, workers: int) -> None:
     inputs, _ = samples()
     data = TensorDataset(inputs, torch.arange(11))  # the target is the row
     generator = torch.Generator().manual_seed(1)

@@ -108,7 +108,7 @@ def test_every_decay_and_maximize(options: dict, decay: str, solver: dict) -> No
     for rate, maximize, steps in ((lr, False, STEPS), (0.05, False, STEPS), (1e-3, True, 20)):
         described = {"lr": rate, "decay": decay, "weight_decay": 0.03, "maximize": maximize, **options}
         if maximize and decay == "initial":
-            continue  # torch would maximise the penalty of the brute force too
+            continue  # torch would maximize the penalty of the brute force too
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             training = linearized(module, inputs, targets, **described, **solver)

@@ -22,11 +22,11 @@ def relative_error(actual, expected):
     return ((actual - expected).norm() / expected.norm()).item()
 
 
-def assert_agrees(module, inputs, *, predict=outputs_of, contracted=(), tolerance=1e-10, randomise=True, others=None):
+def assert_agrees(module, inputs, *, predict=outputs_of, contracted=(), tolerance=1e-10, randomize=True, others=None):
     """The kernels agree, and none but the parameters `contracted` went through the contraction."""
     torch.manual_seed(0)
     module = module.double()
-    if randomise:  # scales that start as ones and shifts that start as zeros would hide errors
+    if randomize:  # scales that start as ones and shifts that start as zeros would hide errors
         with torch.no_grad():
             for parameter in module.parameters():
                 parameter.add_(0.3 * torch.randn_like(parameter))

@@ -69,7 +69,7 @@ def test_history(tmp_path: Path) -> None:
     assert list(distance.lines[0].get_xdata()) == STEPS[1:]
     assert list(distance.lines[0].get_ydata()) == column(history, "relative_weight_distance", 1)
     assert [list(line.get_ydata()) for line in loss.lines] == [column(history, k) for k in ("loss", "linearized_loss")]
-    assert [text.get_text() for text in loss.get_legend().get_texts()] == ["trained network", "linearised network"]
+    assert [text.get_text() for text in loss.get_legend().get_texts()] == ["trained network", "linearized network"]
     assert loss.lines[0].get_color() != loss.lines[1].get_color()
     assert loss.lines[0].get_linestyle() != loss.lines[1].get_linestyle()
     assert {axis.get_xscale() for axis in (distance, loss)} == {"symlog"}
@@ -158,7 +158,7 @@ def test_effective_time(tmp_path: Path) -> None:
     save(figure, tmp_path)
 
 
-def test_parameters_are_cells_in_logarithmic_colour(tmp_path: Path) -> None:
+def test_parameters_are_cells_in_logarithmic_color(tmp_path: Path) -> None:
     history = make_history()
     figure, axis = plot_parameters(history)
     mesh = axis.collections[0]
@@ -166,7 +166,7 @@ def test_parameters_are_cells_in_logarithmic_colour(tmp_path: Path) -> None:
     assert cells.shape == (2, 6)  # two parameters, six measurements after step 0
     torch.testing.assert_close(torch.tensor(cells[:, -1]), torch.tensor([1.0, 2.0], dtype=torch.float64))
     assert type(mesh.norm).__name__ == "LogNorm"
-    # Zero and rounding have the colour of a thousandth of the largest, and do not stretch the scale.
+    # Zero and rounding have the color of a thousandth of the largest, and do not stretch the scale.
     assert (mesh.norm.vmin, mesh.norm.vmax) == (pytest.approx(0.002), pytest.approx(2.0))
     assert cells[0, 0] == cells[1, 0] == mesh.norm.vmin
     assert [label.get_text() for label in axis.get_yticklabels()] == ["body.0.weight", "body.0.bias"]
@@ -244,7 +244,7 @@ def test_predictions_of_few_outputs_have_a_panel_each(tmp_path: Path) -> None:
     assert axes[0].get_xlim()[0] < real.min()
     assert axes[0].get_xlim()[1] > linear.max()
     assert figure.get_supxlabel() == "output of the trained network"
-    assert figure.get_supylabel() == "output of the linearised network"
+    assert figure.get_supylabel() == "output of the linearized network"
     save(figure, tmp_path)
 
 

@@ -43,7 +43,7 @@ COVERING = [
 
 
 class Problem:
-    """A network of 11 samples and 3 outputs, linearised without the package."""
+    """A network of 11 samples and 3 outputs, linearized without the package."""
 
     def __init__(self, loss: str = "cross-entropy", samples: int = 11) -> None:
         module, inputs, rows = make("mlp", outputs=3, samples=samples)

@@ -1,4 +1,4 @@
-"""The linearised network in lockstep, against any optimizer on the explicit linear model in float64."""
+"""The linearized network in lockstep, against any optimizer on the explicit linear model in float64."""
 
 import copy
 import io
@@ -438,7 +438,7 @@ def test_a_diverging_twin_says_so_and_keeps_its_last_weights() -> None:
     assert 2 < twin.steps < 100
 
 
-def test_a_loss_of_probabilities_does_not_take_linearised_outputs() -> None:
+def test_a_loss_of_probabilities_does_not_take_linearized_outputs() -> None:
     torch.manual_seed(0)
     module = nn.Sequential(nn.Linear(6, 3), nn.Sigmoid()).double()
     inputs, targets = torch.randn(11, 6).double(), (torch.randn(11, 3) > 0).double()
