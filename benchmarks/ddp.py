@@ -17,7 +17,7 @@ from timing import Comparison
 from lightning_ntk.data.reference import Reference
 from lightning_ntk.kernel import compute_kernel
 from lightning_ntk.linearization import Linearization
-from lightning_ntk.utilities.distributed import ALONE, Shards
+from lightning_ntk.utilities.distributed import ALONE, Processes
 
 CASES = (("MLP", 1000), ("CNN", 512), ("CNN", 1024), ("transformer", 512))
 REPEATS = 3
@@ -46,17 +46,17 @@ def two_processes() -> Iterator[Comparison]:
         yield Comparison(case, two["seconds"], "one process", one["seconds"])
 
 
-def capture(name: str, samples: int, shards: Shards) -> dict[str, float]:
+def capture(name: str, samples: int, processes: Processes) -> dict[str, float]:
     """Median seconds of several captures after one that warms up, and the kernel's sum, which is the same everywhere."""
     torch.manual_seed(0)
     linearization, reference = Linearization(MODELS[name]().eval()), Reference(digits(name, samples)[0])
     times, total = [], 0.0
     for _ in range(REPEATS + 1):
-        if shards.size > 1:
+        if processes.size > 1:
             dist.barrier()
         started = time.perf_counter()
-        kernel = compute_kernel(linearization, reference, shards=shards)
-        times.append(-shards.minimum(started - time.perf_counter()))
+        kernel = compute_kernel(linearization, reference, processes=processes)
+        times.append(-processes.minimum(started - time.perf_counter()))
         total = kernel.sum(dtype=torch.float64).item()
         del kernel
     return {"seconds": statistics.median(times[1:]), "sum": total}
@@ -66,9 +66,9 @@ def main() -> None:
     """One of the two processes."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", rank=int(os.environ["LOCAL_RANK"]), world_size=2)
-    shards = Shards.of_process_group(torch.device("cpu"))
-    results = [capture(name, samples, shards) for name, samples in CASES]
-    if shards.rank == 0:
+    processes = Processes.of_process_group(torch.device("cpu"))
+    results = [capture(name, samples, processes) for name, samples in CASES]
+    if processes.rank == 0:
         print(json.dumps(results))
     dist.destroy_process_group()
 

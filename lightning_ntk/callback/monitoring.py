@@ -70,7 +70,7 @@ class Monitoring(Callback):
     def _reset(self) -> None:
         self.history = []
         self._observation: Observation | None = None
-        self._shards = ALONE
+        self._processes = ALONE
         self._step = 0
         self._settings: StepSettings | None = None
         self._loss_scale: float | None = None
@@ -147,12 +147,12 @@ class Monitoring(Callback):
         if loaded is not None and self._step > 0:
             self.history, self._start, self._lost = loaded["history"], loaded["start"], loaded["lost"]
             self._reported = set(loaded["reported"])
-        self._shards = view.shards_of(trainer)
+        self._processes = view.processes_of(trainer)
         optimizer = view.single_optimizer(trainer)
         try:
             require_supported_optimizer(optimizer)
             if resumed is not None or (self.capture_at == 0 and not self._lost):
-                with self._shards.agreement():
+                with self._processes.agreement():
                     self._capture(trainer, pl_module, optimizer, resumed)
         except (ValueError, TypeError, MemoryError) as error:
             raise MisconfigurationException(f"LinearizationMonitor cannot capture this run. {error}") from error
@@ -164,7 +164,7 @@ class Monitoring(Callback):
         if self._observation is None or self._observation.steps > 0 or self._lost:
             return
         try:
-            with self._shards.agreement():
+            with self._processes.agreement():
                 reason = self._observation.check_batch(*self._unpack(batch))
         except ValueError as error:
             raise MisconfigurationException(f"LinearizationMonitor cannot replay this run. {error}") from error
@@ -207,7 +207,7 @@ class Monitoring(Callback):
         if self._lost:
             return
         try:
-            with self._shards.agreement():
+            with self._processes.agreement():
                 if view.had_backward_pass(pl_module, outputs):
                     self._observation.see(*self._unpack(batch), 1 / trainer.accumulate_grad_batches)
                 if stepped > 1:
@@ -281,7 +281,7 @@ class Monitoring(Callback):
                 horizon=None if remaining is None else remaining - self.capture_at,
                 momentum=view.momentum_buffers(module, optimizer),
                 state=state,
-                shards=self._shards,
+                processes=self._processes,
             )
         if observation.reason:
             rank_zero_info(f"LinearizationMonitor: {observation.reason}")
@@ -297,7 +297,7 @@ class Monitoring(Callback):
 
     def _capture_late(self, trainer: Trainer, module: LightningModule) -> None:
         try:
-            with self._shards.agreement():
+            with self._processes.agreement():
                 self._capture(trainer, module, view.single_optimizer(trainer))
         except Exception as error:
             self._fail(error, f"The capture at step {self._step} failed and nothing is measured; training goes on.")
@@ -309,7 +309,7 @@ class Monitoring(Callback):
         assert self._observation is not None
         assert self._settings is not None
         taken = view.step_was_taken(trainer, self._settings, self._loss_scale, len(self._observation.initial_weights))
-        if not self._shards.any(taken):
+        if not self._processes.any(taken):
             self._first_gradient = None
             self._observation.skip()
             return
@@ -328,7 +328,7 @@ class Monitoring(Callback):
         assert self._observation is not None
         started = time.perf_counter()
         try:
-            with nested_bars(trainer), self._shards.agreement():
+            with nested_bars(trainer), self._processes.agreement():
                 scalars = self._observation.measure(dict(module.named_parameters()))
         except Exception as error:
             self._fail(error, f"The measurement at step {self._step} failed, and so may later ones; training goes on.")

@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, Subset
 from lightning_ntk.data.reference import NoFixedOrderError, seen_samples
 from lightning_ntk.linearization.parameters import trainable_parameters
 from lightning_ntk.training.base import StepSettings
-from lightning_ntk.utilities.distributed import ALONE, Shards
+from lightning_ntk.utilities.distributed import ALONE, Processes
 
 
 def require_supported_strategy(trainer: Trainer) -> None:
@@ -36,11 +36,11 @@ def require_supported_strategy(trainer: Trainer) -> None:
         )
 
 
-def shards_of(trainer: Trainer) -> Shards:
+def processes_of(trainer: Trainer) -> Processes:
     """The processes of the run; all of them must ask, once training is set up."""
     if trainer.world_size == 1:
         return ALONE
-    return Shards.of_process_group(trainer.strategy.root_device)
+    return Processes.of_process_group(trainer.strategy.root_device)
 
 
 def single_optimizer(trainer: Trainer) -> Optimizer:

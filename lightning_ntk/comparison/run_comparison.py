@@ -29,7 +29,7 @@ from lightning_ntk.training.base import Follower, ModesFollower, ReplayFollower,
 from lightning_ntk.training.linearized_training import LinearizedTraining
 from lightning_ntk.training.problem import Capture, share_buffers
 from lightning_ntk.utilities.contexts import preserved_rng
-from lightning_ntk.utilities.distributed import ALONE, Shards, mean_over
+from lightning_ntk.utilities.distributed import ALONE, Processes, mean_over
 
 
 class Observation:
@@ -45,7 +45,7 @@ class Observation:
         horizon: Optimizer steps still to come, if known.
         momentum: The optimizer's momentum buffers, by parameter name.
         state: What `state_dict` returned in an earlier part of the run, to go on from.
-        shards: The processes of a distributed run, each of which observes its own batches. They call the methods together.
+        processes: The processes of a distributed run, each of which observes its own batches. They call the methods together.
 
     Attributes:
         dynamics: Those that are followed.
@@ -72,10 +72,10 @@ class Observation:
         horizon: float | None = None,
         momentum: Tensors | None = None,
         state: Mapping[str, Any] | None = None,
-        shards: Shards = ALONE,
+        processes: Processes = ALONE,
     ) -> None:
         self._options = options
-        self._shards = shards
+        self._processes = processes
         self._start = None if state is None else state["start"]
         self._momentum = momentum if state is None else state["momentum"]
         self._horizon = horizon if state is None else state["horizon"]
@@ -148,7 +148,7 @@ class Observation:
         if self.steps > 0 or not isinstance(self._follower, ReplayFollower):
             return None
         try:
-            with self._shards.agreement():
+            with self._processes.agreement():
                 self._follower.rows(inputs, target)
         except UnknownSamplesError as error:
             if self._options.dynamics != "auto":
@@ -208,7 +208,7 @@ class Observation:
         """
         expected, self._expected = self._expected, None
         assert expected is not None
-        return check_gradient(actual, mean_over(self._shards, expected), dtype=precision)
+        return check_gradient(actual, mean_over(self._processes, expected), dtype=precision)
 
     def measure(self, weights: Mapping[str, Tensor]) -> dict[str, float]:
         """The scalars of trained weights w_t, with the names of `initial_weights`; others are ignored."""
@@ -266,7 +266,7 @@ class Observation:
         linearization = Linearization(module, predict=self._options.predict, dtype=self._options.dtype)
         if self._start is not None:
             linearization.load_state_dict(self._start)
-        share_buffers(linearization, self._shards)
+        share_buffers(linearization, self._processes)
         return linearization
 
     def _capture(self, module: nn.Module, data: Data) -> Capture:
@@ -274,7 +274,7 @@ class Observation:
         return Capture(
             module, data, loss=options.loss, predict=options.predict, unpack=options.unpack, jacobian=options.jacobian,
             batch_size=options.batch_size, dtype=options.dtype, device=options.device, progress=options.progress,
-            start=self._start, shards=self._shards,
+            start=self._start, processes=self._processes,
         )  # fmt: skip
 
     def _capture_if_possible(
@@ -283,7 +283,7 @@ class Observation:
         if data is None:
             return None, "there is no reference set"
         try:
-            with self._shards.agreement():
+            with self._processes.agreement():
                 return self._capture(module, data()), None
         except NoFixedOrderError as error:
             if self._options.dynamics not in ("auto", "twin"):
@@ -304,7 +304,7 @@ class Observation:
             no_kernel=no_kernel,
             not_squared=reference is not None and reference.objective.factor is None,
             kernel_bytes=float(rows) ** 2 * self._linearization.dtype.itemsize,
-            free=self._shards.free_memory("cpu", options.device or self._linearization.device),
+            free=self._processes.free_memory("cpu", options.device or self._linearization.device),
         )
         return choice.dynamics, choice.reason
 
@@ -314,7 +314,7 @@ class Observation:
             loss = options.loss or nn.MSELoss()
             return TwinFollower(
                 self._linearization, self._optimizer.optimizer, self._parameters, loss, every=options.twin_every,
-                shards=self._shards,
+                processes=self._processes,
             )  # fmt: skip
         assert self._reference is not None
         settings, multiples = self._optimizer.settings[0], self._optimizer.multiples()

@@ -17,8 +17,8 @@ from lightning_ntk.kernel.factors import Factors, add_block, cat_factors
 from lightning_ntk.kernel.per_sample import contraction_kernel
 from lightning_ntk.kernel.plan import Plan, PlanChangedError, collect, make_plan
 from lightning_ntk.linearization.linearization import Linearization
-from lightning_ntk.utilities.distributed import ALONE, Shards
-from lightning_ntk.utilities.memory import empty_matrix
+from lightning_ntk.utilities.distributed import ALONE, Processes
+from lightning_ntk.utilities.memory import empty_matrix, mirror_upper_
 from lightning_ntk.utilities.progress import track_operations
 
 # Samples in one pass, at most, whatever memory allows: larger batches are not faster.
@@ -51,7 +51,7 @@ def structured_kernel(
     dtype: torch.dtype | None = None,
     device: torch.device | None = None,
     progress: bool = False,
-    shards: Shards = ALONE,
+    processes: Processes = ALONE,
 ) -> Tensor:
     """The kernel between two data sets, or of one with itself (half of it computed, the other half mirrored).
 
@@ -67,7 +67,7 @@ def structured_kernel(
         dtype: Type in which the products are summed. Default: that of the passes.
         device: Where the kernel is kept, tile by tile as it is made. Default: with the passes.
         progress: Whether to show a progress bar.
-        shards: The processes that share the tiles; each one holds the whole kernel in the end.
+        processes: The processes that share the tiles; each one holds the whole kernel in the end.
 
     Returns:
         The kernel `(N1 K, N2 K)`, in `dtype`.
@@ -76,11 +76,11 @@ def structured_kernel(
         UserWarning: If a rule disagrees with plain autograd; its parameters are then contracted.
     """
     try:
-        with shards.agreement():
+        with processes.agreement():
             plan = make_plan(linearization, rows, columns)
             return _assemble(
                 linearization, rows, columns, plan, num_outputs, memory_limit, dtype or linearization.dtype,
-                device or linearization.device, progress, shards,
+                device or linearization.device, progress, processes,
             )  # fmt: skip
     except PlanChangedError as reason:
         warnings.warn(f"{reason} The whole kernel is computed by contraction instead.", stacklevel=3)
@@ -93,7 +93,7 @@ def structured_kernel(
         dtype=dtype,
         device=device,
         progress=progress,
-        shards=shards,
+        processes=processes,
     )
 
 
@@ -107,7 +107,7 @@ def _assemble(
     dtype: torch.dtype,
     device: torch.device,
     progress: bool,
-    shards: Shards,
+    processes: Processes,
 ) -> Tensor:
     symmetric = columns is None
     columns = rows if columns is None else columns
@@ -126,7 +126,7 @@ def _assemble(
         tile_rows = min(tile_rows, -(-len(rows) // _STRIPS))
     tile_columns = max(1, _TILE_COLUMNS // num_outputs)
     grids = [_tiles(first, second, symmetric, tile_rows, tile_columns) for first, second in pairs]
-    shares = _shares(grids, shards.size)
+    shares = _shares(grids, processes.size)
 
     def factors(data: Reference, block: range) -> Factors:
         parts = []
@@ -136,17 +136,17 @@ def _assemble(
         return cat_factors(parts)
 
     # With several blocks the processes do not come to the same one at the same time.
-    divided = symmetric and len(pairs) == 1 and 1 < shards.size <= len(rows)
+    divided = symmetric and len(pairs) == 1 and 1 < processes.size <= len(rows)
 
     def left_factors(block: range) -> Factors:
         if not divided:
             return factors(rows, block)
-        return _gather(factors(rows, shards.rows(len(rows))), shards, len(rows)) or factors(rows, block)
+        return _gather(factors(rows, processes.rows(len(rows))), processes, len(rows)) or factors(rows, block)
 
     def blocks() -> Iterator[tuple[Tile, Factors, Factors]]:
         held: tuple[range, Factors] | None = None
         for (first, second), share in zip(pairs, shares, strict=True):
-            grid = [tile for owner, tile in share if owner == shards.rank]
+            grid = [tile for owner, tile in share if owner == processes.rank]
             if not grid and not divided:
                 continue
             if held is None or held[0] != first:
@@ -160,18 +160,22 @@ def _assemble(
 
     # Memory that is used again is in the cache.
     scratch = torch.empty(tile_rows * tile_columns * num_outputs**2, dtype=dtype, device=linearization.device)
-    own = [[tile for owner, tile in share if owner == shards.rank] for share in shares]
+    own = [[tile for owner, tile in share if owner == processes.rank] for share in shares]
     total = _total_operations(plan, list(zip(pairs, own, strict=True)), symmetric)
     if divided:
-        total -= plan.cost.total(samples=len(rows) - len(shards.rows(len(rows))), pairs=0)
+        total -= plan.cost.total(samples=len(rows) - len(processes.rows(len(rows))), pairs=0)
     with track_operations("structured kernel", total=total, enabled=progress) as advance:
         for tile, left, right in blocks():
             block = _block(scratch, tile, num_outputs).zero_()
             add_block(block, left, right)
             _write(kernel, block, tile, symmetric)
             advance(plan.cost.total(samples=0, pairs=tile.pairs))
-    if shards.size > 1:
-        _exchange(kernel, chain.from_iterable(shares), scratch, num_outputs, symmetric, shards)
+    if processes.size > 1:
+        _exchange(kernel, chain.from_iterable(shares), scratch, num_outputs, symmetric, processes)
+    if symmetric:
+        for rows_of_strip in {tile.rows for grid in grids for tile in grid}:
+            strip = slice(rows_of_strip.start * num_outputs, rows_of_strip.stop * num_outputs)
+            mirror_upper_(kernel[strip, strip])
     return kernel
 
 
@@ -185,7 +189,7 @@ def _total_operations(plan: Plan, grids: list[tuple[tuple[range, range], list[Ti
     return plan.cost.total(samples, sum(tile.pairs for _, grid in grids for tile in grid))
 
 
-def _shares(grids: list[list[Tile]], processes: int) -> list[list[tuple[int, Tile]]]:
+def _shares(grids: list[list[Tile]], owners: int) -> list[list[tuple[int, Tile]]]:
     """The tiles with the process that computes each: consecutive ones, for few blocks of factors, of equal areas in all."""
     whole = sum(len(tile.rows) * len(tile.columns) for grid in grids for tile in grid)
     done = 0
@@ -195,9 +199,9 @@ def _shares(grids: list[list[Tile]], processes: int) -> list[list[tuple[int, Til
         for tile in grid:
             rest = tile
             while rest.columns:
-                owner = done * processes // whole
+                owner = done * owners // whole
                 # Where the share of the owner ends within a tile, the tile is divided.
-                wanted = -(-(whole * (owner + 1) // processes - done) // len(rest.rows))
+                wanted = -(-(whole * (owner + 1) // owners - done) // len(rest.rows))
                 count = min(len(rest.columns), max(1, wanted))
                 share.append((owner, Tile(rest.rows, rest.columns[:count])))
                 rest = Tile(rest.rows, rest.columns[count:])
@@ -206,34 +210,39 @@ def _shares(grids: list[list[Tile]], processes: int) -> list[list[tuple[int, Til
     return shares
 
 
-def _gather(own: Factors, shards: Shards, samples: int) -> Factors | None:
+def _gather(own: Factors, processes: Processes, samples: int) -> Factors | None:
     """The factors of all samples from those of every process's share; None if sequences differ in length between these."""
     tensors = [tensor for tensor, by_sample in own.tensors() if by_sample]
     shapes = torch.tensor([size for tensor in tensors for size in tensor.shape[1:]])
-    if shards.any(not torch.equal(shards.broadcast_(shapes.clone()), shapes)):
+    if processes.any(not torch.equal(processes.broadcast_(shapes.clone()), shapes)):
         return None
     gathered = []
     for tensor in tensors:
         whole = tensor.new_empty(samples, *tensor.shape[1:])
-        for source in range(shards.size):
-            rows = replace(shards, rank=source).rows(samples)
-            if source == shards.rank:
+        for source in range(processes.size):
+            rows = replace(processes, rank=source).rows(samples)
+            if source == processes.rank:
                 whole[rows.start : rows.stop] = tensor
-            shards.broadcast_(whole[rows.start : rows.stop], source)
+            processes.broadcast_(whole[rows.start : rows.stop], source)
         gathered.append(whole)
     return own.with_tensors(gathered)
 
 
 def _exchange(
-    kernel: Tensor, tiles: Iterable[tuple[int, Tile]], scratch: Tensor, outputs: int, symmetric: bool, shards: Shards
+    kernel: Tensor,
+    tiles: Iterable[tuple[int, Tile]],
+    scratch: Tensor,
+    outputs: int,
+    symmetric: bool,
+    processes: Processes,
 ) -> None:
     """Gives every process the tiles of all others: half of what a sum of whole symmetric kernels would send."""
     for owner, tile in tiles:
         block = _block(scratch, tile, outputs)
-        if owner == shards.rank:
+        if owner == processes.rank:
             block.flatten(2).flatten(0, 1).copy_(kernel[_slices(tile, outputs)])
-        shards.broadcast_(block, owner)
-        if owner != shards.rank:
+        processes.broadcast_(block, owner)
+        if owner != processes.rank:
             _write(kernel, block, tile, symmetric)
 
 

@@ -10,7 +10,7 @@ from lightning_ntk.data.reference import Data, Reference, Unpack
 from lightning_ntk.kernel.assembly import structured_kernel
 from lightning_ntk.kernel.per_sample import contraction_kernel
 from lightning_ntk.linearization.linearization import Linearization, Predict
-from lightning_ntk.utilities.distributed import ALONE, Shards
+from lightning_ntk.utilities.distributed import ALONE, Processes
 from lightning_ntk.utilities.memory import format_bytes
 
 # Share of the free memory that the factors and Jacobians of the blocks at work may take.
@@ -78,7 +78,7 @@ def compute_kernel(
     dtype: torch.dtype | None = None,
     device: torch.device | None = None,
     progress: bool = False,
-    shards: Shards = ALONE,
+    processes: Processes = ALONE,
 ) -> Tensor:
     """`empirical_ntk` of a linearization, `(N1 K, N2 K)`, its products summed in `dtype` and kept on `device`.
 
@@ -88,7 +88,7 @@ def compute_kernel(
         raise ValueError(f'Expected argument `method` to be "auto", "structured" or "contraction" but got {method!r}.')
     num_outputs = linearization.predict(rows.read(0, 1).inputs).shape[1]
     size = len(rows) * len(columns or rows) * num_outputs**2 * (dtype or linearization.dtype).itemsize
-    free = shards.free_memory(device or linearization.device)
+    free = processes.free_memory(device or linearization.device)
     if size > free:
         raise MemoryError(
             f"The kernel of {len(rows)} x {len(columns or rows)} samples with {num_outputs} outputs needs {format_bytes(size)} "
@@ -96,10 +96,10 @@ def compute_kernel(
         )
     if memory_limit is None:
         elsewhere = device is not None and device != linearization.device
-        spare = shards.free_memory(linearization.device) if elsewhere else free - size
+        spare = processes.free_memory(linearization.device) if elsewhere else free - size
         memory_limit = int(_DEFAULT_MEMORY_SHARE * spare)
     kernel = contraction_kernel if method == "contraction" else structured_kernel
     return kernel(
         linearization, rows, columns, num_outputs=num_outputs, memory_limit=memory_limit, dtype=dtype, device=device,
-        progress=progress, shards=shards,
+        progress=progress, processes=processes,
     )  # fmt: skip

@@ -16,8 +16,8 @@ from lightning_ntk.data.reference import Reference
 from lightning_ntk.linearization.linearization import Linearization
 from lightning_ntk.linearization.parameters import Tensors
 from lightning_ntk.utilities.contexts import isolated_pass
-from lightning_ntk.utilities.distributed import ALONE, Shards
-from lightning_ntk.utilities.memory import empty_matrix
+from lightning_ntk.utilities.distributed import ALONE, Processes
+from lightning_ntk.utilities.memory import empty_matrix, mirror_upper_
 from lightning_ntk.utilities.progress import track_operations
 
 # Samples whose activations, K times each, are held at once while their Jacobians are made.
@@ -116,7 +116,7 @@ def contraction_kernel(
     dtype: torch.dtype | None = None,
     device: torch.device | None = None,
     progress: bool = False,
-    shards: Shards = ALONE,
+    processes: Processes = ALONE,
 ) -> Tensor:
     """The kernel between two data sets, or of one with itself (half of the blocks computed, the others mirrored).
 
@@ -129,7 +129,7 @@ def contraction_kernel(
         dtype: Type in which the products are summed. Default: that of the passes.
         device: Where the kernel is kept, tile by tile as it is made. Default: with the passes.
         progress: Whether to show a progress bar.
-        shards: The processes that share the blocks; each one holds the whole kernel in the end.
+        processes: The processes that share the blocks; each one holds the whole kernel in the end.
 
     Returns:
         The kernel `(N1 K, N2 K)`, in `dtype`.
@@ -138,7 +138,7 @@ def contraction_kernel(
     columns = rows if columns is None else columns
     jacobian_size = num_outputs * linearization.num_parameters * linearization.dtype.itemsize
     # Blocks enough that every process has some.
-    longest = max(1, min(len(rows), len(columns)) // shards.size)
+    longest = max(1, min(len(rows), len(columns)) // processes.size)
     size = max(1, min(memory_limit // (2 * jacobian_size), longest))
     dtype = dtype or linearization.dtype
     device = device or linearization.device
@@ -147,9 +147,9 @@ def contraction_kernel(
         (i, j) for i in range(0, len(rows), size) for j in range(0, len(columns), size) if not symmetric or i <= j
     ]
     # Exact zeros where the blocks of other processes are, so that the sum is their copy.
-    if shards.size > 1:
+    if processes.size > 1:
         kernel.zero_()
-    own = shards.rows(len(blocks))
+    own = processes.rows(len(blocks))
     blocks = blocks[own.start : own.stop]
     operations = _operations(
         blocks, size, (len(rows), len(columns)), symmetric, num_outputs, linearization.num_parameters
@@ -164,12 +164,13 @@ def contraction_kernel(
             same = symmetric and i == j
             second = first if same else sample_jacobians(linearization, columns.read(j, j + size).inputs)
             block = contract(first, second, dtype)
+            block = mirror_upper_(block) if same else block
             at_row, at_column = i * num_outputs, j * num_outputs
             kernel[at_row : at_row + block.shape[0], at_column : at_column + block.shape[1]] = block
             if symmetric and i != j:
                 kernel[at_column : at_column + block.shape[1], at_row : at_row + block.shape[0]] = block.T
             advance(cost)
-    return shards.sum_(kernel)
+    return processes.sum_(kernel)
 
 
 def _operations(

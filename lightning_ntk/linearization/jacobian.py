@@ -12,7 +12,7 @@ from torch import Tensor
 from lightning_ntk.data.reference import Batch, Reference
 from lightning_ntk.linearization.linearization import Linearization
 from lightning_ntk.linearization.parameters import Tensors
-from lightning_ntk.utilities.distributed import ALONE, Shards, sum_over
+from lightning_ntk.utilities.distributed import ALONE, Processes, sum_over
 from lightning_ntk.utilities.progress import track
 
 _BATCHES_PER_PARTIAL_SUM = 8
@@ -39,7 +39,7 @@ class StreamedJacobian:
         reference: The data set.
         predictions: The outputs at capture, `(N, K)`.
         progress: Whether passes show a progress bar.
-        shards: The processes that share every pass, each one's rows being its own.
+        processes: The processes that share every pass, each one's rows being its own.
     """
 
     def __init__(
@@ -49,14 +49,14 @@ class StreamedJacobian:
         predictions: Tensor,
         *,
         progress: bool = False,
-        shards: Shards = ALONE,
+        processes: Processes = ALONE,
     ) -> None:
         self.linearization = linearization
         self.reference = reference
         self.predictions = predictions
         self.progress = progress
-        self.shards = shards
-        self._rows = shards.rows(len(reference))
+        self.processes = processes
+        self._rows = processes.rows(len(reference))
 
     def jvp(self, tangent: Mapping[str, Tensor]) -> Tensor:
         """J v, `(N, K)` in float64: one forward-mode pass."""
@@ -65,7 +65,7 @@ class StreamedJacobian:
         for batch in self._stream("Jacobian-vector product"):
             outputs[batch.rows], product[batch.rows] = self.linearization.predict_and_jvp(tangent, batch.inputs)
         self._compare(outputs)
-        return self.shards.sum_(product)
+        return self.processes.sum_(product)
 
     def vjp(self, cotangents: Tensor) -> Tensors:
         """J^T u for cotangents `(T, N, K)`: one forward and T backward passes, results `(T, *shape)` in float64."""
@@ -86,7 +86,7 @@ class StreamedJacobian:
         params = self.linearization.params
         if not sums:  # more processes than samples
             sums = [{name: torch.zeros_like(p, dtype=wide) for name, p in params.items()} for _ in cotangents]
-        return sum_over(self.shards, {name: _stack([total[name] for total in sums]) for name in params})
+        return sum_over(self.processes, {name: _stack([total[name] for total in sums]) for name in params})
 
     def _stream(self, description: str) -> Iterator[Batch]:
         batches, total = self.reference.batches(self._rows), self.reference.count_batches(self._rows)
@@ -153,26 +153,28 @@ def predict(
     *,
     params: Mapping[str, Tensor] | None = None,
     progress: bool = False,
-    shards: Shards = ALONE,
+    processes: Processes = ALONE,
 ) -> Tensor:
     """Outputs of the network on all of a data set, `(N, K)`, at the captured weights or at `params`."""
     params = linearization.params if params is None else params
-    rows = shards.rows(len(reference))
+    rows = processes.rows(len(reference))
     batches = track(reference.batches(rows), "predictions", total=reference.count_batches(rows), enabled=progress)
     own = [linearization.predict_at(params, batch.inputs) for batch in batches]
-    return join_outputs(own, linearization, reference, shards)
+    return join_outputs(own, linearization, reference, processes)
 
 
-def join_outputs(own: Sequence[Tensor], linearization: Linearization, reference: Reference, shards: Shards) -> Tensor:
+def join_outputs(
+    own: Sequence[Tensor], linearization: Linearization, reference: Reference, processes: Processes
+) -> Tensor:
     """Outputs `(N, K)` of all samples from those of this process's batches."""
-    if shards.size == 1:
+    if processes.size == 1:
         return torch.cat(list(own))
-    rows = shards.rows(len(reference))
+    rows = processes.rows(len(reference))
     if not own:  # more processes than samples
         own = [linearization.predict(reference.read(0, 1).inputs)[:0]]
     joined = own[0].new_zeros(len(reference), own[0].shape[1])
     joined[rows.start : rows.stop] = torch.cat(list(own))
-    return shards.sum_(joined)
+    return processes.sum_(joined)
 
 
 def close(actual: Tensor, expected: Tensor, *, roundings: float = 1e4) -> bool:

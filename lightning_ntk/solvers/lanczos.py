@@ -10,7 +10,7 @@ from torch import Tensor
 from lightning_ntk.linearization.jacobian import Jacobian, wide_dtype
 from lightning_ntk.solvers.base import Modes
 from lightning_ntk.utilities.contexts import preserved_rng
-from lightning_ntk.utilities.distributed import ALONE, Shards
+from lightning_ntk.utilities.distributed import ALONE, Processes
 
 # Maps vectors `(T, N K)` to their products with the kernel, in float64.
 Product = Callable[[Tensor], Tensor]
@@ -146,16 +146,16 @@ class Lanczos:
             self._vectors = grown
 
 
-def extend(processes: Sequence[Lanczos], product: Product) -> None:
+def extend(krylov: Sequence[Lanczos], product: Product) -> None:
     """One product more for every process whose space is not exhausted, all in the same passes."""
-    active = [lanczos for lanczos in processes if not lanczos.exhausted]
+    active = [lanczos for lanczos in krylov if not lanczos.exhausted]
     if active:
         vectors = product(torch.stack([lanczos.newest for lanczos in active]))
         for lanczos, vector in zip(active, vectors, strict=True):
             lanczos.add(vector)
 
 
-def kernel_product(kernel: Tensor, shards: Shards = ALONE) -> Product:
+def kernel_product(kernel: Tensor, processes: Processes = ALONE) -> Product:
     """Products with a dense kernel `(N K, N K)`: exact for its numbers, whatever their type.
 
     A kernel in float32 is widened piece by piece and never copied as a whole: products rounded to float32 would cost
@@ -163,10 +163,10 @@ def kernel_product(kernel: Tensor, shards: Shards = ALONE) -> Product:
 
     Args:
         kernel: `(N K, N K)`.
-        shards: The processes that share its rows.
+        processes: The processes that share its rows.
     """
     kernel = kernel.detach()
-    own = shards.rows(len(kernel))
+    own = processes.rows(len(kernel))
     part = kernel[own.start : own.stop]
     if kernel.dtype == torch.float64:
         blocks: tuple[Tensor, ...] = (part,)
@@ -175,11 +175,11 @@ def kernel_product(kernel: Tensor, shards: Shards = ALONE) -> Product:
 
     def product(vectors: Tensor) -> Tensor:
         products = torch.cat([vectors @ block.to(vectors.dtype).T for block in blocks], dim=1)
-        if shards.size == 1:
+        if processes.size == 1:
             return products
         joined = vectors.new_zeros(len(vectors), len(kernel))
         joined[:, own.start : own.stop] = products
-        return shards.sum_(joined)
+        return processes.sum_(joined)
 
     return product
 

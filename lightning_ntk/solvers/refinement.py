@@ -18,7 +18,7 @@ from lightning_ntk.solvers.lanczos import (
     kernel_product,
     vector_device,
 )
-from lightning_ntk.utilities.distributed import ALONE, Shards
+from lightning_ntk.utilities.distributed import ALONE, Processes
 from lightning_ntk.utilities.progress import track_operations
 
 _log = logging.getLogger(__name__)
@@ -82,7 +82,7 @@ class LanczosSolver:
             rounding of the products is larger.
         max_products: Products after which to stop in any case, with a warning.
         expected: Products that it will probably take, for a progress bar; None for no bar.
-        shards: The processes that share the products. All of them stop where the first one does, as rounding may differ
+        processes: The processes that share the products. All of them stop where the first one does, as rounding may differ
             between machines.
     """
 
@@ -94,12 +94,12 @@ class LanczosSolver:
         tolerance: float,
         max_products: int,
         expected: int | None = None,
-        shards: Shards = ALONE,
+        processes: Processes = ALONE,
     ) -> None:
         self._expected = expected
         self._product = product
-        self._shards = shards
-        self._processes = [Lanczos(vector) for vector in vectors]
+        self._processes = processes
+        self._krylov = [Lanczos(vector) for vector in vectors]
         self._tolerance = tolerance
         self._max_products = max_products
         self._limit_reported = False
@@ -108,7 +108,7 @@ class LanczosSolver:
     @property
     def num_products(self) -> int:
         """Products with the kernel made so far, from each start vector whose space was not exhausted before."""
-        return max(lanczos.num_products for lanczos in self._processes)
+        return max(lanczos.num_products for lanczos in self._krylov)
 
     @property
     def largest_eigenvalue(self) -> float:
@@ -117,7 +117,7 @@ class LanczosSolver:
 
     @property
     def _exhausted(self) -> bool:
-        return all(lanczos.exhausted for lanczos in self._processes)
+        return all(lanczos.exhausted for lanczos in self._krylov)
 
     def refine(self, bound: Bound, *, by_runs: bool = False) -> ErrorBound:
         """Extends the bases until a bound meets the tolerance, and returns it.
@@ -127,7 +127,7 @@ class LanczosSolver:
             by_runs: Whether computing it takes a whole run, so that it is better asked for seldom.
         """
         current = bound(self.modes)
-        if self._shards.any(current.meets(self._tolerance) or self._exhausted):
+        if self._processes.any(current.meets(self._tolerance) or self._exhausted):
             return current
         share = _SHARE_BETWEEN_RUNS if by_runs else _SHARE_BETWEEN_LOOKS
         self._extend(lambda modes: bound(modes).meets(self._tolerance), share)
@@ -145,13 +145,13 @@ class LanczosSolver:
         with track_operations(description, total=expected or 0, counted=True, enabled=expected is not None) as advance:
             advance(self.num_products)
             while True:
-                for _ in range(max(1 if self._processes[0].num_products else 2, int(self.num_products * share))):
-                    extend(self._processes, self._product)
+                for _ in range(max(1 if self._krylov[0].num_products else 2, int(self.num_products * share))):
+                    extend(self._krylov, self._product)
                     advance(1)
                 complete = self._exhausted or self.num_products >= self._max_products
-                if self._shards.any(complete or enough([lanczos.modes(basis=False) for lanczos in self._processes])):
+                if self._processes.any(complete or enough([lanczos.modes(basis=False) for lanczos in self._krylov])):
                     break
-        self.modes: Sequence[LanczosModes] = [lanczos.modes() for lanczos in self._processes]
+        self.modes: Sequence[LanczosModes] = [lanczos.modes() for lanczos in self._krylov]
 
 
 def solve_by_lanczos(
@@ -162,7 +162,7 @@ def solve_by_lanczos(
     tolerance: float,
     max_products: int,
     expected: int | None = None,
-    shards: Shards = ALONE,
+    processes: Processes = ALONE,
 ) -> LanczosSolver:
     """Lanczos on a kernel, with vectors on its device, or without one, with vectors on the CPU.
 
@@ -173,16 +173,16 @@ def solve_by_lanczos(
         tolerance: As for `LanczosSolver`.
         max_products: As for `LanczosSolver`.
         expected: As for `LanczosSolver`.
-        shards: As for `LanczosSolver`.
+        processes: As for `LanczosSolver`.
     """
     if kernel is None:
         product, device = jacobian_product(jacobian, vectors[0].shape), vectors[0].device
     else:
         device = vector_device(kernel.device)
-        product = kernel_product(kernel.to(device), shards)
+        product = kernel_product(kernel.to(device), processes)
     flat = [vector.flatten().to(device) for vector in vectors]
     return LanczosSolver(
-        product, flat, tolerance=tolerance, max_products=max_products, expected=expected, shards=shards
+        product, flat, tolerance=tolerance, max_products=max_products, expected=expected, processes=processes
     )
 
 

@@ -19,7 +19,7 @@ from lightning_ntk.training.replay import Replay
 from lightning_ntk.training.scaling import Scaling
 from lightning_ntk.training.twin import Twin
 from lightning_ntk.utilities.contexts import preserved_rng
-from lightning_ntk.utilities.distributed import ALONE, Shards, mean_over
+from lightning_ntk.utilities.distributed import ALONE, Processes, mean_over
 
 
 class LinearizedNetwork(NamedTuple):
@@ -156,7 +156,7 @@ class ReplayFollower:
             capture.objective,
             initial_image=self._image(self._decaying),
             momentum_image=self._image(self._momentum),
-            shards=capture.shards,
+            processes=capture.processes,
         )
 
     def _in_coordinates(self, vector: Tensors | None) -> Tensors | None:
@@ -222,7 +222,7 @@ class TwinFollower:
         parameters: The live parameters, with the names of `linearization.params`.
         loss: Of outputs and targets.
         every: Steps that share one gradient, that of the first of them; 1 is exact.
-        shards: The processes whose gradients a step averages, as distributed training does; each sees its own batches.
+        processes: The processes whose gradients a step averages, as distributed training does; each sees its own batches.
     """
 
     def __init__(
@@ -233,9 +233,9 @@ class TwinFollower:
         loss: Loss,
         *,
         every: int = 1,
-        shards: Shards = ALONE,
+        processes: Processes = ALONE,
     ) -> None:
-        self._shards = shards
+        self._processes = processes
         self._linearization = linearization
         self._loss = loss
         self._every = every
@@ -259,8 +259,8 @@ class TwinFollower:
         if self._kept is not None and self._steps % self._every:
             self._twin.gradients = self._kept
         else:
-            if self._shards.size > 1:
-                self._twin.gradients = mean_over(self._shards, self._twin.gradients)
+            if self._processes.size > 1:
+                self._twin.gradients = mean_over(self._processes, self._twin.gradients)
             self._kept = self._twin.gradients if self._every > 1 else None
         self._twin.step(
             settings.groups, clip_norm=settings.clip_norm, clip_value=settings.clip_value, frozen=settings.frozen

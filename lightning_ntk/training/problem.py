@@ -18,7 +18,8 @@ from lightning_ntk.linearization.objective import Loss, Objective
 from lightning_ntk.linearization.parameters import Tensors
 from lightning_ntk.linearization.verification import check_adjoint, check_determinism, check_kernel
 from lightning_ntk.utilities.contexts import preserved_rng
-from lightning_ntk.utilities.distributed import ALONE, Shards
+from lightning_ntk.utilities.distributed import ALONE, Processes
+from lightning_ntk.utilities.memory import mirror_upper_
 from lightning_ntk.utilities.progress import track
 
 JacobianStorage = Literal["streamed", "stored"]
@@ -40,7 +41,7 @@ class Capture:
             parameters.
         progress: Whether passes show a progress bar.
         start: What `Linearization.state_dict` returned, to linearize at in the place of the module's own state.
-        shards: The processes that share the passes. All of them read the whole data set once, later only their rows. Buffers
+        processes: The processes that share the passes. All of them read the whole data set once, later only their rows. Buffers
             are those of the first process, as in distributed training.
 
     Attributes:
@@ -70,22 +71,22 @@ class Capture:
         device: torch.device | None = None,
         progress: bool = False,
         start: Mapping[str, Mapping[str, Tensor]] | None = None,
-        shards: Shards = ALONE,
+        processes: Processes = ALONE,
     ) -> None:
         self.progress = progress
-        self.shards = shards
+        self.processes = processes
         self.unpack = unpack
         with preserved_rng():
             self.linearization = Linearization(module, predict=predict, dtype=dtype)
             self.device = device or self.linearization.device
             if start is not None:
                 self.linearization.load_state_dict(start)
-            share_buffers(self.linearization, shards)
+            share_buffers(self.linearization, processes)
             self.reference = Reference(data, batch_size=batch_size, unpack=unpack)
             self.predictions, targets, self.fingerprint = first_pass(
-                self.linearization, self.reference, progress=progress, shards=shards
+                self.linearization, self.reference, progress=progress, processes=processes
             )
-            shards.require_same(self.fingerprint, "reference data")
+            processes.require_same(self.fingerprint, "reference data")
             check_determinism(self.linearization, self.reference, self.predictions)
             self.objective = Objective(
                 nn.MSELoss() if loss is None else loss, self.predictions, targets, flat=self.linearization.flat
@@ -94,7 +95,7 @@ class Capture:
                 store_jacobian(self.linearization, self.reference, progress=progress)
                 if jacobian == "stored"
                 else StreamedJacobian(
-                    self.linearization, self.reference, self.predictions, progress=progress, shards=shards
+                    self.linearization, self.reference, self.predictions, progress=progress, processes=processes
                 )
             )
             check_adjoint(self.linearization, self.jacobian, self.predictions)
@@ -110,7 +111,7 @@ class Capture:
         """Outputs of the (non-linear) network at other weights, `(N, K)`: one forward pass over the training set."""
         with preserved_rng():
             return predict(
-                self.linearization, self.reference, params=weights, progress=self.progress, shards=self.shards
+                self.linearization, self.reference, params=weights, progress=self.progress, processes=self.processes
             )
 
     def push_forward(self, tangent: Mapping[str, Tensor]) -> Tensor:
@@ -128,15 +129,15 @@ class Capture:
         return self.objective.value(predictions.detach().cpu(), self.objective.targets).item()
 
 
-def share_buffers(linearization: Linearization, shards: Shards) -> None:
+def share_buffers(linearization: Linearization, processes: Processes) -> None:
     """Gives all processes the buffers of the first one: their batches, and with them running statistics, differ."""
-    if shards.size > 1:
+    if processes.size > 1:
         for buffer in linearization.buffers.values():
-            shards.broadcast_(buffer)
+            processes.broadcast_(buffer)
 
 
 def first_pass(
-    linearization: Linearization, reference: Reference, *, progress: bool, shards: Shards = ALONE
+    linearization: Linearization, reference: Reference, *, progress: bool, processes: Processes = ALONE
 ) -> tuple[Tensor, Tensor, str]:
     """Outputs `(N, K)`, targets and a digest of the whole data set.
 
@@ -144,7 +145,7 @@ def first_pass(
         ValueError: If there are no targets, or if anything is NaN or infinite.
     """
     outputs, targets, digest = [], [], hashlib.blake2b(digest_size=16)
-    own = shards.rows(len(reference))
+    own = processes.rows(len(reference))
     for batch in track(
         _batches_around(reference, own), "initial predictions", total=reference.num_batches, enabled=progress
     ):
@@ -158,7 +159,7 @@ def first_pass(
         if batch.rows.start in own:
             outputs.append(linearization.predict(batch.inputs))
             _require_finite("initial outputs", outputs[-1], batch.rows)
-    return join_outputs(outputs, linearization, reference, shards), torch.cat(targets), digest.hexdigest()
+    return join_outputs(outputs, linearization, reference, processes), torch.cat(targets), digest.hexdigest()
 
 
 def _batches_around(reference: Reference, own: range) -> Iterator[Batch]:
@@ -191,7 +192,7 @@ def training_kernel(given: Tensor | None, capture: Capture, *, dtype: torch.dtyp
         if not torch.allclose(kernel, kernel.T, rtol=1e-3, atol=1e-4 * kernel.abs().max().item()):
             raise ValueError("Expected argument `ntk` to be symmetric, the kernel of the training set with itself.")
     elif isinstance(jacobian, StoredJacobian):
-        kernel = contract(jacobian.blocks, jacobian.blocks, dtype).to(capture.device)
+        kernel = mirror_upper_(contract(jacobian.blocks, jacobian.blocks, dtype)).to(capture.device)
     else:
         kernel = compute_kernel(
             linearization,
@@ -199,7 +200,7 @@ def training_kernel(given: Tensor | None, capture: Capture, *, dtype: torch.dtyp
             dtype=dtype,
             device=capture.device,
             progress=capture.progress,
-            shards=capture.shards,
+            processes=capture.processes,
         )
     # A kernel computed earlier may come from float32 passes whatever its type is now.
     computed = linearization.dtype if given is None else torch.float32

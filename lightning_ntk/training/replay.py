@@ -19,7 +19,7 @@ from torch import Tensor
 from lightning_ntk.dynamics.sgd import LinearSGD, SGDSettings
 from lightning_ntk.linearization.objective import Objective
 from lightning_ntk.utilities.contexts import full_precision
-from lightning_ntk.utilities.distributed import ALONE, Shards
+from lightning_ntk.utilities.distributed import ALONE, Processes
 
 DecayToward = Literal["zero", "initial"]
 
@@ -43,7 +43,7 @@ class Replay:
         decay_toward: Where weight decay pulls the weights: "zero", as `torch.optim.SGD` does, or "initial", to w0.
         initial_image: J w0, `(N, K)`. Needed for weight decay toward zero only.
         momentum_image: J b0, `(N, K)`, if the optimizer had a momentum buffer b0 at capture.
-        shards: The processes whose gradients a step averages, as distributed training does; each accumulates its own batches.
+        processes: The processes whose gradients a step averages, as distributed training does; each accumulates its own batches.
 
     Raises:
         ValueError: If shapes do not match, or `initial_image` is given for decay toward the initial weights.
@@ -68,7 +68,7 @@ class Replay:
         decay_toward: DecayToward = "zero",
         initial_image: Tensor | None = None,
         momentum_image: Tensor | None = None,
-        shards: Shards = ALONE,
+        processes: Processes = ALONE,
     ) -> None:
         if predictions.dim() != 2 or kernel.shape != (predictions.numel(), predictions.numel()):
             raise ValueError(
@@ -84,7 +84,7 @@ class Replay:
             )
         self.num_samples, self.num_outputs = predictions.shape
         self._objective = objective
-        self._shards = shards
+        self._processes = processes
         self._products = _KernelProducts(kernel, *predictions.shape)
         self._decays_from_initial = decay_toward == "initial"
         self._carries_initial = initial_image is not None
@@ -169,8 +169,8 @@ class Replay:
         image = self._products.image(rows, gradients)
         index = rows.to(image.device, non_blocking=True)
         coefficients = torch.zeros_like(image).index_add_(0, index, gradients)
-        if self._shards.size > 1:
-            coefficients, image = self._shards.sum_(torch.stack([coefficients, image])) / self._shards.size
+        if self._processes.size > 1:
+            coefficients, image = self._processes.sum_(torch.stack([coefficients, image])) / self._processes.size
         if clip_norm is not None:
             norm = (coefficients * image).sum().clamp_min(0).sqrt()
             factor = (clip_norm / (norm + 1e-6)).clamp(max=1)

@@ -105,7 +105,7 @@ class Scaling:
                 dtype=dtype,
                 device=capture.device,
                 progress=capture.progress,
-                shards=capture.shards,
+                processes=capture.processes,
             )
             total = part if total is None else total.add_(part)
         assert total is not None

@@ -72,7 +72,7 @@ def solve(
     if not (problem.kernel_given or problem.jacobian_stored):
         kernel_operations, forward_operations = count_operations(linearization, capture.reference)
         problem = problem._replace(kernel_operations=kernel_operations, forward_operations=forward_operations)
-    free = capture.shards.free_memory("cpu", capture.device)
+    free = capture.processes.free_memory("cpu", capture.device)
     choice = choose_solver(problem, solver=solver, matrix_free=matrix_free, free_memory=free)
     _log.info("%s", choice.reason)
     kernel: Tensor | None = None
@@ -86,7 +86,7 @@ def solve(
     jacobian = capture.jacobian if scaling is None else scaling.capture.jacobian
     modes = solve_by_lanczos(
         jacobian, kernel, vectors, tolerance=tolerance, max_products=choice.max_products,
-        expected=expected_products(problem.rows, horizon) if capture.progress else None, shards=capture.shards,
+        expected=expected_products(problem.rows, horizon) if capture.progress else None, processes=capture.processes,
     )  # fmt: skip
     return Solution(modes, kernel, choice.reason)
 

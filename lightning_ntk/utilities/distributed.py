@@ -15,7 +15,7 @@ from lightning_ntk.utilities.memory import available_memory
 
 
 @dataclass(frozen=True)
-class Shards:
+class Processes:
     r"""One of the processes among which passes over a data set are divided, or the only one.
 
     Every process reads its own rows, and sums put the parts together, so that all hold the same numbers. All processes must
@@ -35,7 +35,7 @@ class Shards:
     device: torch.device | None = None
 
     @classmethod
-    def of_process_group(cls, device: torch.device) -> "Shards":
+    def of_process_group(cls, device: torch.device) -> "Processes":
         """Those of the default process group; all of its processes must ask.
 
         Args:
@@ -143,24 +143,24 @@ class Shards:
             tensor.copy_(exchanged)
 
 
-ALONE = Shards()
+ALONE = Processes()
 """The only process."""
 
 
-def sum_over(shards: Shards, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def sum_over(processes: Processes, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The sums over the processes of tensors of one type and device, in one exchange; of one process, the tensors."""
-    if shards.size == 1:
+    if processes.size == 1:
         return dict(tensors)
-    flat = shards.sum_(torch.cat([value.flatten() for value in tensors.values()]))
+    flat = processes.sum_(torch.cat([value.flatten() for value in tensors.values()]))
     parts = torch.split(flat, [value.numel() for value in tensors.values()])
     return {name: part.view(value.shape) for part, (name, value) in zip(parts, tensors.items(), strict=True)}
 
 
-def mean_over(shards: Shards, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def mean_over(processes: Processes, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The means over the processes, as `sum_over`."""
-    if shards.size == 1:
+    if processes.size == 1:
         return dict(tensors)
-    return {name: value / shards.size for name, value in sum_over(shards, tensors).items()}
+    return {name: value / processes.size for name, value in sum_over(processes, tensors).items()}
 
 
 def _describe(error: Exception) -> tuple[bytes, str]:

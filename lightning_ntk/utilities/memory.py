@@ -9,6 +9,8 @@ from torch import Tensor
 
 # Bytes of a matrix from which huge pages pay.
 _HUGE_PAGES_FROM = 1 << 26
+# Rows of a matrix that are mirrored at a time, so that no copy of all of it is made.
+_MIRRORED_ROWS = 512
 
 
 def available_memory(device: torch.device | str = "cpu") -> int:
@@ -40,6 +42,19 @@ def empty_matrix(rows: int, columns: int, *, dtype: torch.dtype, device: torch.d
     with suppress(OSError):  # advice only: a system without huge pages declines it
         memory.madvise(mmap.MADV_HUGEPAGE)
     return torch.frombuffer(memory, dtype=dtype).view(rows, columns)
+
+
+def mirror_upper_(matrix: Tensor) -> Tensor:
+    """Copies the upper triangle of a square matrix into the lower one, in place.
+
+    A product X X^T is not symmetric to the last bit under every BLAS.
+    """
+    for start in range(0, len(matrix), _MIRRORED_ROWS):
+        stop = min(start + _MIRRORED_ROWS, len(matrix))
+        square = matrix[start:stop, start:stop]
+        square.copy_(square.triu() + square.triu(1).T)
+        matrix[stop:, start:stop] = matrix[start:stop, stop:].T
+    return matrix
 
 
 def format_bytes(size: float) -> str:

@@ -20,7 +20,7 @@ from torch.utils.data.distributed import DistributedSampler
 from lightning_ntk import LinearizationMonitor, LinearizedTraining
 from lightning_ntk.kernel import compute_kernel
 from lightning_ntk.training.problem import Capture
-from lightning_ntk.utilities.distributed import Shards
+from lightning_ntk.utilities.distributed import Processes
 from tests.problems import ConvNet, Unused, make, mlp
 
 PROCESSES = 2
@@ -190,12 +190,12 @@ COMPARED: dict[str, Callable[[int], dict[str, Any]]] = {
 }  # fmt: skip
 
 
-def solvers(shards: Shards) -> dict[str, Any]:
+def solvers(processes: Processes) -> dict[str, Any]:
     """Weights by every solver, and kernels by every method and memory limit."""
     results: dict[str, Any] = {}
     for network in ("mlp", "conv"):
         module, inputs, targets = make(network, samples=11)
-        capture = Capture(module, (inputs, targets), batch_size=2, shards=shards)
+        capture = Capture(module, (inputs, targets), batch_size=2, processes=processes)
         for name, options in {
             "eigh": {"solver": "eigh"},
             "Lanczos on the kernel": {"solver": "lanczos", "matrix_free": False},
@@ -207,17 +207,17 @@ def solvers(shards: Shards) -> dict[str, Any]:
         for method in ("structured", "contraction"):
             for limit in (2**30, 2**14):
                 results[f"{network} {method} {limit}"] = compute_kernel(
-                    capture.linearization, capture.reference, method=method, memory_limit=limit, shards=shards
+                    capture.linearization, capture.reference, method=method, memory_limit=limit, processes=processes
                 )
         results[f"{network} two sets"] = compute_kernel(
-            capture.linearization, capture.reference, capture.reference.subset([3, 1, 9]), shards=shards
+            capture.linearization, capture.reference, capture.reference.subset([3, 1, 9]), processes=processes
         )
     # More processes than samples.
     module, inputs, targets = make("mlp", samples=1)
-    training = LinearizedTraining(Capture(module, (inputs, targets), shards=shards), lr=0.05)
+    training = LinearizedTraining(Capture(module, (inputs, targets), processes=processes), lr=0.05)
     results["one sample"] = torch.cat([w.flatten() for w in training.weights(30).values()])
     single = {name: value.float() for name, value in results.items() if "structured" in name}
-    rounded = [shards.sum_(value.clone()) for value in single.values()]
+    rounded = [processes.sum_(value.clone()) for value in single.values()]
     results["sums in float32"] = torch.stack([value.sum() for value in rounded])
     return results
 
@@ -284,7 +284,7 @@ def main(cases: str, folder: Path) -> None:
         results = {name: case(PROCESSES) for name, case in COMPARED.items()}
     else:
         results["unchanged"] = unchanged_weights()
-        results["solvers"] = solvers(Shards.of_process_group(torch.device("cpu")))
+        results["solvers"] = solvers(Processes.of_process_group(torch.device("cpu")))
         results["failures"] = failures()
     torch.save(results, folder / f"{dist.get_rank()}.pt")
 

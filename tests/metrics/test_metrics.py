@@ -257,7 +257,7 @@ def _metric_in_one_of_two_processes(rank: int, directory: Path) -> None:
     problem = Problem()
     shared, sharded = problem.collection(), problem.collection()
     shared.update(**problem.arguments())
-    # Uneven shards: one process has two batches and the other has one.
+    # Uneven processes: one process has two batches and the other has one.
     for rows in [[slice(0, 4), slice(4, 8)], [slice(8, 11)]][rank]:
         sharded.update(**problem.arguments(rows))
     results = {"shared": as_numbers(shared.compute()), "sharded": as_numbers(sharded.compute())}
