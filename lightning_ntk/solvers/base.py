@@ -1,17 +1,14 @@
 """Eigen-modes of the kernel, and the residual in their basis."""
 
-import time
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from lightning_ntk.utilities.progress import wait_for
+from lightning_ntk.utilities.progress import track_operations
 
-# Rows from which a decomposition takes longer than a second on one core, ...
+# Rows from which a decomposition takes longer than a second on one core.
 _ROWS_OF_SECONDS = 2000
-# ... and of the one that is timed to say how long it will take, some hundredths of a second.
-_TRIAL_ROWS = 512
 
 
 @dataclass(frozen=True)
@@ -65,18 +62,8 @@ def eigh_modes(kernel: Tensor, *vectors: Tensor, progress: bool = False) -> tupl
     Returns:
         For each vector the modes, m = N K of them: the same but for its coefficients.
     """
-    eigenvalues, basis = _eigh(kernel.detach().cpu().double(), progress=progress)
+    matrix = kernel.detach().cpu().double()
+    shown = progress and len(matrix) >= _ROWS_OF_SECONDS
+    with track_operations("eigendecomposition of the kernel", total=None, enabled=shown):
+        eigenvalues, basis = torch.linalg.eigh(matrix)
     return tuple(Modes(eigenvalues, basis, basis.T @ vector.detach().cpu().double()) for vector in vectors)
-
-
-def _eigh(matrix: Tensor, *, progress: bool) -> tuple[Tensor, Tensor]:
-    if len(matrix) < _ROWS_OF_SECONDS:
-        values, vectors = torch.linalg.eigh(matrix)
-        return values, vectors
-    started = time.perf_counter()
-    torch.linalg.eigh(matrix[:_TRIAL_ROWS, :_TRIAL_ROWS])
-    expected = (time.perf_counter() - started) * (len(matrix) / _TRIAL_ROWS) ** 3
-    values, vectors = wait_for(
-        lambda: torch.linalg.eigh(matrix), "eigendecomposition of the kernel", seconds=expected, enabled=progress
-    )
-    return values, vectors
