@@ -27,7 +27,7 @@ from lightning_ntk.linearization.objective import Objective
 from lightning_ntk.linearization.parameters import Tensors, trainable_parameters
 from lightning_ntk.training.base import Follower, ModesFollower, ReplayFollower, StepSettings, TwinFollower
 from lightning_ntk.training.linearized_training import LinearizedTraining
-from lightning_ntk.training.problem import Capture, share_buffers
+from lightning_ntk.training.problem import Capture
 from lightning_ntk.utilities.contexts import preserved_rng
 from lightning_ntk.utilities.distributed import ALONE, Processes, mean_over
 
@@ -266,7 +266,7 @@ class Observation:
         linearization = Linearization(module, predict=self._options.predict, dtype=self._options.dtype)
         if self._start is not None:
             linearization.load_state_dict(self._start)
-        share_buffers(linearization, self._processes)
+        linearization.share_buffers(self._processes)
         return linearization
 
     def _capture(self, module: nn.Module, data: Data) -> Capture:

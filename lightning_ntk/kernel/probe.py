@@ -9,7 +9,6 @@ from torch import Tensor
 from lightning_ntk.data.reference import Reference
 from lightning_ntk.functional.kernels import kernel_distance, kernel_sums
 from lightning_ntk.kernel import compute_kernel
-from lightning_ntk.linearization.jacobian import wide_dtype
 from lightning_ntk.linearization.linearization import Linearization
 
 
@@ -62,8 +61,7 @@ class KernelProbe:
         for name, value in weights.items():
             if not value.isfinite().all():
                 raise ValueError(f"Expected finite weights but `{name}` holds NaN or infinity: it has no kernel.")
-        summed = wide_dtype(self._linearization.device)
-        return compute_kernel(self._linearization.at(weights), self._reference, dtype=summed).cpu().double()
+        return compute_kernel(self._linearization.at(weights), self._reference, dtype=torch.float64).cpu()
 
     def compare(self, weights: Mapping[str, Tensor], step: float | None = None) -> dict[str, float]:
         r"""How far the kernel at `weights` is from the initial one, and how fast it moves.

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lightning_ntk.linearization.jacobian import Jacobian, wide_dtype
+from lightning_ntk.linearization.jacobian import Jacobian
 from lightning_ntk.solvers.base import Modes
 from lightning_ntk.utilities.contexts import preserved_rng
 from lightning_ntk.utilities.distributed import ALONE, Processes
@@ -199,8 +199,3 @@ def jacobian_product(jacobian: Jacobian, shape: torch.Size) -> Product:
         return torch.stack(pushed).flatten(1).to(vectors)
 
     return product
-
-
-def vector_device(device: torch.device) -> torch.device:
-    """Where Lanczos vectors live: with the kernel, or on the CPU if its device has no float64."""
-    return device if wide_dtype(device) == torch.float64 else torch.device("cpu")

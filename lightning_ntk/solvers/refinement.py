@@ -9,15 +9,7 @@ from torch import Tensor
 from lightning_ntk.dynamics.error_bounds import ErrorBound
 from lightning_ntk.linearization.jacobian import Jacobian
 from lightning_ntk.solvers.base import Modes, eigh_modes
-from lightning_ntk.solvers.lanczos import (
-    Lanczos,
-    LanczosModes,
-    Product,
-    extend,
-    jacobian_product,
-    kernel_product,
-    vector_device,
-)
+from lightning_ntk.solvers.lanczos import Lanczos, LanczosModes, Product, extend, jacobian_product, kernel_product
 from lightning_ntk.utilities.distributed import ALONE, Processes
 from lightning_ntk.utilities.progress import track_operations
 
@@ -178,8 +170,7 @@ def solve_by_lanczos(
     if kernel is None:
         product, device = jacobian_product(jacobian, vectors[0].shape), vectors[0].device
     else:
-        device = vector_device(kernel.device)
-        product = kernel_product(kernel.to(device), processes)
+        product, device = kernel_product(kernel, processes), kernel.device
     flat = [vector.flatten().to(device) for vector in vectors]
     return LanczosSolver(
         product, flat, tolerance=tolerance, max_products=max_products, expected=expected, processes=processes

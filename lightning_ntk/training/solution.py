@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lightning_ntk.kernel import count_operations
-from lightning_ntk.linearization.jacobian import StoredJacobian, wide_dtype
+from lightning_ntk.linearization.jacobian import StoredJacobian
 from lightning_ntk.solvers.refinement import CompleteModes, ModalSolver, solve_by_lanczos
 from lightning_ntk.solvers.selection import Problem, Solver, choose_solver, expected_products
 from lightning_ntk.training.problem import Capture, training_kernel
@@ -79,7 +79,7 @@ def solve(
     if not choice.matrix_free:
         # Summed in float32, the kernel puts the weights off by 2e-5 at eta * t * lambda_max = 1e4; in float64 by 3e-6.
         # Lanczos is for kernels whose size matters more than that.
-        summed = wide_dtype(capture.device) if choice.solver == "eigh" else linearization.dtype
+        summed = torch.float64 if choice.solver == "eigh" else linearization.dtype
         kernel = _kernel(capture, scaling, ntk, summed)
         if choice.solver == "eigh":
             return Solution(CompleteModes(kernel, vectors, progress=capture.progress), kernel, choice.reason)
