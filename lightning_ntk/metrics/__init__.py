@@ -1,8 +1,9 @@
-"""The distances as `torchmetrics.Metric` classes: alone, in a `MetricCollection`, and over several processes.
+"""The distances as `torchmetrics.Metric` classes.
 
-The classes hold sums; the mathematics is in `lightning_ntk.functional.weights` and `lightning_ntk.functional.kernels`.
+They hold sums. The formulas are those of `lightning_ntk.functional`.
 """
 
+from lightning_ntk.metrics.base import SummedMetric
 from lightning_ntk.metrics.kernels import KernelChange, KernelDistance, KernelTargetAlignment
 from lightning_ntk.metrics.predictions import PredictionRMSE, TaylorGap
 from lightning_ntk.metrics.weights import Displacement, WeightCosine, WeightDistance, WeightNormRatio
@@ -13,6 +14,7 @@ __all__ = [
     "KernelDistance",
     "KernelTargetAlignment",
     "PredictionRMSE",
+    "SummedMetric",
     "TaylorGap",
     "WeightCosine",
     "WeightDistance",

@@ -1,4 +1,4 @@
-"""The outputs of the linearized network against those of the trained one."""
+"""Outputs of the linearized network over outputs of the trained one."""
 
 import math
 from collections.abc import Sequence
@@ -6,32 +6,34 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from lightning_ntk.functional.weights import require_same_shape, root_mean_square
+from lightning_ntk.functional.predictions import prediction_rmse
+from lightning_ntk.functional.weights import require_same_shape
 from lightning_ntk.plots.style import GREY, TRAINED, new_figure, tidy
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-# Outputs up to which each has a panel of its own.
+# With more outputs than this, all share one panel.
 _MOST_PANELS = 12
-# Points of one panel from which they are drawn as a density.
+# With more points than this, a panel shows their density.
 _MANY_POINTS = 3000
 
 
 def plot_predictions(
     outputs: Tensor, linearized_outputs: Tensor, *, names: Sequence[str] | None = None, title: str | None = None
 ) -> "tuple[Figure, Any]":
-    """Outputs of the linearized network against those of the trained one; on the diagonal they agree.
+    """Draws outputs of the linearized network over those of the trained one.
+
+    They agree on the diagonal. The title of each panel gives their root mean square difference.
 
     Args:
-        outputs: Of the trained network, `(N, K)`.
-        linearized_outputs: Of the linearized network at the same time, `(N, K)`.
-        names: Of the K outputs. Default: their numbers.
-        title: Written above the figure.
+        outputs: Outputs of the trained network, `(N, K)`.
+        linearized_outputs: Outputs of the linearized network at the same time, `(N, K)`.
+        names: Names of the K outputs. Default: their numbers.
+        title: Title of the figure.
 
     Returns:
-        The figure and its axes: one panel for each output, or a single one for all of them if there are more than twelve. The
-        root mean square difference is written in each.
+        The figure and its axes: one panel for each output, or a single panel for more than twelve.
 
     Raises:
         ValueError: If the shapes differ or are not `(N, K)`, or if there are not K names.
@@ -61,8 +63,8 @@ def plot_predictions(
         axis.axline((0, 0), slope=1, color=GREY, linewidth=1)
         _draw(axis, real[:, k], predicted[:, k], (low - margin, high + margin))
         axis.set(xlim=(low - margin, high + margin), ylim=(low - margin, high + margin), aspect="equal")
-        rms = root_mean_square(real[:, k] - predicted[:, k])
-        axis.set_title(f"{label}  rms {rms:.2g}".strip(), fontsize=9)
+        rmse = prediction_rmse(real[:, k], predicted[:, k])
+        axis.set_title(f"{label}  rms {rmse:.2g}".strip(), fontsize=9)
         tidy(axis)
     for axis in grid[len(labels) :]:
         axis.set_visible(False)

@@ -10,7 +10,7 @@ from lightning_ntk.plots.style import GREY, PALETTE, TRAINED, new_figure, step_a
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-# More curves than these in one panel cannot be told apart.
+# More curves in one panel cannot be told apart.
 _MOST_CURVES = 6
 _MARKERS = "osD^vP"
 _DEFAULT_SCALARS = ("relative_weight_distance", "prediction_rmse", "loss")
@@ -19,15 +19,15 @@ _DEFAULT_SCALARS = ("relative_weight_distance", "prediction_rmse", "loss")
 def plot_runs(
     runs: Sequence[tuple[str, History]], scalars: Sequence[str] | None = None, title: str | None = None
 ) -> "tuple[Figure, Any]":
-    """The same scalars of several runs, over optimizer steps.
+    """Draws the same scalars of several runs over optimizer steps.
 
-    Up to six runs share a panel for each scalar. More get a panel each, for the first scalar only, in which all others are gray.
+    Up to six runs share a panel for each scalar. More runs get a panel each, with the first scalar only and the other runs
+    in gray.
 
     Args:
         runs: Label and history of each run.
-        scalars: Which ones, by their keys in the histories. Default: "relative_weight_distance", "prediction_rmse" and "loss"
-            where they were measured.
-        title: Written above the figure.
+        scalars: Names of the scalars. Default: "relative_weight_distance", "prediction_rmse" and "loss", if measured.
+        title: Title of the figure.
 
     Returns:
         The figure and its axes, one for each scalar or one for each run.
@@ -96,5 +96,5 @@ def _finish(axis: Any, key: str, points: Sequence[tuple[Sequence[float], Sequenc
 
 
 def _starts_at_zero(key: str) -> bool:
-    """Whether the scalar says nothing at step 0."""
+    """Whether the scalar is zero by definition at step 0."""
     return key not in ("loss", "linearized_loss", "accuracy", "linearized_accuracy", "taylor_accuracy")

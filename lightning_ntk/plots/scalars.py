@@ -1,5 +1,6 @@
-"""Scalars over optimizer steps."""
+"""Scalars over optimizer steps, and values of a metric."""
 
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from lightning_ntk.plots.history import LABELS, History, require_any, series
@@ -8,6 +9,7 @@ from lightning_ntk.plots.style import (
     LINEARIZED_LINE,
     TAYLOR_LINE,
     TRAINED_LINE,
+    new_figure,
     panels,
     step_axis,
     tidy,
@@ -15,24 +17,19 @@ from lightning_ntk.plots.style import (
 )
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-
-_KERNEL_TITLES = {
-    "kernel_distance": "How far the kernel has turned",
-    "kernel_change": "How much the kernel has changed",
-    "kernel_velocity": "How fast it turns, per step",
-}
 
 
 def plot_history(history: History, title: str | None = None) -> "tuple[Figure, Any]":
-    """Distance between the trained and the linearized weights, and the losses of both, over optimizer steps.
+    """Draws the distance between both networks' weights, and both losses.
 
     Args:
-        history: Rows with "step", and "relative_weight_distance", "loss" and "linearized_loss" or some of them.
-        title: Written above the figure.
+        history: Rows with "step" and any of "relative_weight_distance", "loss" and "linearized_loss".
+        title: Title of the figure.
 
     Returns:
-        The figure and its axes: of the distance and of the losses, where they were measured.
+        The figure and its axes: the distance and the losses, where they were measured.
 
     Raises:
         ValueError: If the history is empty or has none of these scalars.
@@ -41,35 +38,26 @@ def plot_history(history: History, title: str | None = None) -> "tuple[Figure, A
     present = require_any(history, ["relative_weight_distance", "loss", "linearized_loss"])
     has_distance = "relative_weight_distance" in present
     has_loss = present[-1] != "relative_weight_distance"
-    figure, axes = panels(has_distance + has_loss)
-    steps = [row["step"] for row in history]
+    figure, axes = panels(has_distance + has_loss, title)
     if has_distance:
-        distance = axes[0]
-        moved = series(history, "relative_weight_distance", after_start=True)
-        distance.plot(*moved, **TRAINED_LINE)
-        distance.set_ylabel(LABELS["relative_weight_distance"])
-        distance.set_title("How far the weights leave the linearized path", fontsize=10)
-        step_axis(distance, steps)
         # After one full-batch step the distance is zero to rounding.
-        value_axis(distance, moved[1], negligible=1e-4)
+        _draw(axes[0], history, {"relative_weight_distance": None}, after_start=True, negligible=1e-4)
+        axes[0].set_title("How far the weights leave the linearized path", fontsize=10)
     if has_loss:
-        _plot_pair(axes[-1], history, {"loss": "trained network", "linearized_loss": "linearized network"})
-        axes[-1].set_ylabel(LABELS["loss"])
+        _draw(axes[-1], history, {"loss": "trained network", "linearized_loss": "linearized network"})
         axes[-1].set_title("Loss of both networks", fontsize=10)
-    if title:
-        figure.suptitle(title, fontsize=11)
     return figure, axes
 
 
 def plot_accuracies(history: History, title: str | None = None) -> "tuple[Figure, Any]":
-    """Accuracies of the trained network, of the linearized one, and of the expansion at the trained weights.
+    """Draws the accuracies of the trained, the linearized and the expanded network.
 
     Args:
-        history: Rows with "step", and "accuracy", "linearized_accuracy" and "taylor_accuracy" or some of them, from 0 to 1.
-        title: Written above the figure.
+        history: Rows with "step" and any of "accuracy", "linearized_accuracy" and "taylor_accuracy", from 0 to 1.
+        title: Title of the figure.
 
     Returns:
-        The figure and its only axes, which are in percent.
+        The figure and its only axes.
 
     Raises:
         ValueError: If the history is empty or has none of these scalars.
@@ -82,100 +70,141 @@ def plot_accuracies(history: History, title: str | None = None) -> "tuple[Figure
     }
     require_any(history, list(networks))
     figure, (axis,) = panels(1, width=5.4)
-    percent = [
-        {key: value if key == "step" else 100 * value for key, value in row.items() if key in networks or key == "step"}
-        for row in history
-    ]
-    _plot_pair(axis, percent, networks, logarithmic=False)
-    axis.set_ylabel("accuracy on the reference set (%)")
+    from matplotlib.ticker import PercentFormatter
+
+    _draw(axis, history, networks, logarithmic=False)
+    axis.yaxis.set_major_formatter(PercentFormatter(1))
     axis.set_title(title or "How much is classified correctly", fontsize=10)
-    axis.set_ylim(bottom=max(0.0, axis.get_ylim()[0]), top=min(101.0, axis.get_ylim()[1] + 1))
+    axis.set_ylim(bottom=max(0.0, axis.get_ylim()[0]), top=min(1.01, axis.get_ylim()[1] + 0.01))
     return figure, axis
 
 
 def plot_kernel(history: History, title: str | None = None) -> "tuple[Figure, Any]":
-    """How far the kernel is from the initial one, how much it changed and how fast it moves, over optimizer steps.
+    """Draws how far the kernel has turned, changed, and how fast it moves.
 
     Args:
-        history: Rows with "step", and "kernel_distance", "kernel_change" and "kernel_velocity" or some of them.
-        title: Written above the figure.
+        history: Rows with "step" and any of "kernel_distance", "kernel_change" and "kernel_velocity".
+        title: Title of the figure.
 
     Returns:
-        The figure and its axes, one for each of the scalars that were measured.
+        The figure and one axes for each scalar that was measured.
 
     Raises:
         ValueError: If the history is empty or has none of these scalars.
         ModuleNotFoundError: If matplotlib is not installed.
     """
-    present = require_any(history, list(_KERNEL_TITLES))
-    figure, axes = panels(len(present))
+    titles = {
+        "kernel_distance": "How far the kernel has turned",
+        "kernel_change": "How much the kernel has changed",
+        "kernel_velocity": "How fast it turns, per step",
+    }
+    present = require_any(history, list(titles))
+    figure, axes = panels(len(present), title)
+    moved = [row for row in history if row["step"] > 0]
     for axis, key in zip(axes, present, strict=True):
-        steps, values = series(history, key, after_start=True)
-        axis.plot(steps, values, **TRAINED_LINE)
-        axis.set_ylabel(LABELS[key])
-        axis.set_title(_KERNEL_TITLES[key], fontsize=10)
-        step_axis(axis, steps)
-        value_axis(axis, values, negligible=1e-8)
-    if title:
-        figure.suptitle(title, fontsize=11)
+        _draw(axis, moved, {key: None}, negligible=1e-8)
+        axis.set_title(titles[key], fontsize=10)
     return figure, axes
 
 
 def plot_effective_time(history: History, title: str | None = None) -> "tuple[Figure, Any]":
-    """At which time the linearized network is closest to the trained one, and how close.
+    """Draws when the linearized network comes closest to the trained one, and how close.
 
     Args:
-        history: Rows with "step", "closest_time" and "closest_distance", and where measured "relative_weight_distance" and
-            "distance_floor"; all distances relative to the displacement of the trained weights.
-        title: Written above the figure.
+        history: Rows with "step", "closest_time" and "closest_distance", and optionally "relative_weight_distance" and
+            "distance_floor". Distances are relative to the displacement of the trained weights.
+        title: Title of the figure.
 
     Returns:
-        The figure and its two axes: of the time and of the distances.
+        The figure and its two axes: the time and the distances.
 
     Raises:
         ValueError: If the history is empty or has no closest time.
         ModuleNotFoundError: If matplotlib is not installed.
     """
     require_any(history, ["closest_time"])
-    figure, (time, distance) = panels(2)
-    moved, closest = series(history, "closest_time", after_start=True)
-    time.plot(moved, moved, color=GREY, linewidth=1, label="as fast as the linearized network")
-    time.plot(moved, closest, **TRAINED_LINE, label="trained network")
-    time.set_ylabel(LABELS["closest_time"])
+    figure, (time, distance) = panels(2, title)
+    moved = [row for row in history if row["step"] > 0]
+    steps, _ = series(moved, "closest_time")
+    time.plot(steps, steps, color=GREY, linewidth=1, label="as fast as the linearized network")
+    _draw(time, moved, {"closest_time": "trained network"})
     time.set_title("How far along the linearized path the run is", fontsize=10)
-    time.legend(frameon=False)
-    step_axis(time, moved)
-    value_axis(time, closest)
-    drawn: list[float] = []
-    for key, label, line in (
-        ("relative_weight_distance", "at the same step", TRAINED_LINE),
-        ("closest_distance", "at the closest time", LINEARIZED_LINE),
-        ("distance_floor", "smallest in the span of $J^\\top$", TAYLOR_LINE),
-    ):
-        points = series(history, key, after_start=True)
-        if points[0]:
-            distance.plot(*points, **line, label=label)
-            drawn += points[1]
+    distances = {
+        "relative_weight_distance": "at the same step",
+        "closest_distance": "at the closest time",
+        "distance_floor": "smallest in the span of $J^\\top$",
+    }
+    _draw(distance, moved, distances, negligible=1e-4)
     distance.set_ylabel("weight distance / displacement")
     distance.set_title("What of the distance is only a matter of time", fontsize=10)
-    distance.legend(frameon=False)
-    step_axis(distance, moved)
-    value_axis(distance, drawn, negligible=1e-4)
-    if title:
-        figure.suptitle(title, fontsize=11)
     return figure, (time, distance)
 
 
-def _plot_pair(axis: Any, history: History, labels: dict[str, str], *, logarithmic: bool = True) -> None:
+def plot_values(
+    values: Sequence[float],
+    label: str,
+    ax: "Axes | None" = None,
+    *,
+    bounds: tuple[float | None, float | None] = (None, None),
+) -> "tuple[Figure, Axes]":
+    """Draws successive values of one quantity, or one value with its number.
+
+    Args:
+        values: The values, in the order in which they were measured.
+        label: Label of the vertical axis.
+        ax: Axes to draw on. Default: the axes of a new figure.
+        bounds: The smallest and the largest possible value, if there are; each is a gray line where it is in view.
+
+    Returns:
+        The figure and its axes.
+
+    Raises:
+        ValueError: If there are no values.
+        ModuleNotFoundError: If matplotlib is not installed.
+    """
+    if not values:
+        raise ValueError("Expected at least one value to plot but got none.")
+    if ax is None:
+        ax = new_figure(4.6, 3.6).subplots()
+    ax.plot(range(1, len(values) + 1), values, **TRAINED_LINE)  # type: ignore[arg-type]
+    ax.set_ylabel(label)
+    if len(values) == 1:
+        ax.annotate(f"{values[0]:.4g}", (1, values[0]), xytext=(8, 0), textcoords="offset points", va="center")
+        ax.set_xticks([])
+    else:
+        ax.set_xlabel("measurement")
+        ax.locator_params(axis="x", integer=True)
+    value_axis(ax, values)
+    low, high = ax.get_ylim()
+    for bound in bounds:
+        if bound is not None and low <= bound <= high:
+            ax.axhline(bound, color=GREY, linewidth=1, zorder=1)
+    figure = ax.get_figure(root=True)
+    assert figure is not None
+    return figure, ax
+
+
+def _draw(
+    axis: Any,
+    history: History,
+    curves: Mapping[str, str | None],
+    *,
+    after_start: bool = False,
+    negligible: float = 0.0,
+    logarithmic: bool = True,
+) -> None:
+    """Draws scalars over steps, with a legend of those that have a label; the axis is named after the first."""
     drawn: list[float] = []
-    for (key, label), line in zip(labels.items(), (TRAINED_LINE, LINEARIZED_LINE, TAYLOR_LINE), strict=False):
-        points = series(history, key)
-        if points[0]:
-            axis.plot(*points, **line, label=label)
-            drawn += points[1]
-    axis.legend(frameon=False)
+    for (key, label), line in zip(curves.items(), (TRAINED_LINE, LINEARIZED_LINE, TAYLOR_LINE), strict=False):
+        steps, values = series(history, key, after_start=after_start)
+        if steps:
+            axis.plot(steps, values, **line, label=label)
+            drawn += values
+    axis.set_ylabel(LABELS[next(iter(curves))])
+    if any(curves.values()):
+        axis.legend(frameon=False)
     step_axis(axis, [row["step"] for row in history])
     if logarithmic:
-        value_axis(axis, drawn)
+        value_axis(axis, drawn, negligible=negligible)
     else:
         tidy(axis)
