@@ -32,30 +32,25 @@ COMPARED = (
 )  # fmt: skip
 # The charts of TensorBoard's Custom Scalars tab, by title, and the scalars that each overlays.
 _CHARTS = {
-    "loss of the trained and the linearized network": ("loss", "linearized_loss"),
-    "accuracy of the trained, the linearized and the expanded network": (
-        "accuracy", "linearized_accuracy", "taylor_accuracy",
+    "loss": ("loss", "linearized_loss"),
+    "accuracy": ("accuracy", "linearized_accuracy", "taylor_accuracy"),
+    "loss on the evaluation set": ("evaluation/loss", "evaluation/linearized_loss"),
+    "accuracy on the evaluation set": (
+        "evaluation/accuracy", "evaluation/linearized_accuracy", "evaluation/taylor_accuracy",
     ),
     "relative distances": ("relative_weight_distance", "taylor_gap"),
     "weight distance and displacement": ("weight_distance", "displacement"),
     "direction and length of the displacement": ("weight_cosine", "weight_norm_ratio"),
-    "prediction RMSE": ("prediction_rmse",),
-    "how far the kernel has turned": ("kernel_distance",),
-    "how much the kernel has changed": ("kernel_change",),
-    "loss on the evaluation set": ("evaluation/loss", "evaluation/linearized_loss"),
+    "distance and change of the kernel": ("kernel_distance", "kernel_change"),
 }  # fmt: skip
 _DOTS_PER_INCH = 120
 
 
 @rank_zero_only
 def log_charts(loggers: Sequence[Logger], histories: Mapping[str, History]) -> None:
-    """Lays out TensorBoard's Custom Scalars tab: one category for each monitor.
+    """Lays out TensorBoard's Custom Scalars tab: a category for each monitor, with charts of what it measured last.
 
-    The last layout of a run counts, so that a layout of the user's own replaces this one.
-
-    Args:
-        loggers: The Trainer's loggers.
-        histories: The histories of all monitors by name; scalars of their last rows get a chart.
+    The last layout of a run counts: a layout that the user adds later replaces this one.
     """
     layout = {
         name: {
@@ -73,15 +68,9 @@ def log_charts(loggers: Sequence[Logger], histories: Mapping[str, History]) -> N
 
 @rank_zero_only
 def log_hparams(loggers: Sequence[Logger], histories: Mapping[str, History], *, step: int) -> None:
-    """Adds a finished run to TensorBoard's HParams tab, with its last distances as metrics.
+    """Adds a finished run to TensorBoard's HParams tab, with the distances at its last step as metrics.
 
-    The first description of a run counts. A logger with `default_hp_metric=True` has already described it by `hp_metric`
-    alone, so that this is for loggers with `default_hp_metric=False`.
-
-    Args:
-        loggers: The Trainer's loggers.
-        histories: The histories of all monitors by name.
-        step: The last optimizer step. Monitors that did not measure it are left out.
+    The first description of a run counts, and loggers with `default_hp_metric=True` have already given theirs.
     """
     scalars = {
         f"{name}/{tag}": history[-1][tag]
@@ -102,16 +91,13 @@ def figures_of(
     kernel_time: float | None,
     outputs: tuple[Tensor, Tensor] | None,
 ) -> dict[str, Draw]:
-    """The figures of a finished run that have something to draw.
+    """Functions that draw the figures of a finished run, by name.
 
     Args:
-        history: Rows with "step".
+        history: The monitor's history.
         spectrum: Eigenvalues of the kernel, and coefficients of the initial residual along its modes.
-        kernel_time: The time up to which to mark the modes as learned.
-        outputs: Outputs of the trained and of the linearized network.
-
-    Returns:
-        Functions that draw, by the figure's name.
+        kernel_time: The kernel time at the end.
+        outputs: Outputs of the trained and of the linearized network, `(N, K)`.
     """
     over_steps = {
         "history": ("relative_weight_distance", plot_history),
@@ -132,17 +118,7 @@ def figures_of(
 
 @rank_zero_only
 def log_figures(loggers: Sequence[Logger], figures: Mapping[str, Draw], *, name: str, step: int) -> None:
-    """Draws figures for TensorBoard, Weights & Biases and MLflow.
-
-    A figure that cannot be drawn or written is reported, and the next one is drawn. Other loggers get none, and nothing is
-    drawn if there are only others.
-
-    Args:
-        loggers: The Trainer's loggers.
-        figures: Functions that draw, by the figure's name.
-        name: The monitor's name. A figure is logged as `name/figure/...`.
-        step: The optimizer step.
-    """
+    """Draws figures for TensorBoard, Weights & Biases and MLflow, and logs them as `name/figure/...`."""
     loggers = [logger for logger in loggers if isinstance(logger, TensorBoardLogger | WandbLogger | MLFlowLogger)]
     for what, draw in figures.items() if loggers else ():
         with _harmless(f"figure {what!r}"):
@@ -182,5 +158,4 @@ def _rendered(figure: "Figure") -> Any:
 
 def _tensorboard_among(loggers: Sequence[Logger]) -> list[TensorBoardLogger]:
     # Without tensorboard, Lightning writes with tensorboardX, which has neither tab.
-    known = find_spec("tensorboard") is not None
-    return [logger for logger in loggers if known and isinstance(logger, TensorBoardLogger)]
+    return [x for x in loggers if isinstance(x, TensorBoardLogger) and find_spec("tensorboard") is not None]

@@ -19,12 +19,9 @@ def compare_weights(displacement: Tensors, linearized: Tensors, *, per_parameter
     digit at a relative distance of 1e-3.
 
     Args:
-        displacement: w_t - w_0 of the trained network, by parameter name, in float64.
+        displacement: w_t - w_0, by parameter name, in float64.
         linearized: w_lin(t) - w_0.
         per_parameter: Whether to add `parameter/<name>`, the relative distance of each tensor.
-
-    Returns:
-        The scalars of `weight_distances`, and those of each parameter.
     """
     scalars = weight_distances(displacement, linearized)
     if per_parameter:
@@ -34,15 +31,9 @@ def compare_weights(displacement: Tensors, linearized: Tensors, *, per_parameter
 
 
 def outputs_of(data: Capture, weights: Mapping[str, Tensor], network: LinearizedNetwork) -> tuple[Tensor, Tensor]:
-    """Computes the outputs of both networks, `(N, K)` each in float64 on the CPU.
+    """Computes the outputs of the trained and the linearized network, `(N, K)` each in float64 on the CPU.
 
-    Args:
-        data: The data set, captured at w_0.
-        weights: The trained weights w_t.
-        network: The linearized network, with predictions on this data set or with none.
-
-    Returns:
-        The outputs of the trained network and of the linearized one.
+    Predictions that the linearized network already has must be those on this data set.
     """
     linearized = network.predictions
     if linearized is None:

@@ -76,14 +76,11 @@ def kernel_target_alignment(kernel: Tensor, targets: Tensor) -> float:
 
 
 class KernelSums(NamedTuple):
-    """Squared Frobenius norms, scalars that add up over blocks of the kernels."""
+    """Squared Frobenius norms of Theta_t - Theta_0, Theta_0 and Theta_t, which add up over blocks."""
 
     difference: Tensor
-    r""":math:`\|\Theta_t - \Theta_0\|^2`."""
     initial: Tensor
-    r""":math:`\|\Theta_0\|^2`."""
     current: Tensor
-    r""":math:`\|\Theta_t\|^2`."""
 
     @property
     def distance(self) -> Tensor:
@@ -107,16 +104,7 @@ def kernel_sums(initial: Tensor, kernel: Tensor) -> KernelSums:
 
 
 def alignment_sums(kernel: Tensor, row_targets: Tensor, column_targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    r""":math:`y^\top \Theta z`, :math:`\|\Theta\|^2` and :math:`\|y z^\top\|^2` over one block of a kernel, in float64.
-
-    Args:
-        kernel: The block, `(N1 K, N2 K)`.
-        row_targets: Targets y of its rows, `(N1, K)` or `(N1 K,)`.
-        column_targets: Targets z of its columns, `(N2, K)` or `(N2 K,)`.
-
-    Raises:
-        ValueError: If the block does not have one row and one column for each target.
-    """
+    r""":math:`y^\top \Theta z`, :math:`\|\Theta\|^2` and :math:`\|y z^\top\|^2` over one block of a kernel, in float64."""
     rows, columns = (targets.double().flatten() for targets in (row_targets, column_targets))
     if kernel.shape != (len(rows), len(columns)):
         raise ValueError(

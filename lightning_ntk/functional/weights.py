@@ -88,20 +88,16 @@ def norm(weights: Mapping[str, Tensor]) -> float:
 
 
 class WeightSums(NamedTuple):
-    """Inner products of two displacements, scalars that add up over parameters and networks."""
+    """|w_t - w_lin|^2, |w_t - w_0|^2, |w_lin - w_0|^2 and <w_t - w_0, w_lin - w_0>, which add up over parameters."""
 
     distance: Tensor
-    r""":math:`|w_t - w_\text{lin}|^2`."""
     displacement: Tensor
-    """:math:`|w_t - w_0|^2`."""
     linearized: Tensor
-    r""":math:`|w_\text{lin} - w_0|^2`."""
     product: Tensor
-    r""":math:`\langle w_t - w_0, w_\text{lin} - w_0\rangle`."""
 
     @property
     def relative_distance(self) -> Tensor:
-        r""":math:`|w_t - w_\text{lin}| / |w_t - w_0|`; 0 if neither network has moved."""
+        """|w_t - w_lin| / |w_t - w_0|; 0 if neither network has moved."""
         return ratio_of_norms(self.distance, self.displacement)
 
     @property
@@ -112,7 +108,7 @@ class WeightSums(NamedTuple):
 
     @property
     def norm_ratio(self) -> Tensor:
-        r""":math:`|w_\text{lin} - w_0| / |w_t - w_0|`; 1 if neither network has moved."""
+        """|w_lin - w_0| / |w_t - w_0|; 1 if neither network has moved."""
         quotient = ratio_of_norms(self.linearized, self.displacement)
         return torch.where(self.displacement + self.linearized == 0, 1.0, quotient)
 

@@ -1,6 +1,6 @@
 """The distances as `torchmetrics.Metric` classes.
 
-They hold sums. The formulas are those of `lightning_ntk.functional`.
+They hold sums; the formulas are those of `lightning_ntk.functional`. An update raises a ValueError if names or shapes differ.
 """
 
 from lightning_ntk.metrics.base import SummedMetric

@@ -24,15 +24,7 @@ class _KernelMetric(SummedMetric):
         self.add_sums("kernel_sums", 3)
 
     def update(self, initial_kernel: Tensor, kernel: Tensor) -> None:
-        r"""Adds two kernels, or the same block of both, such as the rows of one process.
-
-        Args:
-            initial_kernel: :math:`\Theta_0`, `(N1 K, N2 K)`.
-            kernel: :math:`\Theta_t`, of the same shape.
-
-        Raises:
-            ValueError: If the shapes differ.
-        """
+        """Adds two kernels or the same block of both, `(N1 K, N2 K)` each, such as the rows of one process."""
         self.kernel_sums += torch.stack(kernel_sums(initial_kernel, kernel))
 
 
@@ -103,9 +95,6 @@ class KernelTargetAlignment(SummedMetric):
             kernel: :math:`\Theta_t`, `(N1 K, N2 K)`, with rows in sample-major order.
             targets: Targets of its rows, `(N1, K)` or `(N1 K,)`.
             column_targets: Targets of its columns, `(N2, K)` or `(N2 K,)`. Default: `targets`, for N1 = N2.
-
-        Raises:
-            ValueError: If the kernel does not have one row and one column for each target.
         """
         columns = targets if column_targets is None else column_targets
         self.alignment_sums += torch.stack(alignment_sums(kernel, targets, columns))

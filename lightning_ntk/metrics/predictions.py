@@ -16,8 +16,7 @@ class PredictionRMSE(SummedMetric):
 
     .. math:: \sqrt{\frac{1}{N K} \sum_{n,k} \bigl(f(x_n; w_t) - f_\text{lin}(x_n; t)\bigr)_k^2}
 
-    Differs from `torchmetrics.MeanSquaredError(squared=False)` in that sums are in float64 from the first difference on,
-    and other shapes raise a ValueError with both names.
+    Unlike `torchmetrics.MeanSquaredError(squared=False)`, it subtracts and sums in float64.
 
     Example:
         >>> import torch
@@ -38,15 +37,7 @@ class PredictionRMSE(SummedMetric):
         self.add_sums("error_sums", 2)
 
     def update(self, outputs: Tensor, linearized_outputs: Tensor) -> None:
-        """Adds one batch.
-
-        Args:
-            outputs: Outputs of the trained network, `(B, K)`.
-            linearized_outputs: Outputs of the linearized network at the same time, `(B, K)`.
-
-        Raises:
-            ValueError: If the shapes differ.
-        """
+        """Adds one batch of outputs of both networks at the same time, `(B, K)` each."""
         self.error_sums += torch.stack(error_sums(outputs, linearized_outputs))
 
     def compute(self) -> Tensor:
@@ -86,9 +77,6 @@ class TaylorGap(SummedMetric):
             outputs: :math:`f_t`, outputs of the network at the trained weights, `(B, K)`.
             taylor_outputs: :math:`f_0 + J (w_t - w_0)`, outputs of its linearization at the same weights, `(B, K)`.
             initial_outputs: :math:`f_0`, `(B, K)`.
-
-        Raises:
-            ValueError: If the shapes differ.
         """
         self.taylor_sums += torch.stack(taylor_sums(outputs, taylor_outputs, initial_outputs))
 

@@ -14,6 +14,7 @@ from lightning_ntk.functional.predictions import root_mean
 from lightning_ntk.functional.weights import WeightSums, difference, require_matching, weight_sums
 from lightning_ntk.metrics.base import SummedMetric
 from lightning_ntk.plots.history import LABELS
+from lightning_ntk.utilities.validation import require_choice
 
 
 class _WeightMetric(SummedMetric):
@@ -44,15 +45,7 @@ class _LinearizedWeightMetric(_WeightMetric):
         self.add_sums("weight_updates")
 
     def update(self, weights: Mapping[str, Tensor], linearized_weights: Mapping[str, Tensor]) -> None:
-        """Adds one pair of weights, with the names and shapes of the initial weights.
-
-        Args:
-            weights: w_t, by parameter name.
-            linearized_weights: w_lin(t), by parameter name.
-
-        Raises:
-            ValueError: If names or shapes differ.
-        """
+        """Adds w_t and w_lin(t), with the names and shapes of the initial weights."""
         sums = weight_sums(self._displacement(weights), self._displacement(linearized_weights))
         self.weight_sums += torch.stack(sums)
         self.weight_updates += 1
@@ -89,10 +82,7 @@ class WeightDistance(_LinearizedWeightMetric):
         **kwargs: Any,
     ) -> None:
         super().__init__(initial_weights, **kwargs)
-        if normalization not in ("relative", "absolute"):
-            raise ValueError(
-                f'Expected argument `normalization` to be "relative" or "absolute" but got {normalization!r}.'
-            )
+        require_choice("normalization", normalization, Literal["relative", "absolute"])
         self.normalization = normalization
         self.label = LABELS["weight_distance" if normalization == "absolute" else "relative_weight_distance"]
 
@@ -175,11 +165,7 @@ class Displacement(_WeightMetric):
         self.add_sums("displacement_updates")
 
     def update(self, weights: Mapping[str, Tensor]) -> None:
-        """Adds trained weights, with the names and shapes of the initial weights.
-
-        Raises:
-            ValueError: If names or shapes differ.
-        """
+        """Adds w_t, with the names and shapes of the initial weights."""
         moved = self._displacement(weights)
         self.displacement_square += weight_sums(moved, moved).displacement
         self.displacement_updates += 1

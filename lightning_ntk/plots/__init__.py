@@ -1,7 +1,8 @@
 """Matplotlib figures of histories, spectra, predictions and several runs.
 
 Nothing here uses pyplot, so your backend and your open figures are left alone. Colors come from the Okabe-Ito palette and
-cividis, which color-blind readers can tell apart; line styles and markers do the same in print.
+cividis, which color-blind readers can tell apart; line styles and markers do the same in print. Without matplotlib, every
+function raises a ModuleNotFoundError.
 """
 
 from lightning_ntk.plots.history import read_history

@@ -69,28 +69,23 @@ def read_history(path: str | Path, name: str = "ntk") -> list[dict[str, float]]:
     return list(rows.values())
 
 
-def series(history: History, key: str, *, after_start: bool = False) -> tuple[list[float], list[float]]:
-    """Steps and values of one scalar, where it was measured and is finite.
+def tells_at_start(key: str) -> bool:
+    """Whether a scalar says something at step 0, where distances are zero by definition."""
+    return key.endswith(("loss", "accuracy", "residual"))
 
-    Args:
-        history: Rows with "step".
-        key: The scalar's name.
-        after_start: Whether to leave out step 0, where distances are zero by definition.
-    """
+
+def series(history: History, key: str) -> tuple[list[float], list[float]]:
+    """Steps and values of one scalar, where it is finite and says something."""
     points = [
         (row["step"], row[key])
         for row in history
-        if math.isfinite(row.get(key, math.nan)) and (row["step"] > 0 or not after_start)
+        if math.isfinite(row.get(key, math.nan)) and (row["step"] > 0 or tells_at_start(key))
     ]
     return [step for step, _ in points], [value for _, value in points]
 
 
 def require_any(history: History, keys: Sequence[str]) -> list[str]:
-    """The `keys` that occur in the history.
-
-    Raises:
-        ValueError: If the history is empty or has none of them.
-    """
+    """The `keys` that occur in the history; raises a ValueError if none does."""
     if not history:
         raise ValueError("Expected a history with at least one measurement but it is empty: plot after training.")
     present = [key for key in keys if any(key in row for row in history)]

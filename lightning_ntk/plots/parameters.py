@@ -31,7 +31,6 @@ def plot_parameters(history: History, title: str | None = None) -> "tuple[Figure
 
     Raises:
         ValueError: If the history has no distances of parameters after step 0.
-        ModuleNotFoundError: If matplotlib is not installed.
     """
     names = list(dict.fromkeys(key for row in history for key in row if key.startswith(_PREFIX)))
     moved = [row for row in history if row["step"] > 0 and any(name in row for name in names)]
@@ -57,7 +56,7 @@ def plot_parameters(history: History, title: str | None = None) -> "tuple[Figure
     image = axis.pcolormesh(shown, cmap="cividis", norm=LogNorm(smallest, largest), **grid)
     axis.invert_yaxis()
     stride = max(1, math.ceil(len(names) / _MOST_LABELS))
-    labels = _shorten([name.removeprefix(_PREFIX) for name in names])
+    labels = [_shorten(name.removeprefix(_PREFIX)) for name in names]
     axis.set_yticks([row + 0.5 for row in range(0, len(names), stride)], labels[::stride], fontsize=8)
     # Counted from the end, so that the last step has a label.
     columns = range(len(moved) - 1, -1, -max(1, math.ceil(len(moved) / 14)))
@@ -76,12 +75,5 @@ def plot_parameters(history: History, title: str | None = None) -> "tuple[Figure
     return figure, axis
 
 
-def _shorten(names: list[str]) -> list[str]:
-    """Drops what all names have in common if one is long, then cuts names that still are."""
-    if max(map(len, names)) > _NAME_LENGTH:
-        paths = [name.split(".") for name in names]
-        common = 0
-        while len({tuple(path[: common + 1]) for path in paths}) == 1 and all(len(path) > common + 1 for path in paths):
-            common += 1
-        names = [("…" if common else "") + ".".join(path[common:]) for path in paths]
-    return [name if len(name) <= _NAME_LENGTH else "…" + name[1 - _NAME_LENGTH :] for name in names]
+def _shorten(name: str) -> str:
+    return name if len(name) <= _NAME_LENGTH else "…" + name[1 - _NAME_LENGTH :]

@@ -1,6 +1,5 @@
 """Outputs of the linearized network over outputs of the trained one."""
 
-import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -8,7 +7,7 @@ from torch import Tensor
 
 from lightning_ntk.functional.predictions import prediction_rmse
 from lightning_ntk.functional.weights import require_same_shape
-from lightning_ntk.plots.style import GREY, TRAINED, new_figure, tidy
+from lightning_ntk.plots.style import GREY, TRAINED, panels, tidy
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -37,7 +36,6 @@ def plot_predictions(
 
     Raises:
         ValueError: If the shapes differ or are not `(N, K)`, or if there are not K names.
-        ModuleNotFoundError: If matplotlib is not installed.
     """
     require_same_shape(outputs=outputs, linearized_outputs=linearized_outputs)
     if outputs.dim() != 2 or outputs.numel() == 0:
@@ -50,28 +48,23 @@ def plot_predictions(
         real, predicted, labels = real.reshape(-1, 1), predicted.reshape(-1, 1), [f"all {count} outputs"]
     else:
         labels = list(names) if names is not None else [f"output {k}" for k in range(count)] if count > 1 else [""]
-    columns = min(len(labels), 5 if len(labels) > 8 else 4)
-    rows = math.ceil(len(labels) / columns)
-    size = 4.4 if len(labels) == 1 else 2.1
-    figure = new_figure(size * columns + 0.4, size * rows + 0.6)
-    grid = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).flatten()
+    columns, size = (5 if len(labels) > 8 else 4), (2.1 if len(labels) > 1 else 4.4)
+    title = title or "Linearized against trained network"
+    figure, axes = panels(len(labels), title, columns=columns, size=(size, size), shared=True)
     finite = real.isfinite() & predicted.isfinite()
     values = real[finite].tolist() + predicted[finite].tolist()
     low, high = min(values, default=0.0), max(values, default=1.0)
     margin = 0.04 * (high - low) or 0.5
-    for k, (axis, label) in enumerate(zip(grid, labels, strict=False)):
+    for k, (axis, label) in enumerate(zip(axes, labels, strict=True)):
         axis.axline((0, 0), slope=1, color=GREY, linewidth=1)
         _draw(axis, real[:, k], predicted[:, k], (low - margin, high + margin))
         axis.set(xlim=(low - margin, high + margin), ylim=(low - margin, high + margin), aspect="equal")
         rmse = prediction_rmse(real[:, k], predicted[:, k])
         axis.set_title(f"{label}  rms {rmse:.2g}".strip(), fontsize=9)
         tidy(axis)
-    for axis in grid[len(labels) :]:
-        axis.set_visible(False)
     figure.supxlabel("output of the trained network", fontsize=10)
     figure.supylabel("output of the linearized network", fontsize=10)
-    figure.suptitle(title or "Linearized against trained network", fontsize=11)
-    return figure, tuple(grid[: len(labels)])
+    return figure, axes
 
 
 def _draw(axis: Any, real: Tensor, predicted: Tensor, limits: tuple[float, float]) -> None:

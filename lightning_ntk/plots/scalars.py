@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from lightning_ntk.plots.history import LABELS, History, require_any, series
+from lightning_ntk.plots.history import LABELS, History, require_any, series, tells_at_start
 from lightning_ntk.plots.style import (
     GREY,
     LINEARIZED_LINE,
@@ -12,7 +12,6 @@ from lightning_ntk.plots.style import (
     new_figure,
     panels,
     step_axis,
-    tidy,
     value_axis,
 )
 
@@ -33,20 +32,12 @@ def plot_history(history: History, title: str | None = None) -> "tuple[Figure, A
 
     Raises:
         ValueError: If the history is empty or has none of these scalars.
-        ModuleNotFoundError: If matplotlib is not installed.
     """
-    present = require_any(history, ["relative_weight_distance", "loss", "linearized_loss"])
-    has_distance = "relative_weight_distance" in present
-    has_loss = present[-1] != "relative_weight_distance"
-    figure, axes = panels(has_distance + has_loss, title)
-    if has_distance:
-        # After one full-batch step the distance is zero to rounding.
-        _draw(axes[0], history, {"relative_weight_distance": None}, after_start=True, negligible=1e-4)
-        axes[0].set_title("How far the weights leave the linearized path", fontsize=10)
-    if has_loss:
-        _draw(axes[-1], history, {"loss": "trained network", "linearized_loss": "linearized network"})
-        axes[-1].set_title("Loss of both networks", fontsize=10)
-    return figure, axes
+    losses = {"loss": "trained network", "linearized_loss": "linearized network"}
+    distance = {"relative_weight_distance": ""}
+    return _draw_panels(
+        history, title, {"How far the weights leave the linearized path": distance, "Loss of both networks": losses}
+    )
 
 
 def plot_accuracies(history: History, title: str | None = None) -> "tuple[Figure, Any]":
@@ -61,20 +52,17 @@ def plot_accuracies(history: History, title: str | None = None) -> "tuple[Figure
 
     Raises:
         ValueError: If the history is empty or has none of these scalars.
-        ModuleNotFoundError: If matplotlib is not installed.
     """
     networks = {
         "accuracy": "trained network",
         "linearized_accuracy": "linearized network",
         "taylor_accuracy": "expansion at the trained weights",
     }
-    require_any(history, list(networks))
-    figure, (axis,) = panels(1, width=5.4)
+    figure, (axis,) = _draw_panels(history, None, {title or "How much is classified correctly": networks})
     from matplotlib.ticker import PercentFormatter
 
-    _draw(axis, history, networks, logarithmic=False)
+    axis.set_yscale("linear")
     axis.yaxis.set_major_formatter(PercentFormatter(1))
-    axis.set_title(title or "How much is classified correctly", fontsize=10)
     axis.set_ylim(bottom=max(0.0, axis.get_ylim()[0]), top=min(1.01, axis.get_ylim()[1] + 0.01))
     return figure, axis
 
@@ -91,20 +79,16 @@ def plot_kernel(history: History, title: str | None = None) -> "tuple[Figure, An
 
     Raises:
         ValueError: If the history is empty or has none of these scalars.
-        ModuleNotFoundError: If matplotlib is not installed.
     """
-    titles = {
-        "kernel_distance": "How far the kernel has turned",
-        "kernel_change": "How much the kernel has changed",
-        "kernel_velocity": "How fast it turns, per step",
-    }
-    present = require_any(history, list(titles))
-    figure, axes = panels(len(present), title)
-    moved = [row for row in history if row["step"] > 0]
-    for axis, key in zip(axes, present, strict=True):
-        _draw(axis, moved, {key: None}, negligible=1e-8)
-        axis.set_title(titles[key], fontsize=10)
-    return figure, axes
+    return _draw_panels(
+        history,
+        title,
+        {
+            "How far the kernel has turned": {"kernel_distance": ""},
+            "How much the kernel has changed": {"kernel_change": ""},
+            "How fast it turns, per step": {"kernel_velocity": ""},
+        },
+    )
 
 
 def plot_effective_time(history: History, title: str | None = None) -> "tuple[Figure, Any]":
@@ -120,23 +104,25 @@ def plot_effective_time(history: History, title: str | None = None) -> "tuple[Fi
 
     Raises:
         ValueError: If the history is empty or has no closest time.
-        ModuleNotFoundError: If matplotlib is not installed.
     """
     require_any(history, ["closest_time"])
-    figure, (time, distance) = panels(2, title)
-    moved = [row for row in history if row["step"] > 0]
-    steps, _ = series(moved, "closest_time")
-    time.plot(steps, steps, color=GREY, linewidth=1, label="as fast as the linearized network")
-    _draw(time, moved, {"closest_time": "trained network"})
-    time.set_title("How far along the linearized path the run is", fontsize=10)
     distances = {
         "relative_weight_distance": "at the same step",
         "closest_distance": "at the closest time",
         "distance_floor": "smallest in the span of $J^\\top$",
     }
-    _draw(distance, moved, distances, negligible=1e-4)
-    distance.set_ylabel("weight distance / displacement")
-    distance.set_title("What of the distance is only a matter of time", fontsize=10)
+    figure, (time, distance) = _draw_panels(
+        history,
+        title,
+        {
+            "How far along the linearized path the run is": {"closest_time": "trained network"},
+            "How much of the distance is a matter of time": distances,
+        },
+    )
+    steps, _ = series(history, "closest_time")
+    time.plot(steps, steps, color=GREY, linewidth=1, zorder=1, label="as fast as the linearized network")
+    time.legend(frameon=False)
+    distance.set_ylabel("weight distance / displacement", fontsize=9)
     return figure, (time, distance)
 
 
@@ -160,7 +146,6 @@ def plot_values(
 
     Raises:
         ValueError: If there are no values.
-        ModuleNotFoundError: If matplotlib is not installed.
     """
     if not values:
         raise ValueError("Expected at least one value to plot but got none.")
@@ -184,27 +169,32 @@ def plot_values(
     return figure, ax
 
 
-def _draw(
-    axis: Any,
-    history: History,
-    curves: Mapping[str, str | None],
-    *,
-    after_start: bool = False,
-    negligible: float = 0.0,
-    logarithmic: bool = True,
-) -> None:
-    """Draws scalars over steps, with a legend of those that have a label; the axis is named after the first."""
-    drawn: list[float] = []
-    for (key, label), line in zip(curves.items(), (TRAINED_LINE, LINEARIZED_LINE, TAYLOR_LINE), strict=False):
-        steps, values = series(history, key, after_start=after_start)
-        if steps:
-            axis.plot(steps, values, **line, label=label)
-            drawn += values
-    axis.set_ylabel(LABELS[next(iter(curves))])
-    if any(curves.values()):
-        axis.legend(frameon=False)
-    step_axis(axis, [row["step"] for row in history])
-    if logarithmic:
-        value_axis(axis, drawn, negligible=negligible)
-    else:
-        tidy(axis)
+def draw_scalars(axis: Any, curves: Sequence[tuple[History, str, Mapping[str, Any]]]) -> None:
+    """Draws curves over steps, each a history, its scalar and a line style. The first scalar names the axis."""
+    key = curves[0][1]
+    points = [series(history, scalar) for history, scalar, _ in curves]
+    for (_, _, style), curve in zip(curves, points, strict=True):
+        axis.plot(*curve, **style)
+    axis.set_ylabel(LABELS.get(key, key), fontsize=9)
+    step_axis(axis, [step for steps, _ in points for step in steps])
+    # After one full-batch step distances are zero to rounding. That of kernels is of second order.
+    negligible = 0.0 if tells_at_start(key) else 1e-8 if key.startswith("kernel_") else 1e-4
+    value_axis(axis, [value for _, values in points for value in values], negligible=negligible)
+
+
+def _draw_panels(
+    history: History, title: str | None, groups: Mapping[str, Mapping[str, str]]
+) -> "tuple[Figure, tuple[Any, ...]]":
+    """A panel for each group of scalars of which any was measured, by their headings; scalars with their labels."""
+    present = require_any(history, [key for labels in groups.values() for key in labels])
+    shown = [(heading, labels) for heading, labels in groups.items() if not labels.keys().isdisjoint(present)]
+    figure, axes = panels(len(shown), title)
+    for axis, (heading, labels) in zip(axes, shown, strict=True):
+        styles = zip(labels.items(), (TRAINED_LINE, LINEARIZED_LINE, TAYLOR_LINE), strict=False)
+        draw_scalars(
+            axis, [(history, key, {**line, "label": label}) for (key, label), line in styles if key in present]
+        )
+        axis.set_title(heading, fontsize=10)
+        if any(labels.values()):
+            axis.legend(frameon=False)
+    return figure, axes

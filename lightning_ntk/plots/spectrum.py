@@ -34,7 +34,6 @@ def plot_spectrum(
 
     Raises:
         ValueError: If the two are not vectors of one length, the residual is zero, or no eigenvalue is positive.
-        ModuleNotFoundError: If matplotlib is not installed.
     """
     if eigenvalues.dim() != 1 or eigenvalues.shape != residual.shape or len(eigenvalues) == 0:
         raise ValueError(

@@ -24,11 +24,7 @@ _FEW_DECADES = 100
 
 
 def new_figure(width: float, height: float) -> "Figure":
-    """An empty figure, sized in inches.
-
-    Raises:
-        ModuleNotFoundError: If matplotlib is not installed.
-    """
+    """An empty figure, sized in inches."""
     try:
         from matplotlib.figure import Figure
     except ModuleNotFoundError as error:
@@ -38,12 +34,20 @@ def new_figure(width: float, height: float) -> "Figure":
     return Figure(figsize=(width, height), layout="constrained")
 
 
-def panels(count: int, title: str | None = None, *, width: float = 4.75) -> "tuple[Figure, tuple[Any, ...]]":
-    """A figure with panels side by side, each `width` inches wide."""
-    figure = new_figure(width * count, 3.8)
+def panels(
+    count: int, title: str | None, *, columns: int = 3, size: tuple[float, float] = (4.75, 3.8), shared: bool = False
+) -> "tuple[Figure, tuple[Any, ...]]":
+    """A figure with a grid of panels, sized in inches each, whose axes and labels may be shared."""
+    columns = min(columns, count)
+    rows, room = math.ceil(count / columns), 0.5 if shared else 0.0
+    figure = new_figure(size[0] * columns + room, size[1] * rows + room)
     if title:
         figure.suptitle(title, fontsize=11)
-    return figure, tuple(figure.subplots(1, count, squeeze=False)[0])
+    grid = figure.subplots(rows, columns, sharex=shared, sharey=shared, squeeze=False).flatten()
+    for index in range(count, len(grid)):
+        grid[index].set_visible(False)
+        grid[index - columns].tick_params(labelbottom=True)
+    return figure, tuple(grid[:count])
 
 
 def step_axis(axis: Any, steps: Iterable[float]) -> None:
@@ -60,12 +64,9 @@ def step_axis(axis: Any, steps: Iterable[float]) -> None:
 
 
 def value_axis(axis: Any, values: Iterable[float], *, negligible: float = 0.0) -> None:
-    """Makes the vertical axis logarithmic if its values span more than a factor of five.
+    """Makes the vertical axis logarithmic if the values on it span more than a factor of five.
 
-    Args:
-        axis: The axes, with everything drawn.
-        values: The values drawn.
-        negligible: Values below this fraction of the largest are zero to rounding and do not widen the axis.
+    Values below the fraction `negligible` of the largest are zero to rounding and do not widen the axis.
     """
     positive = [value for value in values if value > 0 and math.isfinite(value)]
     if positive and max(positive) > _WIDE * min(positive):
