@@ -53,7 +53,7 @@ def error_sums(outputs: Tensor, linearized_outputs: Tensor) -> tuple[Tensor, Ten
     """The sum of squared differences in float64, and how many there are."""
     require_same_shape(outputs=outputs, linearized_outputs=linearized_outputs)
     error = outputs.double() - linearized_outputs.double()
-    return error.square().sum(), error.new_tensor(error.numel())
+    return error.square().sum(), error.new_full((), error.numel())
 
 
 def root_mean(total: Tensor, count: Tensor) -> Tensor:

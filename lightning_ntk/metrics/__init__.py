@@ -1,6 +1,8 @@
 """The distances as `torchmetrics.Metric` classes.
 
-They hold sums; the formulas are those of `lightning_ntk.functional`. An update raises a ValueError if names or shapes differ.
+They hold sums; the formulas are those of `lightning_ntk.functional`. Updates and processes may add different batches of outputs
+and different blocks of kernels, or all the same ones: the value is the same. Weights of several updates, such as an
+ensemble's, are averaged: products and squared norms, each by itself. Updates raise a ValueError if names or shapes differ.
 """
 
 from lightning_ntk.metrics.base import SummedMetric

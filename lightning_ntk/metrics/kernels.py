@@ -1,7 +1,4 @@
-"""Distances between kernels, accumulated over blocks and processes.
-
-Updates and processes may each add a different block of the kernels, or all the same ones: the value is the same.
-"""
+"""Distances between kernels, accumulated over blocks and processes."""
 
 from typing import Any
 

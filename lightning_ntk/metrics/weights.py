@@ -1,8 +1,4 @@
-"""Distances between trained and linearized weights.
-
-Several updates, such as the networks of an ensemble, and several processes are averaged: products and squared norms, each by
-itself. Processes that hold the same weights therefore give the value of one of them.
-"""
+"""Distances between trained and linearized weights, averaged over updates and processes."""
 
 from collections.abc import Mapping
 from typing import Any, Literal
