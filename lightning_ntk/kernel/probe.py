@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from lightning_ntk.data.reference import Reference
-from lightning_ntk.functional.kernels import kernel_distance, kernel_sums
+from lightning_ntk.functional.kernels import kernel_change, kernel_distance
 from lightning_ntk.kernel import compute_kernel
 from lightning_ntk.linearization.linearization import Linearization
 
@@ -83,8 +83,10 @@ class KernelProbe:
         if step is not None and step < self._step:
             raise ValueError(f"Expected argument `step` to be at least {self._step:g}, the last one, but got {step}.")
         kernel = self.kernel(weights)
-        sums = kernel_sums(self.initial, kernel)
-        scalars = {"kernel_distance": sums.distance, "kernel_change": sums.change}
+        scalars = {
+            "kernel_distance": kernel_distance(self.initial, kernel),
+            "kernel_change": kernel_change(self.initial, kernel),
+        }
         if step is not None:
             if step > self._step:
                 scalars["kernel_velocity"] = kernel_distance(self._previous, kernel) / (step - self._step)
@@ -105,7 +107,7 @@ class KernelProbe:
             raise ValueError(f"Expected the state of a probe of the samples {self.rows} but got {state['rows']}.")
         tolerance = 1e4 * torch.finfo(self._linearization.dtype).eps
         initial: Tensor = state["initial"]
-        if initial.shape != self.initial.shape or kernel_sums(self.initial, initial).change > tolerance:
+        if initial.shape != self.initial.shape or kernel_change(self.initial, initial) > tolerance:
             raise ValueError(
                 "Expected the state of a probe of this network and data but its initial kernel is another: "
                 "initial weights, buffers or samples have changed."
