@@ -129,7 +129,7 @@ def figures_of(
         return
     if observation.training is not None:
         modes, time = observation.training.modes, observation.kernel_time
-        yield "spectrum", lambda: plot_spectrum(modes.eigenvalues, modes.residual, time=time)
+        yield "spectrum", lambda: plot_spectrum(modes.eigenvalues, modes.coordinates, time=time)
     if observation.outputs is not None:
         outputs = observation.outputs
         yield "predictions", lambda: plot_predictions(*outputs)
