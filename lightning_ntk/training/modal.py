@@ -12,7 +12,7 @@ from lightning_ntk.dynamics.sgd import Hyperparameters
 from lightning_ntk.dynamics.stability import max_learning_rate, ridge
 from lightning_ntk.solvers.base import ErrorBound, ModalSolver, Modes, Solved
 from lightning_ntk.solvers.eigh import CompleteModes
-from lightning_ntk.solvers.lanczos import LanczosModes, LanczosSolver
+from lightning_ntk.solvers.lanczos import LanczosModes
 from lightning_ntk.training.carried import CarriedVector
 from lightning_ntk.training.readout import LinearizedState, Readout
 from lightning_ntk.training.run import Run
@@ -118,9 +118,10 @@ class ModalTraining:
         """Refines for times up to a number of steps; without a closed form, for gradient flow over the same time."""
         t = None if horizon == math.inf else math.floor(horizon)
         settings, rate = self.hyperparameters.template, self.hyperparameters.lr
-        if is_infinite(t) and not (isinstance(rate, float) and rate < self.max_learning_rate):
+        limited = isinstance(rate, float) and rate < self.max_learning_rate
+        if isinstance(self.solver, CompleteModes) or (is_infinite(t) and not limited):
             return
-        if self.has_closed_form(t) or not isinstance(self.solver, LanczosSolver):
+        if self.has_closed_form(t):
             self._solve(t)
             return
         steps = int(min(_whole(t), self.hyperparameters.steps))
