@@ -232,7 +232,7 @@ class Monitoring(Callback):
             training = self._observation.training
             figures = figures_of(
                 self.history,
-                spectrum=None if training is None else (training.modes.eigenvalues, training.modes.residual),
+                spectrum=None if training is None else (training.modes.eigenvalues, training.modes.coordinates),
                 kernel_time=self._observation.kernel_time,
                 outputs=self._observation.outputs,
             )

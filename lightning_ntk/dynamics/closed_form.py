@@ -1,4 +1,4 @@
-"""Filters, and their error bounds, of constant settings at any time: where no recurrence is needed."""
+"""Filters and error bounds of constant settings at any time, without a recurrence."""
 
 import logging
 import math
@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from lightning_ntk.dynamics.error_bounds import (
-    ErrorBound,
     combined_bound,
     displacement,
     gradient_descent_bound,
@@ -18,9 +17,13 @@ from lightning_ntk.dynamics.error_bounds import (
     minimum_norm_bound,
     ridge_bound,
 )
-from lightning_ntk.dynamics.filters import Filters
-from lightning_ntk.dynamics.spectral import gradient_descent_filter, gradient_flow_filter, minimum_norm_filter
-from lightning_ntk.solvers.base import Modes
+from lightning_ntk.dynamics.filters import (
+    Filters,
+    gradient_descent_filter,
+    gradient_flow_filter,
+    minimum_norm_filter,
+)
+from lightning_ntk.solvers.base import ErrorBound, Modes, Solved
 from lightning_ntk.solvers.lanczos import LanczosModes
 
 _log = logging.getLogger(__name__)
@@ -32,17 +35,17 @@ Dynamics = Literal["gradient_descent", "gradient_flow"]
 class ClosedForm:
     r"""Training with constant settings, as a function of the number of steps.
 
-    Decay shifts the eigenvalues by :math:`\rho`: toward the initial weights that is all it does. Decay toward zero carries
-    the initial weights along as :math:`q w_0`. In gradient flow :math:`q = e^{-\rho\eta t}`, and the filter of
-    :math:`h = J w_0` is :math:`\chi = q\,\phi_t(\lambda) - \phi_t(\lambda + \rho)`; at t = infinity a filter is the change s of
-    its vector's coefficient times the filter of the residual.
+    Decay shifts the eigenvalues by the ridge :math:`\rho`: toward the initial weights that is all it does. Decay toward zero
+    also carries the initial weights along as :math:`q w_0`. In gradient flow :math:`q = e^{-\rho\eta t}`, and the filter of
+    :math:`h = J w_0` is :math:`\chi = q\,\phi_t(\lambda) - \phi_t(\lambda + \rho)`. At t = infinity a filter is the change s of
+    its vector's coefficient times the filter of the residual. At a rate of 0 nothing moves, at infinity either.
 
     Attributes:
         dynamics: "gradient_descent" or "gradient_flow".
-        rate: eta, the learning rate times the loss factor.
-        dtype: Type of the passes, which decides what counts as zero at t = infinity.
-        ridge: rho, the decay rate over the loss factor.
-        limits: What the coefficient of every carried vector changes by until t = infinity.
+        rate: The learning rate times the loss factor, eta.
+        dtype: The type of the passes, which decides what counts as zero at t = infinity.
+        ridge: The shift rho of the eigenvalues, see `lightning_ntk.dynamics.stability.ridge`.
+        limits: The change of every carried vector's coefficient until t = infinity.
         norms: The norms of the carried vectors.
     """
 
@@ -53,8 +56,53 @@ class ClosedForm:
     limits: tuple[float, ...] = ()
     norms: tuple[float, ...] = ()
 
-    def filters(self, modes: Sequence[Modes], t: float | None) -> Filters:
-        """The filters after t steps, None for infinity; finite times with carried vectors are for gradient flow only."""
+    def solve(self, modes: Sequence[Modes], t: float | None) -> Solved[Filters]:
+        """The filters after t steps and the error of the weights that Ritz values make.
+
+        A carried vector drives its modes with at most s in the place of 1, always with the same sign, so that s times the
+        bound of the residual holds.
+
+        Args:
+            modes: The modes of the residual and of every carried vector.
+            t: Optimizer steps, None for infinity. Finite times with carried vectors exist for gradient flow only.
+        """
+        filters = self._filters(modes, t)
+        parts = []
+        for own, value, scale in zip(modes, filters.values, (1.0, *filters.scales), strict=True):
+            bound = self.bound(own, t)
+            size = displacement(own, value)
+            parts.append(ErrorBound(abs(scale) * bound.truncation, abs(scale) * bound.rounding, size))
+        lengths = [abs(s) * norm for s, norm in zip(filters.scales, self.norms, strict=True)]
+        return Solved(filters, combined_bound(parts, lengths))
+
+    def filter(self, modes: Modes, t: float | None) -> Tensor:
+        """The filter of the residual after t steps, `(m,)`."""
+        shifted = modes.eigenvalues.clamp_min(0) + self.ridge
+        if self.rate == 0:
+            return torch.zeros_like(shifted)
+        if is_infinite(t):
+            if self.ridge > 0:
+                return 1 / shifted
+            cutoff = modes.cutoff(self.dtype)
+            _report_dropped(modes, cutoff)
+            return minimum_norm_filter(modes.eigenvalues, cutoff)
+        if self.dynamics == "gradient_flow":
+            return gradient_flow_filter(shifted, self.rate * _finite(t))
+        return gradient_descent_filter(shifted, self.rate, _finite(t))
+
+    def bound(self, modes: Modes, t: float | None) -> ErrorBound:
+        """The error of the residual's part of the weights after t steps that Ritz values make."""
+        if not isinstance(modes, LanczosModes) or self.rate == 0:
+            return ErrorBound(0.0, 0.0, 0.0)
+        if is_infinite(t):
+            if self.ridge > 0:
+                return ridge_bound(modes, self.ridge)
+            return minimum_norm_bound(modes, modes.cutoff(self.dtype))
+        if self.dynamics == "gradient_flow":
+            return gradient_flow_bound(modes, self.rate * _finite(t), self.ridge)
+        return gradient_descent_bound(modes, self.rate, _finite(t), self.ridge)
+
+    def _filters(self, modes: Sequence[Modes], t: float | None) -> Filters:
         first, *others = modes
         scales = self._scales(t)
         values = [self.filter(first, t)]
@@ -66,44 +114,9 @@ class ClosedForm:
                 values.append((1 + scale) * gradient_flow_filter(carried.eigenvalues, self.rate * _finite(t)) - value)
         return Filters(tuple(values), scales)
 
-    def total_bound(self, modes: Sequence[LanczosModes], t: float | None) -> ErrorBound:
-        """The error of the weights after t steps that Ritz values make.
-
-        A carried vector drives its modes with at most s in the place of 1, always with the same sign, so that s times the
-        bound of the residual holds.
-        """
-        filters = self.filters(modes, t)
-        parts = []
-        for process, value, scale in zip(modes, filters.values, (1.0, *filters.scales), strict=True):
-            bound = self.bound(process, t)
-            size = displacement(process, value)
-            parts.append(ErrorBound(abs(scale) * bound.truncation, abs(scale) * bound.rounding, size))
-        return combined_bound(parts, [abs(s) * norm for s, norm in zip(filters.scales, self.norms, strict=True)])
-
-    def filter(self, modes: Modes, t: float | None) -> Tensor:
-        """The filter of the residual after t steps, `(m,)`."""
-        shifted = modes.eigenvalues.clamp_min(0) + self.ridge
-        if is_infinite(t):
-            if self.ridge > 0:
-                return 1 / shifted
-            cutoff = modes.cutoff(self.dtype)
-            _report_dropped(modes, cutoff)
-            return minimum_norm_filter(modes.eigenvalues, cutoff)
-        if self.dynamics == "gradient_flow":
-            return gradient_flow_filter(shifted, self.rate * _finite(t))
-        return gradient_descent_filter(shifted, self.rate, _finite(t))
-
-    def bound(self, modes: LanczosModes, t: float | None) -> ErrorBound:
-        """The error of the residual's part of the weights after t steps that Ritz values make."""
-        if is_infinite(t):
-            if self.ridge > 0:
-                return ridge_bound(modes, self.ridge)
-            return minimum_norm_bound(modes, modes.cutoff(self.dtype))
-        if self.dynamics == "gradient_flow":
-            return gradient_flow_bound(modes, self.rate * _finite(t), self.ridge)
-        return gradient_descent_bound(modes, self.rate, _finite(t), self.ridge)
-
     def _scales(self, t: float | None) -> tuple[float, ...]:
+        if self.rate == 0:
+            return tuple(0.0 for _ in self.limits)
         if is_infinite(t) or not self.limits:
             return self.limits
         return (math.expm1(-self.ridge * self.rate * _finite(t)),)
@@ -121,7 +134,7 @@ def _finite(t: float | None) -> float:
 
 def _report_dropped(modes: Modes, cutoff: float) -> None:
     dropped = modes.eigenvalues <= cutoff
-    energy = modes.residual[dropped].square().sum() / modes.residual.square().sum().clamp_min(1e-300)
+    energy = modes.coordinates[dropped].square().sum() / modes.coordinates.square().sum().clamp_min(1e-300)
     _log.info(
         "At t = infinity %d of %d modes, below %.3g, count as zero; they hold %.3g of the residual's energy.",
         int(dropped.sum()), len(dropped), cutoff, energy.item(),

@@ -21,15 +21,19 @@ larger rates the steps are summed one by one.
 import math
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from lightning_ntk.dynamics.filters import Filters
+from lightning_ntk.dynamics.filters import (
+    Filters,
+    gradient_descent_filter,
+    gradient_flow_filter,
+    minimum_norm_filter,
+)
 from lightning_ntk.dynamics.sgd import LinearSGD, SGDSettings
-from lightning_ntk.dynamics.spectral import gradient_descent_filter, gradient_flow_filter, minimum_norm_filter
 from lightning_ntk.dynamics.stability import credited_decay, growth
+from lightning_ntk.solvers.base import ErrorBound, Modes
 from lightning_ntk.solvers.lanczos import LanczosModes
 
 # Giant and baby steps of the explicit sum over gradient-descent steps: 2^22 steps in one matrix product.
@@ -37,38 +41,6 @@ _STEPS_AT_ONCE = 2048
 # The basis sees neither what rounding does outside of it nor an error of J itself: 1/7 to 1/30 of the effect of float32
 # passes on the weights of real networks.
 _ROUNDING_SAFETY = 64.0
-
-
-class ErrorBound(NamedTuple):
-    """What is known about the distance between w_k and w_lin, in the unit of the weights.
-
-    Attributes:
-        truncation: Bound on what more products would change.
-        rounding: Estimate of what the rounding of the products has changed, which more products cannot repair.
-        displacement: |w_k - w0|, to relate them to.
-    """
-
-    truncation: float
-    rounding: float
-    displacement: float
-
-    @property
-    def total(self) -> float:
-        """Bound on the norm of w_k - w_lin."""
-        return self.truncation + self.rounding
-
-    @property
-    def relative(self) -> float:
-        """The bound in units of the displacement; 0 where nothing moves and nothing can be wrong."""
-        if self.total == 0:
-            return 0.0
-        return self.total / self.displacement if self.displacement > 0 else math.inf
-
-    def meets(self, tolerance: float) -> bool:
-        """Whether more products are useless: accurate to a relative tolerance, or to the rounding of the products."""
-        if not math.isfinite(self.displacement):  # diverged beyond floating-point numbers
-            return True
-        return self.truncation <= max(tolerance * self.displacement, self.rounding)
 
 
 def gradient_flow_bound(modes: LanczosModes, time: float, ridge: float = 0.0) -> ErrorBound:
@@ -82,7 +54,7 @@ def gradient_flow_bound(modes: LanczosModes, time: float, ridge: float = 0.0) ->
     shifted = _shifted(modes, ridge)
     filtered = gradient_flow_filter(shifted.eigenvalues, time)
     accumulated = _accumulated_filter(shifted.eigenvalues, filtered, time)
-    defect = abs((modes.residual * modes.coupling * accumulated).sum().item())
+    defect = abs((modes.coordinates * modes.coupling * accumulated).sum().item())
     truncation = math.sqrt(modes.next_curvature) * (defect + _cancellation(modes, accumulated, time))
     return ErrorBound(truncation, _rounding(modes, filtered, time), displacement(modes, filtered))
 
@@ -105,7 +77,7 @@ def gradient_descent_bound(modes: LanczosModes, rate: float, steps: float, ridge
         return ErrorBound(0.0, rounding, size)
     accumulated = _accumulated_filter(shifted.eigenvalues, filtered, rate * steps, steps).abs()
     if magnified == 1 and rate * shifted.largest_diagonal <= 1:
-        defect = abs((modes.residual * modes.coupling * accumulated).sum().item())
+        defect = abs((modes.coordinates * modes.coupling * accumulated).sum().item())
     else:
         defect = _sum_over_steps(shifted, rate, int(steps), magnified)
     truncation = math.sqrt(modes.next_curvature) * (defect + _cancellation(modes, accumulated, rate * steps))
@@ -124,7 +96,7 @@ def ridge_bound(modes: LanczosModes, ridge: float) -> ErrorBound:
     """
     filtered = 1 / (modes.eigenvalues.clamp_min(0) + ridge)
     gain = min(1 / (2 * math.sqrt(ridge)), math.sqrt(modes.next_curvature) / ridge)
-    defect = abs((modes.residual * modes.coupling * filtered).sum().item())
+    defect = abs((modes.coordinates * modes.coupling * filtered).sum().item())
     truncation = gain * (defect + _cancellation(modes, filtered, 1 / ridge))
     return ErrorBound(truncation, _rounding(modes, filtered, math.inf), displacement(modes, filtered))
 
@@ -145,9 +117,9 @@ def minimum_norm_bound(modes: LanczosModes, cutoff: float) -> ErrorBound:
     filtered = minimum_norm_filter(modes.eigenvalues, cutoff)
     kept = modes.eigenvalues > cutoff
     distance = (modes.eigenvalues.clamp_min(0) - cutoff).abs()
-    weighted = (modes.residual * modes.coupling).abs() / distance
+    weighted = (modes.coordinates * modes.coupling).abs() / distance
     root = math.sqrt(cutoff)
-    above = abs((modes.residual * modes.coupling * filtered).sum().item()) + weighted[~kept].sum().item()
+    above = abs((modes.coordinates * modes.coupling * filtered).sum().item()) + weighted[~kept].sum().item()
     below = (weighted * filtered)[kept].sum().item()
     exact = modes.next_curvature == 0
     truncation = 0.0 if exact else _ratio(above, root) + root * below
@@ -177,7 +149,7 @@ class RunningBound:
         self._modes = modes
         self._factor = factor
         self._norms = norms
-        self._weights = [m.residual * m.coupling for m in modes]
+        self._weights = [m.coordinates * m.coupling for m in modes]
         self._curvature = factor * max(m.largest_eigenvalue for m in modes)
         self._errors = torch.zeros(len(modes), dtype=torch.float64)
         self._time = torch.zeros(1, dtype=torch.float64)
@@ -201,7 +173,7 @@ class RunningBound:
         decay = 0.0 if magnified > 1 else credited_decay(settings, self._curvature)
         self._sgd.step(gradients, settings._replace(maximize=False, weight_decay=decay))
         self._drives = [max(d, abs(s)) for d, s in zip(self._drives, (1.0, *filters.scales), strict=True)]
-        gain = 1 - settings.dampening if settings.momentum else 1.0
+        gain = settings.gain
         self._largest_rate = max(self._largest_rate, settings.lr * self._factor * gain)
         self._momentum = max(self._momentum, settings.momentum)
         self._steps += 1
@@ -234,9 +206,9 @@ def combined_bound(parts: Sequence[ErrorBound], lengths: Sequence[float] = ()) -
     return ErrorBound(sum(part.truncation for part in parts), sum(part.rounding for part in parts), size)
 
 
-def displacement(modes: LanczosModes, filtered: Tensor) -> float:
+def displacement(modes: Modes, filtered: Tensor) -> float:
     """|w_k - w0| = |J^T a|, from the Ritz values alone."""
-    return float((modes.eigenvalues.clamp_min(0).sqrt() * filtered * modes.residual).norm())
+    return float((modes.eigenvalues.clamp_min(0).sqrt() * filtered * modes.coordinates).norm())
 
 
 def _accumulated_filter(eigenvalues: Tensor, filtered: Tensor, time: float, steps: float = math.inf) -> Tensor:
@@ -261,7 +233,7 @@ def _sum_over_steps(modes: LanczosModes, rate: float, steps: int, growth: float)
 
     From :math:`\phi_{a+b} = \phi_a + (1 - \eta\lambda)^a \phi_b`: a matrix product for four million steps at a time.
     """
-    weights = modes.residual * modes.coupling
+    weights = modes.coordinates * modes.coupling
     factors = 1 - rate * modes.eigenvalues.clamp_min(0)
     block = min(_STEPS_AT_ONCE, math.isqrt(steps) + 1)
     exponents = torch.arange(block + 1, dtype=torch.float64).unsqueeze(1)
@@ -285,7 +257,7 @@ def _cancellation(modes: LanczosModes, accumulated: Tensor, time: float) -> floa
     """What float64 may lose in the sum over Ritz values, whose terms are larger than it."""
     eps = torch.finfo(torch.float64).eps
     values = modes.eigenvalues.clamp_min(0)
-    terms = (modes.residual * modes.coupling).abs() + eps * modes.coupling.norm() * modes.residual.abs()
+    terms = (modes.coordinates * modes.coupling).abs() + eps * modes.coupling.norm() * modes.coordinates.abs()
     sensitivity = 1 + values[-1] * torch.clamp(1 / values.clamp_min(1e-300), max=time)
     return eps * len(values) * float((terms * accumulated.abs() * sensitivity).sum())
 
@@ -314,12 +286,12 @@ def _rounding(modes: LanczosModes, filtered: Tensor, time: float, rate: float = 
     divided = torch.outer(propagated, largest) + torch.outer(propagated**2, dropped)
     if time < math.inf:
         divided = torch.minimum(divided, time * torch.maximum(largest.unsqueeze(1), largest))
-    change = (modes.rounding * divided) @ modes.residual
+    change = (modes.rounding * divided) @ modes.coordinates
     # float64's own: of every product, of the coefficients, large in the kernel's null space, and of the residual's.
-    roots, coefficients = values.sqrt(), (largest * modes.residual).norm()
+    roots, coefficients = values.sqrt(), (largest * modes.coordinates).norm()
     unit = values[-1] * (roots * propagated).max() * coefficients
-    unit = unit + values[-1] * (roots * propagated**2).max() * (dropped * modes.residual).norm()
-    unit = unit + roots[-1] * coefficients + (roots * largest).max() * modes.residual.norm()
+    unit = unit + values[-1] * (roots * propagated**2).max() * (dropped * modes.coordinates).norm()
+    unit = unit + roots[-1] * coefficients + (roots * largest).max() * modes.coordinates.norm()
     return _ROUNDING_SAFETY * float((roots * change).norm() + torch.finfo(torch.float64).eps * unit)
 
 

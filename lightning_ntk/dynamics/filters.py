@@ -1,12 +1,18 @@
-"""What the dynamics leave of every mode: filters of the residual and of the vectors that the weights carry along."""
+r"""Filters: what training leaves of every mode of the kernel, and their closed forms.
+
+With the kernel's eigenvectors U and the residual r = f0 - Y, the linearized network trained on a squared loss has
+:math:`w_t = w_0 - J^\top U \phi_t(\lambda) U^\top r` and predictions :math:`f_t = f_0 - U \lambda \phi_t(\lambda) U^\top r`.
+The rate `eta = lr * c` is the learning rate times the measured factor of the loss.
+"""
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 
 class Start(NamedTuple):
-    """Where a carried vector is when training starts.
+    """The coefficients of a carried vector when training starts.
 
     Attributes:
         weight: Its coefficient q in the weights: 1 for the initial weights, which decay toward zero shrinks.
@@ -20,7 +26,7 @@ class Start(NamedTuple):
 class Filters(NamedTuple):
     r"""The linearized weights at one time, :math:`w_0 + \sum_j s_j e_j - J^\top U (\phi \tilde r + \sum_j \chi_j \tilde h_j)`.
 
-    Here :math:`h_j = J e_j` for the carried vectors :math:`e_j`, and a tilde stands for coefficients in the modes U.
+    Here :math:`h_j = J e_j` for the carried vectors :math:`e_j`, and a tilde marks coordinates in the modes U.
 
     Attributes:
         values: :math:`\phi, \chi_1, \ldots`, each `(m,)` on the modes of its own vector.
@@ -29,3 +35,77 @@ class Filters(NamedTuple):
 
     values: tuple[Tensor, ...]
     scales: tuple[float, ...] = ()
+
+
+def gradient_descent_filter(eigenvalues: Tensor, rate: float, steps: float) -> Tensor:
+    r""":math:`\phi_t(\lambda) = (1 - (1 - \eta\lambda)^t) / \lambda`, with the limit :math:`\eta t` at zero.
+
+    Computed through `expm1` and `log1p`: the textbook form loses all digits where :math:`\eta\lambda` is small. Negative
+    eigenvalues, which only rounding makes, count as zero.
+
+    Args:
+        eigenvalues: The kernel's eigenvalues, any shape, float64.
+        rate: The learning rate times the loss factor, eta.
+        steps: The number t of optimizer steps.
+
+    Returns:
+        The filter, of the shape of the eigenvalues. It grows without bound in `steps` where eta * eigenvalue > 2.
+
+    Raises:
+        ValueError: If `steps` is negative or not a whole number.
+
+    Example:
+        >>> gradient_descent_filter(torch.tensor([0.0, 0.5, 1.0, 1.5], dtype=torch.float64), rate=1.0, steps=2)
+        tensor([2.0000, 1.5000, 1.0000, 0.5000], dtype=torch.float64)
+    """
+    if steps != int(steps) or steps < 0:
+        raise ValueError(f"Expected argument `t` to be a whole number of optimizer steps, at least 0, but got {steps}.")
+    eigenvalues = eigenvalues.clamp_min(0)
+    x = rate * eigenvalues
+    if steps == 0:
+        return torch.zeros_like(eigenvalues)
+    below = -torch.expm1(steps * torch.log1p(-x.clamp_max(1)))
+    log_growth = steps * torch.log1p(x.clamp_min(1) - 2)  # log1p(-1) = -inf serves x = 1
+    above = 1 + log_growth.exp() if steps % 2 else -torch.expm1(log_growth)
+    decayed = torch.where(x < 1, below, above)
+    return _divide(decayed, eigenvalues, limit=rate * steps)
+
+
+def gradient_flow_filter(eigenvalues: Tensor, time: float) -> Tensor:
+    r""":math:`\phi_t(\lambda) = (1 - e^{-\eta t\lambda}) / \lambda`, with the limit :math:`\eta t` at zero.
+
+    Args:
+        eigenvalues: The kernel's eigenvalues, any shape, float64.
+        time: The sum of the rates of all steps, eta * t.
+
+    Returns:
+        The filter, of the shape of the eigenvalues.
+
+    Raises:
+        ValueError: If `time` is negative.
+    """
+    if time < 0:
+        raise ValueError(f"Expected argument `t` to be at least 0 but got a time of {time}.")
+    eigenvalues = eigenvalues.clamp_min(0)
+    return _divide(-torch.expm1(-time * eigenvalues), eigenvalues, limit=time)
+
+
+def minimum_norm_filter(eigenvalues: Tensor, cutoff: float) -> Tensor:
+    r""":math:`\phi_\infty(\lambda) = 1/\lambda` above the cutoff and 0 below: the minimum-norm solution.
+
+    Args:
+        eigenvalues: The kernel's eigenvalues, any shape, float64.
+        cutoff: The largest eigenvalue that counts as zero.
+
+    Returns:
+        The filter, of the shape of the eigenvalues.
+    """
+    kept = eigenvalues > cutoff
+    return torch.where(kept, 1 / torch.where(kept, eigenvalues, 1), 0)
+
+
+def _divide(numerator: Tensor, eigenvalues: Tensor, limit: float) -> Tensor:
+    # The filter is limit * (1 - x/2 + ...) with x = limit * eigenvalue: the limit itself, to the last digit, for small x.
+    # The quotient loses digits where x underflows.
+    divisible = limit * eigenvalues > 1e-20
+    return torch.where(divisible, numerator / torch.where(divisible, eigenvalues, 1), limit)

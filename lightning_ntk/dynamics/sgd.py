@@ -1,7 +1,9 @@
 """`torch.optim.SGD` on quantities that depend linearly on the weights: modes of the kernel, coefficients, predictions."""
 
-from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -9,13 +11,16 @@ from torch.optim.sgd import sgd
 
 from lightning_ntk.dynamics.filters import Filters, Start
 
+LearningRate: TypeAlias = float | Sequence[float] | Callable[[int], float]
+Decay = Literal["coupled", "decoupled", "initial"]
+
 
 class SGDSettings(NamedTuple):
-    """What one step of `torch.optim.SGD` depends on, besides the gradient.
+    """The settings of one step of `torch.optim.SGD`.
 
     Attributes:
-        lr: Learning rate of the step.
-        momentum: Factor of the momentum buffer.
+        lr: The learning rate of the step.
+        momentum: The factor of the momentum buffer.
         dampening: One minus the factor of the gradient that enters the buffer, from the second step on.
         nesterov: Whether the step goes along gradient + momentum * buffer.
         weight_decay: The decay rate gamma.
@@ -34,26 +39,97 @@ class SGDSettings(NamedTuple):
 
     @classmethod
     def of(cls, group: Mapping[str, Any]) -> "SGDSettings":
-        """The settings in a parameter group of an optimizer."""
-        return cls(
-            lr=float(group["lr"]),
-            momentum=float(group.get("momentum", 0.0)),
-            dampening=float(group.get("dampening", 0.0)),
-            nesterov=bool(group.get("nesterov", False)),
-            weight_decay=float(group.get("weight_decay", 0.0)),
-            maximize=bool(group.get("maximize", False)),
-        )
+        """The settings in a parameter group of an optimizer; what it does not have keeps its default."""
+        types = cls.__annotations__
+        return cls(**{name: types[name](group[name]) for name in SGD_OPTIONS if name in group})
+
+    @property
+    def gain(self) -> float:
+        """The factor with which a gradient enters the step, from the second step on: dampening acts with momentum only."""
+        return 1 - self.dampening if self.momentum else 1.0
+
+
+SGD_OPTIONS = SGDSettings._fields[:-1]
+"""The settings that a parameter group of `torch.optim.SGD` holds, under the same names."""
+
+
+@dataclass(frozen=True)
+class Hyperparameters:
+    """The settings of a whole run of SGD, constant but for the learning rate.
+
+    Attributes:
+        lr: A constant, one value for each step, or a function of the step, which counts from 0.
+        template: The settings that all steps share; its learning rate has no meaning.
+        decays_to_initial: Whether the weights decay toward w0 instead of zero: the gradient has gamma * (w - w0) in it.
+
+    Raises:
+        ValueError: If `torch.optim.SGD` would refuse a value.
+    """
+
+    lr: LearningRate
+    template: SGDSettings
+    decays_to_initial: bool = False
+
+    def __post_init__(self) -> None:
+        if hasattr(self.lr, "tolist"):  # tensors and arrays
+            object.__setattr__(self, "lr", self.lr.tolist())
+        if isinstance(self.lr, Sequence):
+            object.__setattr__(self, "lr", tuple(_require_rate(value) for value in self.lr))
+        elif not callable(self.lr):
+            object.__setattr__(self, "lr", _require_rate(self.lr))
+        momentum, dampening = self.template.momentum, self.template.dampening
+        for name, value in self.template._asdict().items():
+            if not (isinstance(value, int | float) and math.isfinite(value)):
+                raise ValueError(f"Expected argument `{name}` to be a finite number but got {value!r}.")
+            if name != "dampening" and value < 0:
+                raise ValueError(f"Expected argument `{name}` to be at least 0 but got {value!r}.")
+        if self.template.nesterov and (momentum == 0 or dampening != 0):
+            raise ValueError(
+                "Expected a momentum above 0 and no dampening with `nesterov=True`, as torch.optim.SGD does, but got "
+                f"momentum {momentum} and dampening {dampening}."
+            )
+
+    @property
+    def constant(self) -> bool:
+        """Whether all steps have the same settings."""
+        return isinstance(self.lr, float)
+
+    @property
+    def steps(self) -> float:
+        """Steps for which there is a learning rate: infinitely many unless it is a sequence."""
+        return len(self.lr) if isinstance(self.lr, Sequence) else math.inf
+
+    @property
+    def decays_to_zero(self) -> bool:
+        """Whether the initial weights themselves shrink."""
+        return self.template.weight_decay > 0 and not self.decays_to_initial
+
+    def settings(self, step: int) -> SGDSettings:
+        """The settings of a step; the first is step 0.
+
+        Raises:
+            ValueError: If there is no learning rate for it, or one that no optimizer would take.
+        """
+        if isinstance(self.lr, Sequence):
+            if step >= len(self.lr):
+                raise ValueError(
+                    f"Expected `t` to be at most {len(self.lr)}, the number of learning rates in `lr`, but got {step + 1}."
+                )
+            rate = self.lr[step]
+        else:
+            rate = _require_rate(self.lr(step)) if callable(self.lr) else self.lr
+        return self.template._replace(lr=rate)
 
 
 class LinearSGD:
-    """The recurrence of SGD on linear images of the weights, by `torch.optim.SGD` itself.
+    """SGD on linear images of the weights, by `torch.optim.SGD` itself.
 
-    Decay, momentum and learning rate act on every linear image of the weights as they act on the weights, so that the optimizer
-    that steps the weights steps their coefficients too, in whatever space these are.
+    Decay, momentum and learning rate act on every linear image of the weights as they act on the weights. The optimizer that
+    steps the weights therefore steps their coefficients too, in whatever space these are.
 
     Args:
         values: Tensors that are updated in place.
-        buffers: Momentum buffers of the values, if the optimizer has stepped before.
+        buffers: The momentum buffers of the values, if the optimizer has stepped before.
     """
 
     def __init__(self, values: Sequence[Tensor], buffers: Sequence[Tensor] | None = None) -> None:
@@ -64,7 +140,7 @@ class LinearSGD:
         """The momentum buffers of the values, None before the first step with momentum."""
 
     def step(self, gradients: Sequence[Tensor], settings: SGDSettings) -> None:
-        """One step along gradients with the shapes of the values, which it may overwrite; weight decay is added here."""
+        """One step along gradients with the shapes of the values, which it may overwrite; it adds weight decay itself."""
         options = settings._asdict()
         if options.pop("decoupled_weight_decay"):
             torch._foreach_mul_(self.values, 1 - settings.lr * options.pop("weight_decay"))
@@ -74,10 +150,10 @@ class LinearSGD:
 
 
 class ModalSGD:
-    r"""Full-batch SGD on a squared loss, mode by mode, with the settings that every step really used.
+    r"""Full-batch SGD on a squared loss, mode by mode, with the settings that each step used.
 
     The weights are :math:`w = \sum_j q_j e_j - J^\top U (\phi \tilde r + \sum_j \chi_j \tilde h_j)`, with carried vectors
-    :math:`e_j` and :math:`h_j = J e_j`: the initial weights where they decay toward zero, the momentum buffer that the
+    :math:`e_j` and :math:`h_j = J e_j`: the initial weights where they decay toward zero, and the momentum buffer that the
     optimizer brought along. The gradient of the loss in these coordinates is
 
     .. math:: g_\phi = -c\,(1 - \lambda\phi), \quad g_{\chi_j} = -c\,(s_j - \lambda\chi_j), \quad g_{q_j} = 0
@@ -86,9 +162,9 @@ class ModalSGD:
     at :math:`\lambda = 0`, and O(m) operations a step.
 
     Args:
-        eigenvalues: Eigenvalues for the residual and for every carried vector, each `(m,)` in float64.
-        factor: c, the measured factor of the loss.
-        starts: Where the carried vectors are at step 0.
+        eigenvalues: The eigenvalues for the residual and for every carried vector, each `(m,)` in float64.
+        factor: The measured factor c of the loss.
+        starts: The coefficients of the carried vectors at step 0.
     """
 
     def __init__(self, eigenvalues: Sequence[Tensor], factor: float, starts: Sequence[Start] = ()) -> None:
@@ -119,3 +195,12 @@ class ModalSGD:
         count = len(self._eigenvalues)
         scales = [value.item() - start for value, start in zip(values[count:], self._starts, strict=True)]
         return Filters(tuple(values[:count]), tuple(scales))
+
+
+def _require_rate(value: object) -> float:
+    if isinstance(value, bool) or not hasattr(value, "__float__") or not 0 <= float(value) < math.inf:
+        raise ValueError(
+            "Expected argument `lr` to be a finite number, at least 0, or a sequence or function of the step that gives such "
+            f"numbers, but got {value!r}."
+        )
+    return float(value)

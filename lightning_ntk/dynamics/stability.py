@@ -1,4 +1,4 @@
-"""Which learning rates of SGD are stable, and by how much others magnify a mode in a step."""
+"""Which learning rates of SGD are stable, where training ends, and how much unstable steps magnify a mode."""
 
 import math
 
@@ -12,19 +12,22 @@ def max_learning_rate(settings: SGDSettings, curvature: float) -> float:
 
     .. math:: \frac{2 (1 + \mu)}{(1 - \tau) (\kappa + \gamma)}, \quad \frac{2 (1 + \mu)}{(1 + 2 \mu) (\kappa + \gamma)}
 
-    for momentum :math:`\mu` with dampening :math:`\tau` (none on plain gradient descent, where torch ignores it), and for
-    Nesterov's; :math:`\gamma` is the decay rate. Where the decay is decoupled, it counts as :math:`(1 + \mu)\gamma` beside the
-    :math:`(1 - \tau)\kappa` or :math:`(1 + 2\mu)\kappa` of the loss. From the characteristic polynomial of a step at -1.
+    for momentum :math:`\mu` with dampening :math:`\tau` (which plain gradient descent ignores), and for Nesterov's momentum;
+    :math:`\gamma` is the decay rate. Decoupled decay counts as :math:`(1 + \mu)\gamma` beside the loss's
+    :math:`(1 - \tau)\kappa` or :math:`(1 + 2\mu)\kappa`. From the characteristic polynomial of a step at -1.
 
     Args:
-        settings: Those of a step; its learning rate is not used.
-        curvature: :math:`\kappa`, not negative.
+        settings: The settings of a step; its learning rate is not used.
+        curvature: The largest curvature :math:`\kappa`, not negative.
 
     Returns:
-        The learning rate, infinite where nothing bounds it; 0 for a maximized loss, unless decay holds it back.
+        The learning rate. Infinite where nothing bounds it. 0 for a momentum of 1 or more, and for a loss that is maximized
+        (dampening above 1 does that too) unless decay holds it back.
     """
     momentum, decay = settings.momentum, settings.weight_decay
-    gain = 1 - settings.dampening if momentum else 1.0
+    gain = settings.gain
+    if momentum >= 1 or gain < 0:
+        return 0.0
     amplification = 1 + 2 * momentum if settings.nesterov else gain
     if settings.maximize:
         held = decay * (1 - momentum) if settings.decoupled_weight_decay else decay * gain
@@ -33,6 +36,24 @@ def max_learning_rate(settings: SGDSettings, curvature: float) -> float:
         curvature = 0.0
     total = amplification * curvature + (1 + momentum if settings.decoupled_weight_decay else amplification) * decay
     return 2 * (1 + momentum) / total if total > 0 else math.inf
+
+
+def ridge(settings: SGDSettings, factor: float) -> float:
+    r"""The ridge :math:`\rho` of the regression on which training ends, :math:`a = -(\Theta + \rho I)^{-1} r`.
+
+    .. math:: \rho = \frac{\gamma}{c}, \qquad \rho = \frac{(1 - \mu)\,\gamma}{(1 - \tau)\,c}
+
+    for decay :math:`\gamma` through the gradient and for decoupled decay, which the momentum buffer does not accumulate:
+    a gradient moves the weights by :math:`\eta (1 - \tau) / (1 - \mu)` in all, decay by :math:`\eta\gamma`.
+
+    Args:
+        settings: The settings of a step; its learning rate is not used.
+        factor: The measured factor c of the loss.
+    """
+    if not settings.decoupled_weight_decay:
+        return settings.weight_decay / factor
+    decay = (1 - settings.momentum) * settings.weight_decay
+    return decay / (settings.gain * factor) if settings.gain != 0 else math.inf
 
 
 def growth(settings: SGDSettings, curvature: float) -> float:
@@ -63,7 +84,6 @@ def credited_decay(settings: SGDSettings, curvature: float) -> float:
     decay = settings.weight_decay
     if settings.lr == 0 or decay == 0:
         return decay
-    gain = 1 - settings.dampening if settings.momentum else 1.0
     limit = max_learning_rate(settings, curvature)
-    swings = (1 - math.sqrt(settings.momentum)) ** 2 / (settings.lr * max(gain, 1e-300))
+    swings = (1 - math.sqrt(settings.momentum)) ** 2 / (settings.lr * max(settings.gain, 1e-300))
     return max(0.0, min(decay, swings, (limit / settings.lr - 1) * (decay + curvature)))

@@ -1,14 +1,16 @@
-"""Eigen-modes of the kernel, and the residual in their basis."""
+"""Eigenmodes of a kernel, bounds on their error, and the protocol of the solvers that find them."""
 
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Generic, Literal, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
-from lightning_ntk.utilities.progress import track_operations
+T = TypeVar("T")
 
-# Rows from which a decomposition takes longer than a second on one core.
-_ROWS_OF_SECONDS = 2000
+Stop = Literal["complete", "tolerance", "rounding", "memory"]
 
 
 @dataclass(frozen=True)
@@ -17,53 +19,123 @@ class Modes:
 
     Attributes:
         eigenvalues: `(m,)`, ascending, float64 on the CPU.
-        basis: Eigenvectors in its columns, `(N K, m)`, float64 on any device.
-        residual: Coefficients of the initial residual f0 - Y, or of another vector that drives the dynamics, in the basis,
+        vectors: Orthonormal columns `(N K, m)`, float64 on any device: the eigenvectors, unless a subclass rotates them.
+        coordinates: The vector that drives the dynamics, in the eigenvectors: the initial residual f0 - Y or another one.
             `(m,)`, float64 on the CPU.
     """
 
     eigenvalues: Tensor
-    basis: Tensor
-    residual: Tensor
+    vectors: Tensor
+    coordinates: Tensor
+
+    @property
+    def basis(self) -> Tensor:
+        """The eigenvectors as columns, `(N K, m)`."""
+        return self.vectors
 
     def coefficients(self, filtered: Tensor) -> Tensor:
         """The coefficients a = -U (phi * U^T r), `(N K,)` on the CPU: the linearized weights are `w0 + J^T a`."""
-        return -self.expand(filtered * self.residual)
+        return -self.expand(filtered * self.coordinates)
 
     def prediction_change(self, filtered: Tensor) -> Tensor:
         """f_lin - f0 = -U (lambda * phi * U^T r), `(N K,)` on the CPU."""
-        return -self.expand(self.eigenvalues.clamp_min(0) * filtered * self.residual)
+        return -self.expand(self.eigenvalues.clamp_min(0) * filtered * self.coordinates)
 
     def expand(self, values: Tensor) -> Tensor:
-        """The vector with these coefficients `(m,)` in the basis, `(N K,)` on the CPU."""
-        return (self.basis @ values.to(self.basis)).cpu()
+        """The vector with coordinates `(m,)` in the eigenvectors, `(N K,)` on the CPU."""
+        return (self.vectors @ values.to(self.vectors)).cpu()
 
     def cutoff(self, dtype: torch.dtype) -> float:
         """The largest eigenvalue that rounding can make out of zero, for a Jacobian computed in `dtype`.
 
         Eight roundings of the Jacobian's type, relative to the largest eigenvalue. The customary `N K * eps` would drop
-        eigenvalues of real kernels that carry much of the solution; for the float64 factorization itself it is needed.
+        eigenvalues of real kernels that carry much of the solution. The float64 factorization itself needs it, however.
         """
-        relative = max(8 * torch.finfo(dtype).eps, len(self.basis) * torch.finfo(torch.float64).eps)
+        relative = max(8 * torch.finfo(dtype).eps, len(self.vectors) * torch.finfo(torch.float64).eps)
         return relative * max(self.eigenvalues[-1].item(), 0.0)
 
 
-def eigh_modes(kernel: Tensor, *vectors: Tensor, progress: bool = False) -> tuple[Modes, ...]:
-    """All modes, by a dense eigendecomposition in float64 on the CPU.
+class ErrorBound(NamedTuple):
+    """A bound on the distance between the computed weights and the linearized ones.
 
-    float64 always: float32 puts the weights off by 1e-3 at eta * t * lambda_max = 1e4 on real kernels. On the CPU,
-    because float64 is slow on most GPUs and their eigensolvers fail on ill-conditioned kernels.
+    Attributes:
+        truncation: What more products with the kernel could still change.
+        rounding: What rounding has changed, which no number of products repairs.
+        displacement: |w - w0|, the scale of a relative error.
+    """
+
+    truncation: float
+    rounding: float
+    displacement: float
+
+    @property
+    def total(self) -> float:
+        """The bound, in the unit of the weights."""
+        return self.truncation + self.rounding
+
+    @property
+    def relative(self) -> float:
+        """The bound in units of the displacement; 0 where nothing moves and nothing can be wrong."""
+        if self.total == 0:
+            return 0.0
+        return self.total / self.displacement if self.displacement > 0 else math.inf
+
+    def meets(self, tolerance: float) -> bool:
+        """Whether more products are useless: the truncation is below a relative tolerance or below the rounding."""
+        if not math.isfinite(self.displacement):  # diverged beyond floating-point numbers
+            return True
+        return self.truncation <= max(tolerance * self.displacement, self.rounding)
+
+
+@dataclass(frozen=True)
+class Solved(Generic[T]):
+    """An answer computed on modes, and how good it is.
+
+    Attributes:
+        filters: The answer.
+        bound: The error of the weights that follow from it.
+        products: Products with the kernel behind the modes; 0 for an eigendecomposition.
+        stopped: Why there are no more modes: they are "complete", or the bound has met the "tolerance" or fallen below
+            the "rounding", or "memory" allows no more.
+    """
+
+    filters: T
+    bound: ErrorBound
+    products: int = 0
+    stopped: Stop = "complete"
+
+
+class ModalSolver(Protocol):
+    """Where the modes come from."""
+
+    @property
+    def modes(self) -> Sequence[Modes]:
+        """The modes of the residual and of every carried vector."""
+
+    @property
+    def largest_eigenvalue(self) -> float:
+        """The largest eigenvalue that any of these vectors reaches, or an upper estimate of it."""
+
+    def refine(self, solve: Callable[[Sequence[Modes]], Solved[T]], *, by_runs: bool = False) -> Solved[T]:
+        """Refines the modes until the answer on them is good enough, and returns that answer.
+
+        Args:
+            solve: Computes the answer and its bound on given modes, as often as it takes.
+            by_runs: Whether `solve` repeats a whole run, so that the solver should call it seldom.
+        """
+
+
+def signs(basis: Tensor, coordinates: Tensor) -> Tensor:
+    """The signs `(m,)` that make a vector's coordinates positive: those of eigenvectors are arbitrary.
+
+    An eigenvector on which the vector has no part gets a largest component that is positive.
 
     Args:
-        kernel: `(N K, N K)`, symmetric.
-        vectors: f0 - Y, and J e for the vectors e that the weights carry along, each `(N K,)`.
-        progress: Whether a decomposition that takes seconds shows a bar.
-
-    Returns:
-        For each vector the modes, m = N K of them: the same but for its coefficients.
+        basis: Eigenvectors as columns, `(n, m)`.
+        coordinates: The vector in this basis, `(m,)`.
     """
-    matrix = kernel.detach().cpu().double()
-    shown = progress and len(matrix) >= _ROWS_OF_SECONDS
-    with track_operations("eigendecomposition of the kernel", total=None, enabled=shown):
-        eigenvalues, basis = torch.linalg.eigh(matrix)
-    return tuple(Modes(eigenvalues, basis, basis.T @ vector.detach().cpu().double()) for vector in vectors)
+    signs = coordinates.sign()
+    (zero,) = (signs == 0).nonzero(as_tuple=True)
+    columns = basis[:, zero.to(basis.device)]
+    signs[zero] = columns.gather(0, columns.abs().argmax(0, keepdim=True))[0].sign().to(signs)
+    return signs

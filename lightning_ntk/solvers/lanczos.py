@@ -1,69 +1,122 @@
-"""Modes by Lanczos from the residual: a few dozen products with the kernel in the place of its eigendecomposition."""
+"""Modes by Lanczos from the residual: a few dozen products with the kernel instead of its eigendecomposition."""
 
+import logging
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from lightning_ntk.linearization.jacobian import Jacobian
-from lightning_ntk.solvers.base import Modes
-from lightning_ntk.utilities.contexts import preserved_rng
+from lightning_ntk.solvers.base import ErrorBound, Modes, Solved, Stop, signs
+from lightning_ntk.solvers.products import Product, jacobian_product, kernel_product
 from lightning_ntk.utilities.distributed import ALONE, Processes
+from lightning_ntk.utilities.progress import track_operations
 
-# Maps vectors `(T, N K)` to their products with the kernel, in float64.
-Product = Callable[[Tensor], Tensor]
+T = TypeVar("T")
 
-# Numbers of a kernel in float32 that are widened to float64 at a time: few enough for the processor's cache.
-_WIDENED_AT_ONCE = {"cpu": 2**18, "cuda": 2**25}
+_log = logging.getLogger(__name__)
+
+# The residual of the largest Ritz pair, relative to its value, at which it counts as the largest eigenvalue.
+_LARGEST_EIGENVALUE_TOLERANCE = 1e-4
+# Products between two looks at the error, as a share of those made: a look costs an eigendecomposition, ...
+_SHARE_BETWEEN_LOOKS = 1 / 16
+# ... and where the bound has no closed form, a whole run.
+_SHARE_BETWEEN_RUNS = 1 / 4
+
+
+@dataclass(frozen=True)
+class Lanczos:
+    """The Lanczos solver and its options.
+
+    Attributes:
+        tolerance: The truncation error to allow in the weights, relative to |w_lin - w0|.
+        horizon: The largest number of steps that will be asked for. Lanczos prepares for it at once; later times extend
+            the basis. Infinity takes nearly N K products on most networks, because eigenvalues reach down to what counts
+            as zero. None: unknown, and Lanczos starts when asked.
+        matrix_free: Whether to work without the kernel, in two passes a product. None: whatever is cheaper.
+
+    Raises:
+        ValueError: If an option is out of range.
+    """
+
+    tolerance: float = 1e-6
+    horizon: float | None = None
+    matrix_free: bool | None = None
+
+    def __post_init__(self) -> None:
+        if self.horizon is not None and not self.horizon >= 0:
+            raise ValueError(
+                f"Expected argument `horizon` to be at least 0 optimizer steps or None but got {self.horizon}."
+            )
+        if not 0 < self.tolerance < 1:
+            raise ValueError(f"Expected argument `tolerance` to be between 0 and 1 but got {self.tolerance}.")
 
 
 @dataclass(frozen=True)
 class LanczosModes(Modes):
-    r"""Ritz pairs of the kernel in the Krylov space of the residual, as `Modes`.
+    r"""Ritz pairs of the kernel in the Krylov space of a vector r, as `Modes`.
 
     After k products, :math:`\Theta V_k = V_k T_k + \beta_k v_{k+1} e_k^\top` with :math:`T_k = U \Lambda U^\top`. The
-    eigenvalues are the Ritz values :math:`\Lambda`, the basis is :math:`V_k U` and the residual :math:`|r| e_1^\top U`,
-    so that every filter gives :math:`a = -|r| V_k \phi(T_k) e_1` (Saad, 1992; Hochbruck & Lubich, 1997).
+    eigenvalues are the Ritz values :math:`\Lambda`, the eigenvectors :math:`V_k U` and the coordinates
+    :math:`|r| e_1^\top U`. Every filter then gives :math:`a = -|r| V_k \phi(T_k) e_1` (Saad, 1992; Hochbruck & Lubich, 1997).
 
     Attributes:
+        rotation: U, `(k, k)`; the columns of V_k are the `vectors`.
         coupling: :math:`\beta_k e_k^\top U`, `(k,)`: by how much each Ritz pair fails to be an eigenpair. Zero when the
-            Krylov space is invariant, the answers then being exact.
+            Krylov space is invariant and the answers exact.
         next_curvature: :math:`\alpha_{k+1} = |J^\top v_{k+1}|^2`.
-        largest_diagonal: The largest :math:`\alpha_1, \ldots, \alpha_k`.
-        rounding: The error of the products as measured on the basis, in the basis of the Ritz vectors, `(k, k)`.
+        largest_diagonal: The largest of :math:`\alpha_1, \ldots, \alpha_k`.
+        rounding: The error of the products as measured on the basis, in the Ritz vectors, `(k, k)`.
     """
 
+    rotation: Tensor
     coupling: Tensor
     next_curvature: float
     largest_diagonal: float
     rounding: Tensor
 
     @property
+    def basis(self) -> Tensor:
+        """The Ritz vectors as columns, `(N K, k)`: V_k U."""
+        return self.vectors @ self.rotation.to(self.vectors)
+
+    def expand(self, values: Tensor) -> Tensor:
+        """The vector with coordinates `(k,)` in the Ritz vectors, `(N K,)` on the CPU."""
+        return super().expand(self.rotation @ values)
+
+    @property
     def largest_eigenvalue(self) -> float:
-        """An upper estimate of the largest eigenvalue that the residual has part in.
+        """An upper estimate of the largest eigenvalue that the vector has a part in.
 
         The largest Ritz value, which converges from below, plus the norm of the residual of its Ritz pair.
         """
         return self.eigenvalues[-1].item() + self.coupling[-1].abs().item()
 
 
-class Lanczos:
-    """The Lanczos process on a kernel, from the residual: it can be extended at any time, never started again.
+class LanczosProcess:
+    """The Lanczos process on a kernel from one vector, which more products extend at any time.
 
-    Every new vector is orthogonalized twice against all others (Parlett, 1998, section 6.9), because without it copies of
-    converged Ritz values appear. In exact arithmetic the coefficients on all but the last two vectors are zero; what they
-    are instead measures the rounding of the products.
+    Differs from `scipy.sparse.linalg.eigsh` in that it
+
+    1. starts from the vector whose image is wanted, and never restarts;
+    2. orthogonalizes every new vector twice against all others (Parlett, 1998, section 6.9): without it, copies of
+       converged Ritz values appear;
+    3. has no tolerance of its own: the caller stops when the answer is good enough, not the eigenpairs.
+
+    In exact arithmetic the coefficients on all but the last two vectors are zero. What they are instead measures the rounding
+    of the products.
 
     Args:
-        residual: The vector to start from, f0 - Y or J e of a carried vector e, `(N K,)` in float64.
+        vector: The vector to start from, f0 - Y or J e of a carried vector e, `(N K,)` in float64.
     """
 
-    def __init__(self, residual: Tensor) -> None:
-        self._norm = residual.norm().item()
+    def __init__(self, vector: Tensor) -> None:
+        self._norm = vector.norm().item()
         # A network without residual does not move, but its largest eigenvalue still means something.
-        start = residual / self._norm if self._norm > 0 else torch.ones_like(residual) / math.sqrt(len(residual))
+        start = vector / self._norm if self._norm > 0 else torch.ones_like(vector) / math.sqrt(len(vector))
         self._vectors = start.unsqueeze(0)
         self._diagonal: list[float] = []
         self._off_diagonal: list[float] = []
@@ -77,7 +130,7 @@ class Lanczos:
 
     @property
     def exhausted(self) -> bool:
-        """Whether the Krylov space is invariant under the kernel, so that more products cannot add anything."""
+        """Whether the Krylov space is invariant under the kernel, so that more products add nothing."""
         return bool(self._off_diagonal) and self._off_diagonal[-1] == 0
 
     @property
@@ -86,7 +139,7 @@ class Lanczos:
         return self._vectors[len(self._diagonal)]
 
     def add(self, vector: Tensor) -> None:
-        """Takes the product of the kernel with `newest`; not for a space that is exhausted."""
+        """Takes the product of the kernel with `newest`; the space must not be exhausted."""
         index = len(self._diagonal)
         self._reserve(index + 2)
         known = self._vectors[: index + 1]
@@ -111,11 +164,11 @@ class Lanczos:
         self._diagonal.append(coefficients[-1])
         self._off_diagonal.append(beta)
 
-    def modes(self, *, basis: bool = True) -> LanczosModes:
+    def modes(self) -> LanczosModes:
         """The Ritz pairs of all products but the last, which serves their error bound.
 
-        Args:
-            basis: Whether to form the basis `(N K, k)`; an empty one serves to find out the error.
+        Raises:
+            ValueError: If there are fewer than two products.
         """
         size = len(self._diagonal) - (not self.exhausted)
         if size < 1:
@@ -123,19 +176,21 @@ class Lanczos:
         diagonal = torch.tensor(self._diagonal[:size], dtype=torch.float64)
         off_diagonal = torch.tensor(self._off_diagonal[: size - 1], dtype=torch.float64)
         matrix = torch.diag(diagonal) + torch.diag(off_diagonal, 1) + torch.diag(off_diagonal, -1)
-        values, vectors = torch.linalg.eigh(matrix)
-        known = self._vectors[:size]
+        values, rotation = torch.linalg.eigh(matrix)
+        # Without this, the arbitrary signs of the Ritz vectors would change as the basis grows.
+        rotation *= signs(rotation, rotation[0])
         errors = torch.zeros(size, size, dtype=torch.float64)
         for index, column in enumerate(self._errors[:size]):
             errors[: index + 1, index] = column
         return LanczosModes(
             eigenvalues=values,
-            basis=known.T @ vectors.to(known) if basis else known.T[:, :0],
-            residual=self._norm * vectors[0],
-            coupling=self._off_diagonal[size - 1] * vectors[-1],
+            vectors=self._vectors[:size].T,
+            coordinates=self._norm * rotation[0],
+            rotation=rotation,
+            coupling=self._off_diagonal[size - 1] * rotation[-1],
             next_curvature=0.0 if self.exhausted else max(self._diagonal[size], 0.0),
             largest_diagonal=diagonal.max().item(),
-            rounding=vectors.T @ errors @ vectors,
+            rounding=rotation.T @ errors @ rotation,
         )
 
     def _reserve(self, count: int) -> None:
@@ -146,56 +201,142 @@ class Lanczos:
             self._vectors = grown
 
 
-def extend(krylov: Sequence[Lanczos], product: Product) -> None:
-    """One product more for every process whose space is not exhausted, all in the same passes."""
-    active = [lanczos for lanczos in krylov if not lanczos.exhausted]
+class LanczosSolver:
+    """Ritz pairs that are refined whenever an answer would miss the tolerance.
+
+    Every vector has a Krylov space of its own; one product of all of them shares its passes.
+
+    Args:
+        product: Products with the kernel.
+        vectors: The residual and the images of the carried vectors, `(N K,)` each.
+        tolerance: The error of the weights, relative to their displacement from w0, that every answer has to meet, unless
+            the rounding of the products is larger.
+        max_products: Products after which to stop in any case.
+        expected: Products that it will probably take, for a progress bar; None for no bar.
+        processes: The processes that share the products. All of them stop where the first one does, because rounding may
+            differ between machines.
+    """
+
+    def __init__(
+        self,
+        product: Product,
+        vectors: Sequence[Tensor],
+        *,
+        tolerance: float,
+        max_products: int,
+        expected: int | None = None,
+        processes: Processes = ALONE,
+    ) -> None:
+        self._expected = expected
+        self._product = product
+        self._processes = processes
+        self._krylov = [LanczosProcess(vector) for vector in vectors]
+        self._tolerance = tolerance
+        self._max_products = max_products
+        self._limit_reported = False
+        self._extend(lambda: all(_largest_is_settled(modes) for modes in self.modes), _SHARE_BETWEEN_LOOKS)
+
+    @property
+    def num_products(self) -> int:
+        """Products with the kernel made so far, from each vector whose space was not exhausted before."""
+        return max(process.num_products for process in self._krylov)
+
+    @property
+    def largest_eigenvalue(self) -> float:
+        """An upper estimate, see `LanczosModes.largest_eigenvalue`."""
+        return max(modes.largest_eigenvalue for modes in self.modes)
+
+    def refine(self, solve: Callable[[Sequence[Modes]], Solved[T]], *, by_runs: bool = False) -> Solved[T]:
+        """Extends the Krylov spaces until an answer meets the tolerance, and returns that answer.
+
+        Args:
+            solve: Computes the answer and its bound on given modes.
+            by_runs: Whether `solve` repeats a whole run, so that it is better called seldom.
+        """
+        solved = solve(self.modes)
+
+        def enough() -> bool:
+            nonlocal solved
+            solved = solve(self.modes)
+            return solved.bound.meets(self._tolerance)
+
+        if not self._processes.any(self._complete or solved.bound.meets(self._tolerance)):
+            self._extend(enough, _SHARE_BETWEEN_RUNS if by_runs else _SHARE_BETWEEN_LOOKS)
+        stopped = self._stopped(solved.bound)
+        if stopped == "memory" and not self._limit_reported:
+            self._limit_reported = True
+            _log.warning(
+                "Lanczos stopped after %d products, at a relative error bound of %.3g where %.3g was wanted: more would not fit. "
+                "Ask for an earlier time, or use fewer samples.", self.num_products, solved.bound.relative, self._tolerance,
+            )  # fmt: skip
+        return replace(solved, products=self.num_products, stopped=stopped)
+
+    @property
+    def _exhausted(self) -> bool:
+        return all(process.exhausted for process in self._krylov)
+
+    @property
+    def _complete(self) -> bool:
+        return self._exhausted or self.num_products >= self._max_products
+
+    def _stopped(self, bound: ErrorBound) -> Stop:
+        if self._exhausted:
+            return "complete"
+        if self._complete and not bound.meets(self._tolerance):
+            return "memory"
+        return "rounding" if bound.truncation > self._tolerance * bound.displacement else "tolerance"
+
+    def _extend(self, enough: Callable[[], bool], share: float) -> None:
+        description, expected = "Lanczos: products with the kernel", self._expected
+        with track_operations(description, total=expected or 0, counted=True, enabled=expected is not None) as advance:
+            advance(self.num_products)
+            while True:
+                for _ in range(max(1 if self.num_products else 2, int(self.num_products * share))):
+                    extend(self._krylov, self._product)
+                    advance(1)
+                self.modes: Sequence[LanczosModes] = [process.modes() for process in self._krylov]
+                if self._processes.any(enough() or self._complete):
+                    break
+
+
+def solve_by_lanczos(
+    jacobian: Jacobian,
+    kernel: Tensor | None,
+    vectors: Sequence[Tensor],
+    *,
+    tolerance: float,
+    max_products: int,
+    expected: int | None = None,
+    processes: Processes = ALONE,
+) -> LanczosSolver:
+    """Lanczos on a kernel, with vectors on its device, or without one, with vectors on the CPU.
+
+    Args:
+        jacobian: J, for products without a kernel.
+        kernel: `(N K, N K)`, or None.
+        vectors: f0 - Y, and the images J e of the carried vectors, `(N, K)` in float64 on the CPU.
+        tolerance: As for `LanczosSolver`.
+        max_products: As for `LanczosSolver`.
+        expected: As for `LanczosSolver`.
+        processes: As for `LanczosSolver`.
+    """
+    product = jacobian_product(jacobian, vectors[0].shape) if kernel is None else kernel_product(kernel, processes)
+    device = vectors[0].device if kernel is None else kernel.device
+    flat = [vector.flatten().to(device) for vector in vectors]
+    return LanczosSolver(
+        product, flat, tolerance=tolerance, max_products=max_products, expected=expected, processes=processes
+    )
+
+
+def extend(krylov: Sequence[LanczosProcess], product: Product) -> None:
+    """Adds a product to every process whose space is not exhausted, all in the same passes."""
+    active = [process for process in krylov if not process.exhausted]
     if active:
-        vectors = product(torch.stack([lanczos.newest for lanczos in active]))
-        for lanczos, vector in zip(active, vectors, strict=True):
-            lanczos.add(vector)
+        vectors = product(torch.stack([process.newest for process in active]))
+        for process, vector in zip(active, vectors, strict=True):
+            process.add(vector)
 
 
-def kernel_product(kernel: Tensor, processes: Processes = ALONE) -> Product:
-    """Products with a dense kernel `(N K, N K)`: exact for its numbers, whatever their type.
-
-    A kernel in float32 is widened piece by piece and never copied as a whole: products rounded to float32 would cost
-    five digits of what Lanczos can give.
-
-    Args:
-        kernel: `(N K, N K)`.
-        processes: The processes that share its rows.
-    """
-    kernel = kernel.detach()
-    own = processes.rows(len(kernel))
-    part = kernel[own.start : own.stop]
-    if kernel.dtype == torch.float64:
-        blocks: tuple[Tensor, ...] = (part,)
-    else:
-        blocks = torch.split(part, max(1, _WIDENED_AT_ONCE.get(kernel.device.type, 2**18) // kernel.shape[1]))
-
-    def product(vectors: Tensor) -> Tensor:
-        products = torch.cat([vectors @ block.to(vectors.dtype).T for block in blocks], dim=1)
-        if processes.size == 1:
-            return products
-        joined = vectors.new_zeros(len(vectors), len(kernel))
-        joined[:, own.start : own.stop] = products
-        return processes.sum_(joined)
-
-    return product
-
-
-def jacobian_product(jacobian: Jacobian, shape: torch.Size) -> Product:
-    """Products J (J^T v) without a kernel: one pass of vector-Jacobian products, one of Jacobian-vector products per vector.
-
-    Args:
-        jacobian: J.
-        shape: (N, K).
-    """
-
-    def product(vectors: Tensor) -> Tensor:
-        with preserved_rng():
-            pulled = jacobian.vjp(vectors.reshape(-1, *shape))
-            pushed = [jacobian.jvp({n: value[i] for n, value in pulled.items()}) for i in range(len(vectors))]
-        return torch.stack(pushed).flatten(1).to(vectors)
-
-    return product
+def _largest_is_settled(modes: LanczosModes) -> bool:
+    residual = modes.coupling[-1].abs().item()
+    return residual <= _LARGEST_EIGENVALUE_TOLERANCE * modes.eigenvalues[-1].item()

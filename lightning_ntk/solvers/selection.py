@@ -1,4 +1,4 @@
-"""Which way to the modes is the cheapest one that fits into memory."""
+"""The cheapest way to the modes that fits into memory."""
 
 import math
 from typing import Literal, NamedTuple
@@ -22,20 +22,20 @@ _BASIS_SHARE = 0.25
 _MAX_PRODUCTS = 4000
 
 
-class Problem(NamedTuple):
-    """The sizes that decide.
+class Sizes(NamedTuple):
+    """The sizes of a problem, which decide the way to its modes.
 
     Attributes:
         samples: N.
         outputs: K.
         parameters: P.
         itemsize: Bytes of a number in the passes.
-        horizon: Largest number of optimizer steps to be asked for, or None if it is not known.
-        kernel_given: Whether the kernel is there already.
+        horizon: The largest number of optimizer steps that will be asked for, or None if unknown.
+        kernel_given: Whether the kernel exists already.
         jacobian_stored: Whether J is kept in memory.
-        vectors: Start vectors of Lanczos: one, and one more for weights that decay or a momentum buffer.
-        kernel_operations: What forming the kernel costs; by default (N K)^2 P, half of a contraction of Jacobians.
-        forward_operations: What one forward pass over the data costs; by default 2 N P, each parameter used once.
+        vectors: Start vectors of Lanczos: the residual, and one more for decaying weights or a momentum buffer.
+        kernel_operations: The cost of the kernel; by default (N K)^2 P, half of a contraction of Jacobians.
+        forward_operations: The cost of a forward pass over the data; by default 2 N P, each parameter used once.
     """
 
     samples: int
@@ -56,13 +56,13 @@ class Problem(NamedTuple):
 
 
 class Choice(NamedTuple):
-    """How the modes are found.
+    """A way to the modes, and why it was chosen.
 
     Attributes:
         solver: "eigh" or "lanczos".
-        matrix_free: Whether Lanczos goes without a kernel.
+        matrix_free: Whether Lanczos works without a kernel.
         reason: The choice and its cause, a sentence.
-        max_products: Products with the kernel that memory allows.
+        max_products: How many products with the kernel memory allows.
     """
 
     solver: Literal["eigh", "lanczos"]
@@ -71,7 +71,17 @@ class Choice(NamedTuple):
     max_products: int
 
 
-class _Way(NamedTuple):
+class Candidate(NamedTuple):
+    """A way to the modes and its cost.
+
+    Attributes:
+        solver: "eigh" or "lanczos".
+        matrix_free: Whether Lanczos works without a kernel.
+        operations: Operations, in those of a matrix product.
+        memory: Bytes.
+        name: The way, in words.
+    """
+
     solver: Literal["eigh", "lanczos"]
     matrix_free: bool
     operations: float
@@ -89,16 +99,16 @@ def expected_products(rows: int, horizon: float | None) -> int:
 
 
 def choose_solver(
-    problem: Problem, *, solver: Solver = "auto", matrix_free: bool | None = None, free_memory: float
+    sizes: Sizes, *, solver: Solver = "auto", matrix_free: bool | None = None, free_memory: float
 ) -> Choice:
     """The way with the fewest operations among those that fit into memory; a cheap eigendecomposition is always taken.
 
-    Counted are, with q products expected: for the kernel `problem.kernel_operations`; for its eigendecomposition
-    20 (N K)^3; for Lanczos on it 20 q (N K)^2 + 4 q^2 N K; without it, 6 q times `problem.forward_operations`
+    Counted are, with q products expected: for the kernel `sizes.kernel_operations`; for its eigendecomposition
+    20 (N K)^3; for Lanczos on it 20 q (N K)^2 + 4 q^2 N K; without it, 6 q times `sizes.forward_operations`
     + 4 q^2 N K, a forward, a backward and a forward-mode pass each time.
 
     Args:
-        problem: The sizes.
+        sizes: The sizes.
         solver: "eigh" or "lanczos" to have that one.
         matrix_free: Whether Lanczos has to do without (True) or with a kernel (False).
         free_memory: Bytes.
@@ -107,80 +117,77 @@ def choose_solver(
         ValueError: If an eigendecomposition is wanted without a kernel.
         MemoryError: If no way fits.
     """
-    if matrix_free and (solver == "eigh" or problem.kernel_given):
+    if matrix_free and (solver == "eigh" or sizes.kernel_given):
         cause = "`solver` is 'eigh'" if solver == "eigh" else "argument `ntk` is given"
         raise ValueError(
             f"Expected `matrix_free` to be False or None but got True where {cause}, do without one of the two."
         )
-    allowed = [
-        way for way in _ways(problem) if solver in ("auto", way.solver) and matrix_free in (None, way.matrix_free)
+    candidates = [
+        c for c in _candidates(sizes) if solver in ("auto", c.solver) and matrix_free in (None, c.matrix_free)
     ]
-    fitting = [way for way in allowed if way.memory <= free_memory]
+    fitting = [c for c in candidates if c.memory <= free_memory]
     if not fitting:
-        least = min(allowed, key=lambda way: way.memory)
+        least = min(candidates, key=lambda c: c.memory)
         share = free_memory / least.memory if least.matrix_free else math.sqrt(free_memory / least.memory)
         advice = "" if least.matrix_free else ", or solver='lanczos' with matrix_free=True, which needs no kernel"
         raise MemoryError(
-            f"The modes of {problem.samples} samples with {problem.outputs} outputs need {format_bytes(least.memory)} but "
-            f"{format_bytes(free_memory)} are free. Use at most {int(problem.samples * share)} samples as the reference{advice}."
+            f"The modes of {sizes.samples} samples with {sizes.outputs} outputs need {format_bytes(least.memory)} but "
+            f"{format_bytes(free_memory)} are free. Use at most {int(sizes.samples * share)} samples as the reference{advice}."
         )
-    best = min(fitting, key=lambda way: way.operations)
-    small = fitting[0].solver == "eigh" and fitting[0].operations <= _FEW_OPERATIONS
-    if small:
-        best = fitting[0]
+    few = [c for c in fitting if c.solver == "eigh" and c.operations <= _FEW_OPERATIONS]
+    best = min(few or fitting, key=lambda c: c.operations)
     products = int(
-        min(problem.rows, _MAX_PRODUCTS, max(16.0, _BASIS_SHARE * free_memory / (8 * problem.rows * problem.vectors)))
+        min(sizes.rows, _MAX_PRODUCTS, max(16.0, _BASIS_SHARE * free_memory / (8 * sizes.rows * sizes.vectors)))
     )
-    return Choice(best.solver, best.matrix_free, _reason(problem, best, fitting, allowed, small=small), products)
+    return Choice(best.solver, best.matrix_free, _reason(sizes, best, fitting, candidates, few=bool(few)), products)
 
 
-def _ways(problem: Problem) -> list[_Way]:
-    rows, parameters = float(problem.rows), float(problem.parameters)
-    products = expected_products(problem.rows, problem.horizon)
-    jacobian = rows * parameters * problem.itemsize if problem.jacobian_stored else 0.0
-    matrix = rows**2 * problem.itemsize
-    forming = rows**2 * parameters if problem.kernel_operations is None else problem.kernel_operations
-    kernel = 0.0 if problem.kernel_given else forming
-    held = jacobian if problem.kernel_given else jacobian + matrix
-    reorthogonalization = 4 * rows * products**2 * problem.vectors
-    basis = 3 * 8 * rows * products * problem.vectors
-    dense = _Way(
+def _candidates(sizes: Sizes) -> list[Candidate]:
+    rows, parameters = float(sizes.rows), float(sizes.parameters)
+    products = expected_products(sizes.rows, sizes.horizon)
+    jacobian = rows * parameters * sizes.itemsize if sizes.jacobian_stored else 0.0
+    matrix = rows**2 * sizes.itemsize
+    forming = rows**2 * parameters if sizes.kernel_operations is None else sizes.kernel_operations
+    kernel = 0.0 if sizes.kernel_given else forming
+    held = jacobian if sizes.kernel_given else jacobian + matrix
+    reorthogonalization = 4 * rows * products**2 * sizes.vectors
+    basis = 3 * 8 * rows * products * sizes.vectors
+    dense = Candidate(
         "lanczos", False, kernel + 2 * _MEMORY_BOUND * products * rows**2 + reorthogonalization, held + basis,
         "Lanczos on the kernel",
     )  # fmt: skip
     # The kernel in float64, a copy, the eigenvectors and the workspace of the eigensolver.
-    eigh = _Way(
+    eigh = Candidate(
         "eigh",
         False,
         kernel + _EIGH_OPERATIONS * rows**3,
         jacobian + 5 * 8 * rows**2,
         "the kernel's eigendecomposition",
     )
-    if problem.kernel_given:
+    if sizes.kernel_given:
         return [eigh, dense]
-    forward = 2.0 * problem.samples * parameters if problem.forward_operations is None else problem.forward_operations
-    passes = 4 * _MEMORY_BOUND * rows * parameters if problem.jacobian_stored else _PASSES * forward
+    forward = 2.0 * sizes.samples * parameters if sizes.forward_operations is None else sizes.forward_operations
+    passes = 4 * _MEMORY_BOUND * rows * parameters if sizes.jacobian_stored else _PASSES * forward
     weights = 3 * 8 * parameters
-    free = _Way(
+    free = Candidate(
         "lanczos",
         True,
-        passes * products * problem.vectors + reorthogonalization,
+        passes * products * sizes.vectors + reorthogonalization,
         jacobian + basis + weights,
         "Lanczos without a kernel",
     )
     return [eigh, dense, free]
 
 
-def _reason(problem: Problem, best: _Way, fitting: list[_Way], allowed: list[_Way], *, small: bool) -> str:
-    horizon = "an unknown number of" if problem.horizon is None else f"{problem.horizon:g}"
-    head = f"Modes by {best.name} for {problem.rows} rows, {problem.parameters} parameters and {horizon} steps"
-    if len(allowed) == 1:
+def _reason(sizes: Sizes, best: Candidate, fitting: list[Candidate], candidates: list[Candidate], *, few: bool) -> str:
+    horizon = "an unknown number of" if sizes.horizon is None else f"{sizes.horizon:g}"
+    head = f"Modes by {best.name} for {sizes.rows} rows, {sizes.parameters} parameters and {horizon} steps"
+    if len(candidates) == 1:
         return f"{head}: it was asked for."
-    if small:
+    if few:
         return f"{head}: {best.operations:.2g} operations are few, and it answers every time exactly."
     counts = ", ".join(
-        f"{way.name} {way.operations:.2g}"
-        + ("" if way in fitting else f" (needs {format_bytes(way.memory)}, too much)")
-        for way in allowed
+        f"{c.name} {c.operations:.2g}" + ("" if c in fitting else f" (needs {format_bytes(c.memory)}, too much)")
+        for c in candidates
     )
     return f"{head}, by counted operations: {counts}."

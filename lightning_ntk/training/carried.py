@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from lightning_ntk.dynamics.filters import Start
-from lightning_ntk.dynamics.hyperparameters import Hyperparameters
+from lightning_ntk.dynamics.sgd import Hyperparameters
 from lightning_ntk.functional.weights import norm
 from lightning_ntk.linearization.parameters import Tensors
 from lightning_ntk.training.problem import Capture
@@ -61,11 +61,12 @@ def carried_vectors(
                 f"Expected argument `momentum_buffers` to hold one tensor of its shape for every trainable parameter but it "
                 f"differs for {differing}."
             )
-        momentum = hyperparameters.momentum
+        template = hyperparameters.template
+        momentum = template.momentum
         if momentum == 0:
             raise ValueError("Expected `momentum` above 0 where `momentum_buffers` are given but got 0.")
-        if hyperparameters.constant and hyperparameters.weight_decay == 0 and momentum < 1:
-            along = momentum**2 if hyperparameters.nesterov else momentum
+        if hyperparameters.constant and template.weight_decay == 0 and momentum < 1:
+            along = momentum**2 if template.nesterov else momentum
             limit = -hyperparameters.settings(0).lr * along / (1 - momentum)
         else:
             limit = 0.0

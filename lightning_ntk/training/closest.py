@@ -17,7 +17,7 @@ from torch import Tensor
 
 from lightning_ntk.functional.weights import difference, inner_product, norm
 from lightning_ntk.linearization.parameters import Tensors
-from lightning_ntk.solvers.refinement import CompleteModes
+from lightning_ntk.solvers.eigh import CompleteModes
 from lightning_ntk.training.carried import CarriedVector
 from lightning_ntk.training.modal import ModalTraining
 from lightning_ntk.training.problem import Capture
@@ -163,9 +163,10 @@ def closest_time(
             if t not in squares:
                 squares[t] = approach.squared_distance(training.state(t))
         best = min(squares, key=lambda t: squares[t])
-        # Late times that rounding cannot tell from the limit are the limit.
+        # Late times that rounding cannot tell from the limit are the limit, unless it is where training starts.
         unresolved = 4 * torch.finfo(torch.float64).eps * approach.square
-        return math.inf if squares.get(math.inf, math.inf) - squares[best] <= unresolved else best
+        moves = squares[0.0] - squares[best] > unresolved
+        return math.inf if moves and squares.get(math.inf, math.inf) - squares[best] <= unresolved else best
 
     shortest, longest = training.time_scales(dtype)
     grid = _grid(min(until, _LAST_EXPONENT * longest), 1.0 if whole else 1e-3 * shortest, whole=whole)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from lightning_ntk.data.reference import Data, Reference, Unpack
 from lightning_ntk.dynamics.closed_form import Dynamics
-from lightning_ntk.dynamics.hyperparameters import Decay, Hyperparameters, LearningRate
+from lightning_ntk.dynamics.sgd import Decay, Hyperparameters, LearningRate, SGDSettings
 from lightning_ntk.kernel import compute_kernel
 from lightning_ntk.linearization.jacobian import StreamedJacobian
 from lightning_ntk.linearization.linearization import Linearization, Predict
@@ -17,6 +17,7 @@ from lightning_ntk.linearization.objective import Loss
 from lightning_ntk.linearization.parameters import Tensors
 from lightning_ntk.linearization.passes import DataPasses
 from lightning_ntk.solvers.base import Modes
+from lightning_ntk.solvers.lanczos import Lanczos
 from lightning_ntk.solvers.selection import Solver
 from lightning_ntk.training.carried import carried_vectors
 from lightning_ntk.training.closest import ClosestTime, find_closest
@@ -63,8 +64,8 @@ class LinearizedTraining:
         momentum_buffers: For a capture in the middle of a run: the optimizer's momentum buffers, by parameter.
         lr_scales: By parameter, the multiple of `lr` that it is trained with, 0 for frozen; the others have 1. Then
             w_lin = w0 + D J^T a with the kernel J D J^T, and norms in error bounds are those of D^(-1/2) (w - w0).
-        solver: "eigh", a dense eigendecomposition in float64; "lanczos", Ritz pairs from the residual f0 - Y; "auto" takes
-            the cheapest by counted operations that fits into memory, see `solver_reason`.
+        solver: "eigh", a dense eigendecomposition in float64; "lanczos", or `Lanczos` with its options, Ritz pairs from the
+            residual f0 - Y; "auto" takes the cheapest by counted operations that fits into memory, see `solver_reason`.
         matrix_free: Whether Lanczos goes without the kernel, in two passes a product. Default: what is cheaper.
         horizon: The largest number of steps that will be asked for, at about `lr`. Lanczos prepares for it at once; later
             times are possible and extend the basis. Infinity takes nearly N K products on most networks, because
@@ -114,7 +115,7 @@ class LinearizedTraining:
         maximize: bool = False,
         momentum_buffers: Mapping[str, Tensor] | None = None,
         lr_scales: Mapping[str, float] | None = None,
-        solver: Solver = "auto",
+        solver: Solver | Lanczos = "auto",
         matrix_free: bool | None = None,
         horizon: float | None = None,
         tolerance: float = 1e-6,
@@ -129,14 +130,19 @@ class LinearizedTraining:
     ) -> None:
         require_choice("dynamics", dynamics, Dynamics)
         require_choice("decay", decay, Decay)
+        lanczos = Lanczos(tolerance, horizon, matrix_free)
+        if isinstance(solver, Lanczos):
+            if lanczos != Lanczos():
+                raise ValueError(
+                    "Expected `matrix_free`, `horizon` and `tolerance` as options of `solver=Lanczos(...)` but got some of them "
+                    "beside it."
+                )
+            lanczos, solver = solver, "lanczos"
         require_choice("solver", solver, Solver)
         require_choice("jacobian", jacobian, JacobianStorage)
-        if horizon is not None and not horizon >= 0:
-            raise ValueError(f"Expected argument `horizon` to be at least 0 optimizer steps or None but got {horizon}.")
-        if not 0 < tolerance < 1:
-            raise ValueError(f"Expected argument `tolerance` to be between 0 and 1 but got {tolerance}.")
         self.dynamics = dynamics
-        self.hyperparameters = Hyperparameters(lr, momentum, dampening, nesterov, weight_decay, decay, maximize)
+        template = SGDSettings(0.0, momentum, dampening, nesterov, weight_decay, maximize, decay == "decoupled")
+        self.hyperparameters = Hyperparameters(lr, template, decays_to_initial=decay == "initial")
         _require_describable(dynamics, self.hyperparameters)
         self._solution: tuple[float | None, Tensors] | None = None
         if isinstance(module, Capture):
@@ -166,7 +172,7 @@ class LinearizedTraining:
             residual = self.initial_predictions.cpu().double() - self.targets
             solution = solve(
                 self.capture, [residual, *(c.image for c in carried)], scaling=self._scaling, ntk=ntk, solver=solver,
-                matrix_free=matrix_free, horizon=horizon, tolerance=tolerance,
+                lanczos=lanczos,
             )  # fmt: skip
         self.ntk = solution.kernel
         self.solver_reason = solution.reason
@@ -180,8 +186,8 @@ class LinearizedTraining:
                 "dynamics are stable: the linearized network diverges.",
                 stacklevel=2,
             )
-        elif horizon:
-            self._modal.prepare(horizon)
+        elif lanczos.horizon:
+            self._modal.prepare(lanczos.horizon)
 
     @property
     def lr(self) -> LearningRate:
@@ -374,8 +380,9 @@ class LinearizedTraining:
 
 
 def _require_describable(dynamics: Dynamics, hyperparameters: Hyperparameters) -> None:
-    if dynamics == "gradient_flow" and (hyperparameters.momentum != 0 or hyperparameters.maximize):
+    template = hyperparameters.template
+    if dynamics == "gradient_flow" and (template.momentum != 0 or template.maximize):
         raise ValueError(
             'Expected no momentum, and no maximization, with dynamics="gradient_flow", which has neither, but got momentum '
-            f'{hyperparameters.momentum} and maximize={hyperparameters.maximize}. Use dynamics="gradient_descent".'
+            f'{template.momentum} and maximize={template.maximize}. Use dynamics="gradient_descent".'
         )

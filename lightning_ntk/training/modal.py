@@ -6,10 +6,13 @@ from collections.abc import Sequence
 import torch
 
 from lightning_ntk.dynamics.closed_form import ClosedForm, Dynamics, is_infinite
-from lightning_ntk.dynamics.error_bounds import ErrorBound, combined_bound, gradient_flow_bound
-from lightning_ntk.dynamics.hyperparameters import Hyperparameters
-from lightning_ntk.dynamics.stability import max_learning_rate
-from lightning_ntk.solvers.refinement import CompleteModes, LanczosSolver, ModalSolver
+from lightning_ntk.dynamics.error_bounds import combined_bound, gradient_flow_bound
+from lightning_ntk.dynamics.filters import Filters
+from lightning_ntk.dynamics.sgd import Hyperparameters
+from lightning_ntk.dynamics.stability import max_learning_rate, ridge
+from lightning_ntk.solvers.base import ErrorBound, ModalSolver, Modes, Solved
+from lightning_ntk.solvers.eigh import CompleteModes
+from lightning_ntk.solvers.lanczos import LanczosModes
 from lightning_ntk.training.carried import CarriedVector
 from lightning_ntk.training.readout import LinearizedState, Readout
 from lightning_ntk.training.run import Run
@@ -51,7 +54,7 @@ class ModalTraining:
             dynamics,
             hyperparameters.lr * factor if isinstance(hyperparameters.lr, float) else 0.0,
             dtype,
-            ridge=hyperparameters.weight_decay / factor,
+            ridge=ridge(hyperparameters.template, factor),
             limits=tuple(c.limit for c in carried),
             norms=tuple(c.norm for c in carried),
         )
@@ -62,7 +65,7 @@ class ModalTraining:
         """The largest stable learning rate, infinite for gradient flow."""
         if self.dynamics == "gradient_flow":
             return math.inf
-        return max_learning_rate(self.hyperparameters.shape, self._factor * max(self.solver.largest_eigenvalue, 0.0))
+        return max_learning_rate(self.hyperparameters.template, self._factor * max(self.solver.largest_eigenvalue, 0.0))
 
     @property
     def unstable(self) -> bool:
@@ -74,19 +77,19 @@ class ModalTraining:
         self.require_time(t)
         if not self.has_closed_form(t):
             return self._run_to(_whole(t)).state
-        self._refine(t)
-        return self._readout.state(self.solver.modes, self._form.filters(self.solver.modes, t))
+        filters = self._solve(t).filters
+        return self._readout.state(self.solver.modes, filters)
 
     def error_bound(self, t: float | None) -> ErrorBound:
         """The error of the weights after t steps that the solver makes."""
         self.require_time(t)
-        return self._refine(t) if self.has_closed_form(t) else self._run_to(_whole(t)).error_bound
+        return self._solve(t).bound if self.has_closed_form(t) else self._run_to(_whole(t)).error_bound
 
     def follow(self) -> Run:
         """These dynamics from step 0 on."""
         return Run(
             self.solver, self._form, self._factor, [c.start for c in self._carried], self._readout.state,
-            decays=self.hyperparameters.decays_to_zero or self.hyperparameters.decay == "initial",
+            decays=self.hyperparameters.decays_to_zero or self.hyperparameters.decays_to_initial,
         )  # fmt: skip
 
     @property
@@ -98,36 +101,46 @@ class ModalTraining:
         return None if constant or self.hyperparameters.steps == math.inf else self.hyperparameters.steps
 
     def time_scales(self, dtype: torch.dtype) -> tuple[float, float]:
-        """Steps in which the fastest and the slowest mode above the rounding of `dtype` lose a factor e of their residual."""
+        """Steps in which the fastest and the slowest mode above the rounding of `dtype` lose a factor e of their residual.
+
+        The slowest takes 0 where nothing moves.
+        """
         rate = self._form.rate
         largest = max(m.eigenvalues[-1].item() for m in self.solver.modes)
         cutoff = max(m.cutoff(dtype) for m in self.solver.modes)
         moving = [m.eigenvalues[m.eigenvalues > cutoff] for m in self.solver.modes]
         smallest = min((values.min().item() for values in moving if len(values)), default=math.inf)
         if rate == 0 or largest <= 0:
-            return 1.0, math.inf
+            return 1.0, 0.0
         return 1 / (rate * (largest + self._form.ridge)), 1 / (rate * (smallest + self._form.ridge))
 
     def prepare(self, horizon: float) -> None:
         """Refines for times up to a number of steps; without a closed form, for gradient flow over the same time."""
         t = None if horizon == math.inf else math.floor(horizon)
-        settings, rate = self.hyperparameters.shape, self.hyperparameters.lr
-        if is_infinite(t) and not (isinstance(rate, float) and rate < self.max_learning_rate):
+        settings, rate = self.hyperparameters.template, self.hyperparameters.lr
+        limited = isinstance(rate, float) and rate < self.max_learning_rate
+        if isinstance(self.solver, CompleteModes) or (is_infinite(t) and not limited):
             return
-        if self.has_closed_form(t) or not isinstance(self.solver, LanczosSolver):
-            self._refine(t)
+        if self.has_closed_form(t):
+            self._solve(t)
             return
         steps = int(min(_whole(t), self.hyperparameters.steps))
         rates = sum(self.hyperparameters.settings(step).lr for step in range(steps))
-        gain = (1 - settings.dampening) / max(1 - settings.momentum, 1e-3) if settings.momentum else 1.0
-        time = rates * self._factor * gain
-        self.solver.refine(lambda modes: combined_bound([gradient_flow_bound(m, time) for m in modes]))
+        time = rates * self._factor * settings.gain / max(1 - settings.momentum, 1e-3)
+
+        def solve(modes: Sequence[Modes]) -> Solved[None]:
+            return Solved(
+                None, combined_bound([gradient_flow_bound(m, time) for m in modes if isinstance(m, LanczosModes)])
+            )
+
+        self.solver.refine(solve)
 
     def has_closed_form(self, t: float | None) -> bool:
         """Whether the state at this time takes no recurrence."""
         if is_infinite(t):
             return True
-        plain = self.hyperparameters.momentum == 0 and not self._carried and not self.hyperparameters.maximize
+        template = self.hyperparameters.template
+        plain = template.momentum == 0 and not self._carried and not template.maximize
         return self.hyperparameters.constant and (plain or self.dynamics == "gradient_flow")
 
     def require_time(self, t: float | None) -> None:
@@ -141,7 +154,8 @@ class ModalTraining:
             raise ValueError(
                 "Expected a finite `t` with a learning rate that changes: only a constant one has a limit."
             )
-        if rate >= self.max_learning_rate or self.hyperparameters.maximize:
+        template = self.hyperparameters.template
+        if rate > 0 and (rate >= self.max_learning_rate or template.maximize or template.gain == 0):
             raise ValueError(
                 f"Expected a stable learning rate for t = infinity but {rate:.4g} is not below the maximum "
                 f"{self.max_learning_rate:.4g}: the linearized network has no limit."
@@ -154,8 +168,8 @@ class ModalTraining:
             self._run.step(self.hyperparameters.settings(self._run.steps))
         return self._run
 
-    def _refine(self, t: float | None) -> ErrorBound:
-        return self.solver.refine(lambda modes: self._form.total_bound(modes, t))
+    def _solve(self, t: float | None) -> Solved[Filters]:
+        return self.solver.refine(lambda modes: self._form.solve(modes, t))
 
 
 def _whole(t: float | None) -> int:

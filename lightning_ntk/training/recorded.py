@@ -6,7 +6,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from lightning_ntk.dynamics.hyperparameters import Hyperparameters
+from lightning_ntk.dynamics.sgd import Hyperparameters
 from lightning_ntk.training.carried import CarriedVector
 from lightning_ntk.training.problem import Capture, training_kernel
 from lightning_ntk.training.readout import LinearizedState
@@ -85,7 +85,7 @@ class RecordedTraining:
             self.kernel,
             self._capture.predictions,
             self._capture.objective,
-            decay_toward="initial" if self._hyperparameters.decay == "initial" else "zero",
+            decay_toward="initial" if self._hyperparameters.decays_to_initial else "zero",
             initial_image=images.get(True),
             momentum_image=images.get(False),
         )

@@ -6,12 +6,11 @@ from dataclasses import replace
 from itertools import repeat
 
 from lightning_ntk.dynamics.closed_form import ClosedForm
-from lightning_ntk.dynamics.error_bounds import ErrorBound, RunningBound
+from lightning_ntk.dynamics.error_bounds import RunningBound
 from lightning_ntk.dynamics.filters import Filters, Start
 from lightning_ntk.dynamics.sgd import ModalSGD, SGDSettings
-from lightning_ntk.solvers.base import Modes
+from lightning_ntk.solvers.base import ErrorBound, ModalSolver, Modes, Solved
 from lightning_ntk.solvers.lanczos import LanczosModes
-from lightning_ntk.solvers.refinement import ModalSolver
 from lightning_ntk.training.readout import LinearizedState
 
 Read = Callable[[Sequence[Modes], Filters], LinearizedState]
@@ -103,28 +102,29 @@ class Run:
         Raises:
             OverflowError: If the dynamics have diverged.
         """
-        _ = self.error_bound
-        return self._read(self._solver.modes, self.filters)
+        filters = self._solve().filters
+        return self._read(self._solver.modes, filters)
 
     @property
     def error_bound(self) -> ErrorBound:
         """Bound on the distance of the weights after the steps so far from the linearized ones."""
-        return self._solver.refine(self._bound, by_runs=self._flow is None)
+        return self._solve().bound
 
     @property
     def filters(self) -> Filters:
         """The filters after the steps so far, on the present modes of the solver."""
-        if self._flow is not None:
-            return self._flow.filters(self._solver.modes, self._time)
-        self._follow(self._solver.modes)
-        return self._sgd.filters
+        return self._answer(self._solver.modes).filters
 
-    def _bound(self, modes: Sequence[LanczosModes]) -> ErrorBound:
+    def _solve(self) -> Solved[Filters]:
+        return self._solver.refine(self._answer, by_runs=self._flow is None)
+
+    def _answer(self, modes: Sequence[Modes]) -> Solved[Filters]:
         if self._flow is not None:
-            return self._flow.total_bound(modes, self._time)
+            return self._flow.solve(modes, self._time)
         self._follow(modes)
-        assert self._running is not None
-        return self._running.result(self._sgd.filters)
+        filters = self._sgd.filters
+        bound = ErrorBound(0.0, 0.0, 0.0) if self._running is None else self._running.result(filters)
+        return Solved(filters, bound)
 
     def _follow(self, modes: Sequence[Modes]) -> None:
         if modes is not self._modes:

@@ -9,8 +9,10 @@ from torch import Tensor
 
 from lightning_ntk.kernel import count_operations
 from lightning_ntk.linearization.jacobian import StoredJacobian
-from lightning_ntk.solvers.refinement import CompleteModes, ModalSolver, solve_by_lanczos
-from lightning_ntk.solvers.selection import Problem, Solver, choose_solver, expected_products
+from lightning_ntk.solvers.base import ModalSolver
+from lightning_ntk.solvers.eigh import CompleteModes
+from lightning_ntk.solvers.lanczos import Lanczos, solve_by_lanczos
+from lightning_ntk.solvers.selection import Sizes, Solver, choose_solver, expected_products
 from lightning_ntk.training.problem import Capture, training_kernel
 from lightning_ntk.training.scaling import Scaling
 
@@ -38,9 +40,7 @@ def solve(
     scaling: Scaling | None,
     ntk: Tensor | None,
     solver: Solver,
-    matrix_free: bool | None,
-    horizon: float | None,
-    tolerance: float,
+    lanczos: Lanczos,
 ) -> Solution:
     """The modes of a captured network.
 
@@ -50,30 +50,28 @@ def solve(
         scaling: Coordinates in which all learning rates are equal, if they are not.
         ntk: A kernel computed earlier.
         solver: As for `LinearizedTraining`.
-        matrix_free: As for `LinearizedTraining`.
-        horizon: As for `LinearizedTraining`.
-        tolerance: As for `LinearizedTraining`.
+        lanczos: The options of Lanczos.
 
     Raises:
         ValueError: If the kernel is not of this network and data.
         MemoryError: If no way to the modes fits.
     """
     linearization, outputs = capture.linearization, capture.predictions
-    problem = Problem(
+    sizes = Sizes(
         samples=len(capture.reference),
         outputs=outputs.shape[1],
         parameters=linearization.num_parameters,
         itemsize=linearization.dtype.itemsize,
-        horizon=horizon,
+        horizon=lanczos.horizon,
         kernel_given=ntk is not None,
         jacobian_stored=isinstance(capture.jacobian, StoredJacobian),
         vectors=len(vectors),
     )
-    if not (problem.kernel_given or problem.jacobian_stored):
+    if not (sizes.kernel_given or sizes.jacobian_stored):
         kernel_operations, forward_operations = count_operations(linearization, capture.reference)
-        problem = problem._replace(kernel_operations=kernel_operations, forward_operations=forward_operations)
+        sizes = sizes._replace(kernel_operations=kernel_operations, forward_operations=forward_operations)
     free = capture.processes.free_memory("cpu", capture.device)
-    choice = choose_solver(problem, solver=solver, matrix_free=matrix_free, free_memory=free)
+    choice = choose_solver(sizes, solver=solver, matrix_free=lanczos.matrix_free, free_memory=free)
     _log.info("%s", choice.reason)
     kernel: Tensor | None = None
     if not choice.matrix_free:
@@ -85,8 +83,8 @@ def solve(
             return Solution(CompleteModes(kernel, vectors, progress=capture.progress), kernel, choice.reason)
     jacobian = capture.jacobian if scaling is None else scaling.capture.jacobian
     modes = solve_by_lanczos(
-        jacobian, kernel, vectors, tolerance=tolerance, max_products=choice.max_products,
-        expected=expected_products(problem.rows, horizon) if capture.progress else None, processes=capture.processes,
+        jacobian, kernel, vectors, tolerance=lanczos.tolerance, max_products=choice.max_products,
+        expected=expected_products(sizes.rows, lanczos.horizon) if capture.progress else None, processes=capture.processes,
     )  # fmt: skip
     return Solution(modes, kernel, choice.reason)
 

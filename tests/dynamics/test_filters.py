@@ -7,8 +7,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from lightning_ntk.dynamics.filters import gradient_descent_filter, gradient_flow_filter, minimum_norm_filter
 from lightning_ntk.dynamics.sgd import ModalSGD, SGDSettings
-from lightning_ntk.dynamics.spectral import gradient_descent_filter, gradient_flow_filter, minimum_norm_filter
 
 eigenvalues = st.one_of(
     st.just(0.0), st.floats(1e-300, 1e-200), st.floats(1e-16, 1e-6), st.floats(1e-6, 2.5), st.sampled_from([1.0, 2.0])

@@ -1,5 +1,6 @@
 """Lanczos modes: always within their own bound of the eigendecomposition, and what else a Krylov space promises."""
 
+import itertools
 import logging
 import math
 
@@ -13,13 +14,12 @@ from lightning_ntk import LinearizedTraining, empirical_ntk
 from lightning_ntk.dynamics.closed_form import ClosedForm
 from lightning_ntk.dynamics.error_bounds import gradient_descent_bound, gradient_flow_bound
 from lightning_ntk.dynamics.sgd import SGDSettings
-from lightning_ntk.solvers.base import Modes, eigh_modes
-from lightning_ntk.solvers.lanczos import Lanczos, LanczosModes, Product, extend, kernel_product
-from lightning_ntk.solvers.refinement import LanczosSolver
-from lightning_ntk.solvers.selection import Problem, choose_solver, expected_products
+from lightning_ntk.solvers.base import Modes
+from lightning_ntk.solvers.eigh import eigh_modes
+from lightning_ntk.solvers.lanczos import Lanczos, LanczosModes, LanczosProcess, LanczosSolver, extend
+from lightning_ntk.solvers.products import Product, kernel_product
 
 DTYPE = torch.float64
-GIB = 2**30
 
 
 class Case:
@@ -37,10 +37,10 @@ class Case:
         return self.jacobian.T @ modes.coefficients(filtered)
 
     def modes(self, products: int) -> LanczosModes:
-        return advance(Lanczos(self.residual), kernel_product(self.kernel), products).modes()
+        return advance(LanczosProcess(self.residual), kernel_product(self.kernel), products).modes()
 
 
-def advance(lanczos: Lanczos, product: Product, products: int) -> Lanczos:
+def advance(lanczos: LanczosProcess, product: Product, products: int) -> LanczosProcess:
     for _ in range(products):
         extend([lanczos], product)
     return lanczos
@@ -92,7 +92,7 @@ def distance_and_bound(case: Case, modes: LanczosModes, form: ClosedForm, t: flo
     gain = (values.sqrt() * largest).max()
     if t is None:
         gain = gain + values[-1] * (values.sqrt() * largest**2).max()
-    allowance = 1e-14 * gain * (values[-1] * (largest * reference.residual).norm() + reference.residual.norm())
+    allowance = 1e-14 * gain * (values[-1] * (largest * reference.coordinates).norm() + reference.coordinates.norm())
     return error, form.bound(modes, t).total + allowance.item()
 
 
@@ -162,7 +162,7 @@ def test_descent_becomes_flow_for_small_rates() -> None:
 def test_an_invariant_space_is_exact(rank: int) -> None:
     eigenvalues = torch.cat([torch.linspace(1, 2, rank, dtype=DTYPE), torch.zeros(20, dtype=DTYPE)])
     case = Case(eigenvalues, torch.ones(rank + 20, dtype=DTYPE))
-    lanczos = advance(Lanczos(case.residual), kernel_product(case.kernel), 15)
+    lanczos = advance(LanczosProcess(case.residual), kernel_product(case.kernel), 15)
     assert lanczos.exhausted
     assert lanczos.num_products <= rank + 2  # the null space counts as one eigenvalue, and rounding as one more
     form = ClosedForm("gradient_descent", 0.3, DTYPE)
@@ -174,20 +174,32 @@ def test_an_invariant_space_is_exact(rank: int) -> None:
 
 def test_extending_equals_starting_with_more_products() -> None:
     case = decaying()
-    lanczos = Lanczos(case.residual)
+    lanczos = LanczosProcess(case.residual)
     for products in (5, 17, 41):
         advance(lanczos, kernel_product(case.kernel), products - lanczos.num_products)
         lanczos.modes()
         once = case.modes(products)
-        for name in ("eigenvalues", "residual", "coupling", "basis"):
+        for name in ("eigenvalues", "coordinates", "coupling", "basis"):
             assert torch.equal(getattr(lanczos.modes(), name), getattr(once, name))
+
+
+def test_ritz_vectors_keep_their_signs_as_the_basis_grows() -> None:
+    case, converged = decaying(), []
+    lanczos = LanczosProcess(case.residual)
+    for _ in range(15, 50, 5):
+        advance(lanczos, kernel_product(case.kernel), 5 if converged else 15)
+        converged.append(lanczos.modes())
+    for earlier, later in itertools.pairwise(converged):
+        cosines = (earlier.basis[:, -4:] * later.basis[:, -4:]).sum(0)
+        torch.testing.assert_close(cosines, torch.ones(4, dtype=DTYPE), rtol=0, atol=1e-3)
+        assert (later.coordinates >= 0).all()
 
 
 def test_the_basis_is_orthonormal_and_reproduces_the_residual() -> None:
     case = decaying(decades=12)
     modes = case.modes(50)
     torch.testing.assert_close(modes.basis.T @ modes.basis, torch.eye(49, dtype=DTYPE), rtol=0, atol=1e-13)
-    torch.testing.assert_close(modes.basis @ modes.residual, case.residual, rtol=0, atol=1e-12)
+    torch.testing.assert_close(modes.basis @ modes.coordinates, case.residual, rtol=0, atol=1e-12)
 
 
 def test_products_with_a_float32_kernel_are_those_of_its_numbers() -> None:
@@ -199,7 +211,7 @@ def test_products_with_a_float32_kernel_are_those_of_its_numbers() -> None:
 
 def test_rounded_products_are_noticed() -> None:
     case = decaying()
-    rounded = advance(Lanczos(case.residual), lambda v: (v.float() @ case.kernel.float()).double(), 50)
+    rounded = advance(LanczosProcess(case.residual), lambda v: (v.float() @ case.kernel.float()).double(), 50)
     form = ClosedForm("gradient_descent", 1.0, DTYPE)
     exact, estimated = form.bound(case.modes(50), 1000), form.bound(rounded.modes(), 1000)
     assert estimated.rounding > 1e4 * exact.rounding
@@ -213,7 +225,7 @@ def test_the_solver_stops_at_its_tolerance_and_not_much_later() -> None:
     products = []
     for tolerance in (1e-2, 1e-5, 1e-8):
         solver = LanczosSolver(kernel_product(case.kernel), [case.residual], tolerance=tolerance, max_products=100)
-        assert solver.refine(lambda modes: form.bound(modes[0], 1000)).relative <= 1.01 * tolerance
+        assert solver.refine(lambda modes: form.solve(modes, 1000)).bound.relative <= 1.01 * tolerance
         products.append(solver.num_products)
     assert products == sorted(set(products))
     assert products[-1] < 58
@@ -224,9 +236,10 @@ def test_the_solver_says_when_memory_ends(caplog: pytest.LogCaptureFixture) -> N
     form = ClosedForm("gradient_descent", 1.0, DTYPE)
     solver = LanczosSolver(kernel_product(case.kernel), [case.residual], tolerance=1e-8, max_products=16)
     with caplog.at_level(logging.WARNING):
-        bound = solver.refine(lambda modes: form.bound(modes[0], 1000))
-    assert solver.num_products <= 17
-    assert bound.relative > 1e-8
+        solved = solver.refine(lambda modes: form.solve(modes, 1000))
+    assert solved.products == solver.num_products <= 17
+    assert solved.stopped == "memory"
+    assert solved.bound.relative > 1e-8
     assert "stopped after" in caplog.text
 
 
@@ -334,7 +347,7 @@ def test_a_followed_constant_rate_is_the_closed_form() -> None:
     for _ in range(60):
         online.step(SGDSettings(run.lr))
     torch.testing.assert_close(online.state.coefficients, run.state(60).coefficients, rtol=1e-9, atol=1e-12)
-    assert online.error_bound.truncation == pytest.approx(run._modal._refine(60).truncation, rel=1e-3, abs=1e-12)
+    assert online.error_bound.truncation == pytest.approx(run._modal.error_bound(60).truncation, rel=1e-3, abs=1e-12)
 
 
 def test_a_filter_from_before_an_extension_is_refused() -> None:
@@ -401,48 +414,6 @@ def test_extending_leaves_the_random_state_and_the_module_alone() -> None:
     assert all(p.grad is None for p in module.parameters())
 
 
-# The choice.
-
-
-def test_a_small_problem_is_decomposed() -> None:
-    run = training()
-    assert run.ntk is not None
-    assert "eigendecomposition for 60 rows" in run.solver_reason
-
-
-def test_a_large_problem_goes_without_a_kernel() -> None:
-    choice = choose_solver(Problem(1797, 10, 301_066, 4, horizon=1000), free_memory=16 * GIB)
-    assert (choice.solver, choice.matrix_free) == ("lanczos", True)
-    assert "counted operations" in choice.reason
-
-
-def test_a_given_large_kernel_gets_lanczos_on_it() -> None:
-    choice = choose_solver(Problem(512, 10, 301_066, 4, horizon=1000, kernel_given=True), free_memory=16 * GIB)
-    assert (choice.solver, choice.matrix_free) == ("lanczos", False)
-
-
-def test_many_steps_on_few_rows_get_the_eigendecomposition() -> None:
-    problem = Problem(120, 10, 5_000_000, 4, horizon=math.inf, kernel_given=True)
-    assert choose_solver(problem, free_memory=16 * GIB).solver == "eigh"
-
-
-def test_memory_decides_before_operations() -> None:
-    problem = Problem(4000, 1, 10**6, 4, horizon=1e6)
-    dense = choose_solver(problem, solver="lanczos", free_memory=GIB)
-    tight = choose_solver(problem, solver="lanczos", free_memory=GIB / 10)
-    assert (dense.matrix_free, tight.matrix_free) == (False, True)
-    assert "too much" in tight.reason
-    with pytest.raises(MemoryError, match="matrix_free=True"):
-        choose_solver(problem, solver="eigh", free_memory=GIB / 10)
-
-
-def test_products_grow_with_the_horizon_up_to_the_rows() -> None:
-    assert [expected_products(5000, t) for t in (10, 1000, 10**4)] == sorted(
-        expected_products(5000, t) for t in (10, 1000, 10**4)
-    )
-    assert expected_products(30, 10**6) == expected_products(30, math.inf) == 30
-
-
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -457,7 +428,33 @@ def test_unusable_arguments_are_named(options: dict, message: str) -> None:
         training(**options)
 
 
+def test_the_options_of_lanczos_come_as_an_object() -> None:
+    run = training(solver=Lanczos(tolerance=1e-2, horizon=10**4, matrix_free=True))
+    finer = training(solver="lanczos", tolerance=1e-6, horizon=10**4, matrix_free=True)
+    assert run.ntk is None
+    assert run._modal.solver.num_products < finer._modal.solver.num_products
+    assert run.error_bound(10**4, relative=True) <= 1e-2
+    with pytest.raises(ValueError, match="as options of"):
+        training(solver=Lanczos(), tolerance=1e-3)
+    with pytest.raises(ValueError, match="`tolerance` to be between 0 and 1"):
+        Lanczos(tolerance=2.0)
+
+
+def test_the_solver_says_why_it_stopped() -> None:
+    case = decaying(20)
+    form = ClosedForm("gradient_descent", 1.0, DTYPE)
+    solver = LanczosSolver(kernel_product(case.kernel), [case.residual], tolerance=1e-3, max_products=100)
+    solved = solver.refine(lambda modes: form.solve(modes, 100))
+    assert (solved.stopped, solved.products) == ("tolerance", solver.num_products)
+    assert torch.equal(solved.filters.values[0], form.filter(solver.modes[0], 100))
+    assert solver.refine(lambda modes: form.solve(modes, None)).stopped == "complete"
+    coarse = LanczosSolver(
+        lambda v: (v.float() @ case.kernel.float()).double(), [case.residual], tolerance=1e-12, max_products=100
+    )
+    assert coarse.refine(lambda modes: form.solve(modes, 1000)).stopped == "rounding"
+
+
 def test_modes_need_two_products() -> None:
-    lanczos = advance(Lanczos(decaying().residual), kernel_product(decaying().kernel), 1)
+    lanczos = advance(LanczosProcess(decaying().residual), kernel_product(decaying().kernel), 1)
     with pytest.raises(ValueError, match="at least two products"):
         lanczos.modes()

@@ -129,3 +129,12 @@ def test_what_has_no_closest_time_gets_a_sentence() -> None:
     groups = LinearizedTraining(*arguments, **OPTIONS, lr_scales={"0.weight": 0.5})
     with pytest.raises(ValueError, match="equal learning rates"):
         groups.closest(groups.displacement(3))
+
+
+def test_a_network_at_rest_is_closest_at_the_start() -> None:
+    model, _, arguments = problem()
+    moved = torch.ones_like(model.start)
+    for dynamics in ("gradient_descent", "gradient_flow"):
+        training = LinearizedTraining(*arguments, **(OPTIONS | {"lr": 0.0}), dynamics=dynamics)
+        found = training.closest(model.unflatten(moved))
+        assert (found.time, found.distance) == (0, pytest.approx(moved.norm().item()))

@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader
 from lightning_ntk import LinearizationMonitor, LinearizedTraining
 from lightning_ntk.callback import progress_bars as trainer_bars
 from lightning_ntk.callback.progress_bars import RichBar, nested_bars
-from lightning_ntk.solvers.base import eigh_modes
+from lightning_ntk.solvers.eigh import eigh_modes
 from lightning_ntk.utilities import progress
 from lightning_ntk.utilities.progress import Work, bars_made_by, track, track_operations
 from tests.callback.test_loggers import Regression, data
@@ -102,7 +102,7 @@ def test_only_a_long_decomposition_shows_a_bar(recorded: list[Recorded], monkeyp
     factor = torch.randn(40, 40, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     eigh_modes(factor @ factor.T, factor[0], progress=True)
     assert recorded == []
-    monkeypatch.setattr("lightning_ntk.solvers.base._ROWS_OF_SECONDS", 30)
+    monkeypatch.setattr("lightning_ntk.solvers.eigh._ROWS_OF_SECONDS", 30)
     eigh_modes(factor @ factor.T, factor[0], progress=True)
     assert [bar.work for bar in recorded] == [Work("eigendecomposition of the kernel", None, False)]
     eigh_modes(factor @ factor.T, factor[0], progress=False)

@@ -1,0 +1,63 @@
+"""All modes of a kernel by a dense eigendecomposition."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from lightning_ntk.solvers.base import Modes, Solved, signs
+from lightning_ntk.utilities.progress import track_operations
+
+T = TypeVar("T")
+
+# Rows from which a decomposition takes longer than a second on one core.
+_ROWS_OF_SECONDS = 2000
+
+
+def eigh_modes(kernel: Tensor, *vectors: Tensor, progress: bool = False) -> tuple[Modes, ...]:
+    """All modes, by `torch.linalg.eigh` in float64 on the CPU.
+
+    float64 always: float32 puts the weights off by 1e-3 at eta * t * lambda_max = 1e4 on real kernels. On the CPU,
+    because float64 is slow on most GPUs and their eigensolvers fail on ill-conditioned kernels.
+
+    Args:
+        kernel: `(N K, N K)`, symmetric.
+        vectors: The residual f0 - Y, and J e for every carried vector e, each `(N K,)`.
+        progress: Whether a decomposition that takes seconds shows a bar.
+
+    Returns:
+        The m = N K modes for each vector, which differ in the coordinates only. Those of the first vector are not negative.
+    """
+    first, *others = (vector.detach().cpu().double() for vector in vectors)
+    shown = progress and len(kernel) >= _ROWS_OF_SECONDS
+    with track_operations("eigendecomposition of the kernel", total=None, enabled=shown):
+        eigenvalues, basis = torch.linalg.eigh(kernel.detach().cpu().double())
+    coordinates = basis.T @ first
+    flips = signs(basis, coordinates)
+    basis *= flips
+    modes = Modes(eigenvalues, basis, flips * coordinates)
+    return modes, *(replace(modes, coordinates=basis.T @ vector) for vector in others)
+
+
+class CompleteModes:
+    """The eigendecomposition of a kernel, which needs no refinement.
+
+    Args:
+        kernel: `(N K, N K)`.
+        vectors: The residual and the images of the carried vectors, `(N, K)` each.
+        progress: Whether a decomposition that takes seconds shows a bar.
+    """
+
+    def __init__(self, kernel: Tensor, vectors: Sequence[Tensor], *, progress: bool = False) -> None:
+        self.modes: Sequence[Modes] = eigh_modes(kernel, *(vector.flatten() for vector in vectors), progress=progress)
+
+    @property
+    def largest_eigenvalue(self) -> float:
+        """The kernel's largest eigenvalue."""
+        return self.modes[0].eigenvalues[-1].item()
+
+    def refine(self, solve: Callable[[Sequence[Modes]], Solved[T]], *, by_runs: bool = False) -> Solved[T]:
+        """The answer on all modes."""
+        return solve(self.modes)

@@ -1,0 +1,62 @@
+"""Products of the kernel with vectors, with or without the kernel."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from lightning_ntk.linearization.jacobian import Jacobian
+from lightning_ntk.utilities.contexts import preserved_rng
+from lightning_ntk.utilities.distributed import ALONE, Processes
+
+# Maps vectors `(T, N K)` to their products with the kernel, in float64.
+Product = Callable[[Tensor], Tensor]
+
+# Numbers of a float32 kernel that are widened to float64 at a time: few enough for the processor's cache.
+_WIDENED_AT_ONCE = {"cpu": 2**18, "cuda": 2**25}
+
+
+def kernel_product(kernel: Tensor, processes: Processes = ALONE) -> Product:
+    """Products with a dense kernel `(N K, N K)`: exact for its numbers, whatever their type.
+
+    A float32 kernel is widened piece by piece and never copied as a whole: products rounded to float32 would cost five
+    digits of what Lanczos can give.
+
+    Args:
+        kernel: `(N K, N K)`.
+        processes: The processes that share its rows.
+    """
+    kernel = kernel.detach()
+    own = processes.rows(len(kernel))
+    part = kernel[own.start : own.stop]
+    if kernel.dtype == torch.float64:
+        blocks: tuple[Tensor, ...] = (part,)
+    else:
+        blocks = torch.split(part, max(1, _WIDENED_AT_ONCE.get(kernel.device.type, 2**18) // kernel.shape[1]))
+
+    def product(vectors: Tensor) -> Tensor:
+        products = torch.cat([vectors @ block.to(vectors.dtype).T for block in blocks], dim=1)
+        if processes.size == 1:
+            return products
+        joined = vectors.new_zeros(len(vectors), len(kernel))
+        joined[:, own.start : own.stop] = products
+        return processes.sum_(joined)
+
+    return product
+
+
+def jacobian_product(jacobian: Jacobian, shape: torch.Size) -> Product:
+    """Products J (J^T v) without a kernel: a pass of vector-Jacobian products, and one of Jacobian-vector products per vector.
+
+    Args:
+        jacobian: J.
+        shape: (N, K).
+    """
+
+    def product(vectors: Tensor) -> Tensor:
+        with preserved_rng():
+            pulled = jacobian.vjp(vectors.reshape(-1, *shape))
+            pushed = [jacobian.jvp({n: value[i] for n, value in pulled.items()}) for i in range(len(vectors))]
+        return torch.stack(pushed).flatten(1).to(vectors)
+
+    return product
