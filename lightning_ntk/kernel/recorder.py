@@ -11,7 +11,7 @@ from torch.nn import functional as F  # noqa: N812
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
-from lightning_ntk.kernel.factors import Dense, Factor, Outer
+from lightning_ntk.kernel.factors import UsedParameter
 from lightning_ntk.kernel.rules.layers import RULES, Rule
 from lightning_ntk.kernel.rules.recurrent import UNROLLED
 from lightning_ntk.kernel.views import (
@@ -40,13 +40,6 @@ class Call:
     output: Tensor
     result: Tensor
     """What the network went on with: a copy of the output, so that an operation in place spares the output."""
-
-
-class UsedParameter(NamedTuple):
-    """The Jacobian of a parameter through one call, R rows."""
-
-    name: str
-    factor: Factor
 
 
 class Usage(NamedTuple):
@@ -189,7 +182,7 @@ def _output_gradients(outputs: Tensor, calls: list[Call], cotangents: Tensor) ->
     """The gradients `(C, *shape)` at the output of every call."""
     # Those at the outputs of the network are known: the structured head of Novak et al., 2022.
     inner = [call.output for call in calls if call.result is not outputs]
-    stacks = [x.new_empty((len(cotangents), *x.shape)) for x in inner]
+    stacks = [x.new_zeros((len(cotangents), *x.shape)) for x in inner]
     if inner and outputs.requires_grad:
         # The recorder stays on: activation checkpointing recomputes what was saved while it was.
         gradient_of = _body(torch.autograd.grad)
@@ -246,72 +239,3 @@ def _body(func: Any) -> Any:
         body.__kwdefaults__ = func.__kwdefaults__
         _bodies[func] = body
     return _bodies[func]
-
-
-class Layout(NamedTuple):
-    """Where the samples are in rows `(before, samples, after)`; None stands for as many as there are."""
-
-    before: int | None
-    after: int | None
-
-
-def find_layout(support: Tensor) -> Layout | None:
-    """Which rows belong to which sample.
-
-    Args:
-        support: `(R, N)`, the size of the gradient in a row of the outputs of a sample.
-
-    Returns:
-        The layout, or None if rows belong to several samples or to none.
-    """
-    rows, samples = support.shape
-    if rows % samples:
-        return None
-    repeats = rows // samples
-    layouts = [Layout(1, None), Layout(None, 1)]
-    layouts += [Layout(before, repeats // before) for before in range(2, repeats) if repeats % before == 0]
-    threshold = 1e3 * torch.finfo(support.dtype).eps * support.max()
-    for layout in layouts:
-        before = repeats if layout.before is None else layout.before
-        owned = support.reshape(before, samples, repeats // before, samples)
-        foreign = owned.amax((0, 2)).fill_diagonal_(0)
-        if foreign.max() <= threshold:
-            return layout
-    return None
-
-
-def gradient_support(factor: Factor) -> Tensor:
-    """The largest gradient in every row, `(R, C)`."""
-    gradients = factor.gradients if isinstance(factor, Outer) else factor.jacobian
-    return gradients.abs().flatten(2).amax(2)
-
-
-def by_sample(factor: Factor, layout: Layout, samples: int, regrouped: dict[tuple[int, Layout], Tensor]) -> Factor:
-    """The factor with a row for each sample: what were rows become positions.
-
-    Args:
-        factor: R rows.
-        layout: The sample of every row.
-        samples: N.
-        regrouped: Gradients that were regrouped already, so that factors which shared theirs share them still.
-    """
-    if isinstance(factor, Dense):
-        parts = _split(factor.jacobian, layout, samples)
-        return Dense(parts.sum((0, 2)))
-    key = (id(factor.gradients), layout)
-    if key not in regrouped:
-        gradients = _split(factor.gradients, layout, samples)
-        before, _, after = gradients.shape[:3]
-        # As they are where a row is a sample: those of a last layer are one tensor, repeated without copies.
-        whole = before * after == 1
-        regrouped[key] = factor.gradients if whole else gradients.permute(1, 3, 4, 0, 2, 5, 6).flatten(3, 5)
-    inputs = _split(factor.inputs, layout, samples)
-    trailing = range(4, inputs.dim())
-    inputs = inputs.permute(1, 3, 0, 2, *trailing).flatten(2, 4)
-    return Outer(inputs, regrouped[key], factor.shape, factor.input_first)
-
-
-def _split(rows: Tensor, layout: Layout, samples: int) -> Tensor:
-    before = -1 if layout.before is None else layout.before
-    after = -1 if layout.after is None else layout.after
-    return rows.reshape(before, samples, after, *rows.shape[1:])
