@@ -13,7 +13,7 @@ needs Gram matrices and no Jacobian (Novak et al., 2022, "Fast finite width neur
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple, TypeAlias
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -82,13 +82,8 @@ class Dense:
 
 
 Factor: TypeAlias = Outer | Dense
-
-
-class UsedParameter(NamedTuple):
-    """The Jacobian of a parameter through one call, R rows."""
-
-    name: str
-    factor: Factor
+Use: TypeAlias = tuple[str, Factor]
+"""A parameter, and its Jacobian through one call."""
 
 
 def gradients_of(factor: Factor) -> Tensor:

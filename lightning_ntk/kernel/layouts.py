@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_ntk.kernel.factors import Dense, Factor, Outer, UsedParameter, gradients_of
+from lightning_ntk.kernel.factors import Dense, Factor, Outer, Use, gradients_of
 
 
 class Layout(NamedTuple):
@@ -41,7 +41,7 @@ def find_layout(support: Tensor) -> Layout | None:
     return None
 
 
-def find_layouts(uses: Iterable[UsedParameter]) -> tuple[dict[str, Layout], set[str]]:
+def find_layouts(uses: Iterable[Use]) -> tuple[dict[str, Layout], set[str]]:
     """The layout of every parameter, and the parameters that have none or several.
 
     Args:
@@ -60,9 +60,7 @@ def find_layouts(uses: Iterable[UsedParameter]) -> tuple[dict[str, Layout], set[
     return layouts, coupled
 
 
-def arrange_by_sample(
-    uses: Iterable[UsedParameter], layouts: Mapping[str, Layout], samples: int
-) -> dict[str, list[Factor]]:
+def arrange_by_sample(uses: Iterable[Use], layouts: Mapping[str, Layout], samples: int) -> dict[str, list[Factor]]:
     """The factors of every parameter that has a layout, each with one row per sample.
 
     Factors that share their gradients still share them afterwards.

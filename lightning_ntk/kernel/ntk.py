@@ -175,7 +175,8 @@ class PlannedKernel:
                 return assembled(verify(plan))
         except PlanChangedError as reason:
             warnings.warn(f"{reason} The whole kernel is computed by contraction instead.", stacklevel=3)
-        return assembled(plan.contract(linearization.params))
+        with processes.agreement():
+            return assembled(plan.contract(linearization.params))
 
 
 def compute_kernel(

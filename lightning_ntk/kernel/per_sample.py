@@ -55,11 +55,15 @@ def sample_jacobians(linearization: Linearization, inputs: object, names: Sequen
     return _row_by_row(linearization, leaves, structure, list(variables))
 
 
+def random_cotangent(shape: torch.Size, like: Tensor) -> Tensor:
+    """Normal numbers, the same on every device, in the type and on the device of another tensor."""
+    return torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(like)
+
+
 def _match_autograd(linearization: Linearization, inputs: object, jacobians: Tensors) -> bool:
     """Whether J^T u, for a random u and every parameter, is what a plain backward pass gives."""
     first = next(iter(jacobians.values()))
-    generator = torch.Generator().manual_seed(0)
-    cotangent = torch.randn(first.shape[:2], generator=generator, dtype=torch.float64).to(first)
+    cotangent = random_cotangent(first.shape[:2], like=first)
     expected = linearization.predict_and_vjp([cotangent], inputs)[1][0]
     tolerance = 1e4 * torch.finfo(first.dtype).eps
     close = []

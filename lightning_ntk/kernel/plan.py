@@ -13,7 +13,7 @@ from lightning_ntk.data.reference import Reference
 from lightning_ntk.kernel.costs import Cost, Method, cheapest_method, forward_cost, same_for_all_samples, vmap_cost
 from lightning_ntk.kernel.factors import Dense, Factor, Factors, Gram, Outer, add_block, gradients_of, gram_of, scaled
 from lightning_ntk.kernel.layouts import Layout, arrange_by_sample, find_layouts
-from lightning_ntk.kernel.per_sample import sample_jacobians
+from lightning_ntk.kernel.per_sample import random_cotangent, sample_jacobians
 from lightning_ntk.kernel.recorder import Usage, one_hot_cotangents, record_usage
 from lightning_ntk.linearization.linearization import Linearization
 from lightning_ntk.linearization.parameters import Tensors
@@ -122,7 +122,10 @@ def make_plan(
 
     def cotangents(outputs: Tensor) -> list[Tensor]:
         # One row for all samples, as the one-hot cotangents are: what a last layer makes of it is seen.
-        return [outputs.new_ones(1, 1, 1).expand(1, *outputs.shape), _one_sample_each(_random_cotangent(outputs))]
+        return [
+            outputs.new_ones(1, 1, 1).expand(1, *outputs.shape),
+            _one_sample_each(random_cotangent(outputs.shape, outputs)),
+        ]
 
     params = set(linearization.params)
     usage = (
@@ -168,15 +171,14 @@ def verify(plan: Plan) -> Plan:
         return plan
     inputs, _ = _probe_inputs(plan.rows)
     merged, outputs = _record(plan, inputs)
-    cotangent = _random_cotangent(outputs)
+    cotangent = random_cotangent(outputs.shape, outputs)
     expected = plan.linearization.predict_and_vjp([cotangent], inputs)[1][0]
-    squares = {name: plan.roots[name] ** 2 * value.square().sum() for name, value in expected.items()}
-    culprits = {name for name in squares if squares[name] > 0}.difference(*(unit.names for unit in plan.units))
+    planned = {name for unit in plan.units for name in unit.names}
+    culprits = {name for name, value in expected.items() if name not in planned and value.any()}
     for unit in plan.units:
-        if unit.method != "vmap":
-            total = torch.stack([squares[name] for name in unit.names]).sum()
-            if not _agrees(_pack([unit], merged, {}), cotangent, total):
-                culprits.update(unit.names)
+        scaled_back = [plan.roots[name] * expected[name] for name in unit.names]
+        if unit.method != "vmap" and not _agrees(_pack([unit], merged, {}), cotangent, scaled_back):
+            culprits.update(unit.names)
     if culprits:
         warnings.warn(
             f"The rules for {', '.join(f'`{name}`' for name in sorted(culprits))} disagree with plain autograd: the network "
@@ -216,21 +218,22 @@ def _record(plan: Plan, inputs: Any) -> tuple[dict[tuple[str, ...], list[Factor]
 def _pack(units: Sequence[Unit], merged: Mapping[tuple[str, ...], list[Factor]], jacobians: Tensors) -> Factors:
     """The factors laid out for products: a Gram for each unit that has one, and the dense Jacobians."""
     grams: list[Gram] = []
-    dense: list[Tensor] = [_by_row(jacobian) for jacobian in jacobians.values()]
+    dense = list(jacobians.values())
     for unit in units:
         factors = merged.get(unit.names, [])
         if unit.method == "dense":
-            dense += [_by_row(factor.dense()) for factor in factors]
+            dense += [factor.dense() for factor in factors]
         elif unit.method != "vmap":
             outers = [factor for factor in factors if isinstance(factor, Outer)]
             shared = unit.method == "shared"
             if len(outers) < len(factors) or (shared and not same_for_all_samples(outers[0])):
                 raise PlanChangedError(f"Some samples use the parameters {sorted(unit.names)} differently from others.")
             grams.append(gram_of(outers, shared=shared))
-    small = [jacobian for jacobian in dense if jacobian.shape[2] < _SMALL]
+    flat = [jacobian.reshape(*jacobian.shape[:2], -1) for jacobian in dense]  # also of a parameter without axes
+    small = [jacobian for jacobian in flat if jacobian.shape[2] < _SMALL]
     # Many short products cost more than one long one; copies of large Jacobians cost more than they save.
     joined = [torch.cat(small, 2)] if small else []
-    return Factors(tuple(grams), (*joined, *(jacobian for jacobian in dense if jacobian.shape[2] >= _SMALL)))
+    return Factors(tuple(grams), (*joined, *(jacobian for jacobian in flat if jacobian.shape[2] >= _SMALL)))
 
 
 def _merge(uses: Mapping[str, list[Factor]], roots: Mapping[str, float]) -> dict[tuple[str, ...], list[Factor]]:
@@ -262,11 +265,6 @@ def _sum_of(factors: Sequence[Factor]) -> Dense:
     return Dense(total)
 
 
-def _by_row(jacobian: Tensor) -> Tensor:
-    """`(N, K, P)`, also for a parameter without axes."""
-    return jacobian.reshape(*jacobian.shape[:2], -1)
-
-
 def _probe_inputs(rows: Reference) -> tuple[Any, int]:
     inputs = rows.read(0, _PROBE_SAMPLES).inputs
     if len(rows) > 1:
@@ -275,18 +273,13 @@ def _probe_inputs(rows: Reference) -> tuple[Any, int]:
     return pytree.tree_map_only(Tensor, lambda tensor: torch.cat([tensor, tensor]), inputs), 2
 
 
-def _random_cotangent(outputs: Tensor) -> Tensor:
-    generator = torch.Generator().manual_seed(0)
-    # Drawn on the CPU, so that the numbers are the same on every device.
-    return torch.randn(outputs.shape, generator=generator, dtype=torch.float64).to(outputs)
-
-
 def _one_sample_each(cotangent: Tensor) -> Tensor:
     """A stack of `(N, K)` for every sample, zero for the others."""
     return torch.eye(len(cotangent), dtype=cotangent.dtype, device=cotangent.device).unsqueeze(2) * cotangent
 
 
-def _agrees(part: Factors, cotangent: Tensor, square: Tensor) -> bool:
+def _agrees(part: Factors, cotangent: Tensor, expected: Sequence[Tensor]) -> bool:
+    square = torch.stack([value.square().sum() for value in expected]).sum()
     kernel = cotangent.new_zeros(*cotangent.shape, *cotangent.shape)
     add_block(kernel, part, part)
     kernel, u = kernel.flatten(2).flatten(0, 1), cotangent.flatten()
