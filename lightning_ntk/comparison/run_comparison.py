@@ -232,7 +232,9 @@ class Observation:
                 compared = compare_functions(self._evaluation, *there, pushed)
                 scalars |= {f"evaluation/{name}": value for name, value in compared.items()}
             if self._probe is not None:
-                scalars |= self._probe.compare(weights, step=self.steps)
+                kernel = self._probe.kernel(weights)
+                scalars |= self._probe.compare(kernel, step=self.steps)
+                self._probe.advance(kernel, step=self.steps)
         if options.twin_every > 1 and self.dynamics == "twin":
             scalars["twin_coverage"] = 1 / options.twin_every
         return scalars

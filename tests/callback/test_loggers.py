@@ -363,7 +363,9 @@ def test_the_kernel_of_the_probe_is_that_of_the_run() -> None:
     assert [row["step"] for row in watching.history] == [0, 4, 8, 12]
     keys = ("kernel_distance", "kernel_change", "kernel_velocity")
     for row in watching.history[1:]:
-        expected = probe.compare(module.kept[int(row["step"])], step=int(row["step"]))
+        kernel = probe.kernel(module.kept[int(row["step"])])
+        expected = probe.compare(kernel, step=row["step"])
+        probe.advance(kernel, step=row["step"])
         assert {key: row[key] for key in keys} == pytest.approx({key: expected[key] for key in keys}, rel=1e-9)
         assert row["kernel_distance"] > 0
 
