@@ -11,8 +11,7 @@ from timing import Comparison, interleaved
 from torch import nn
 
 from lightning_ntk import LinearizedTraining
-from lightning_ntk.comparison.options import Options
-from lightning_ntk.comparison.run_comparison import Observation
+from lightning_ntk.comparison.run_comparison import RunComparison
 from lightning_ntk.training.base import StepSettings
 
 
@@ -37,20 +36,10 @@ def measure(name: str, samples: int, batch_size: int, repeats: int) -> dict[str,
     state = training.state(1)
     stacked = state.coefficients.expand(4, -1, -1)
     weights = dict(module.named_parameters())
-    options = Options(
-        dynamics="gradient_descent", solver="lanczos", loss=nn.MSELoss(), batch_size=batch_size, taylor=False
-    )
-    observation = Observation(
-        module,
-        torch.optim.SGD(module.parameters(), lr=0.01),
-        options,
-        data=lambda: (inputs, targets),
-        differences=lambda *_: [],
-        horizon=1,
-    )
-    settings = StepSettings([{"lr": 0.01}])
-    observation.step(settings)
-    tangent = training.displacement_of(state)
+    problem = training.problem
+    comparison = RunComparison(training.linearization, training.follow(), reference=problem, taylor=False)
+    comparison.step(StepSettings([{"lr": 0.01}]))
+    tangent = training.displacement(1)
 
     def plain_epoch() -> None:
         for start in range(0, samples, batch_size):
@@ -63,10 +52,10 @@ def measure(name: str, samples: int, batch_size: int, repeats: int) -> dict[str,
     return interleaved(
         {
             "plain epoch": plain_epoch,
-            "weights(t)": lambda: training.displacement_of(state),
-            "weights at 4 times": lambda: training.capture.jacobian.vjp(stacked),
-            "Jacobian-vector pass": lambda: training.capture.jacobian.jvp(tangent),
-            "measurement": lambda: observation.measure(weights),
+            "weights(t)": lambda: problem.pull_back(stacked[:1]),
+            "weights at 4 times": lambda: problem.jacobian.vjp(stacked),
+            "Jacobian-vector pass": lambda: problem.jacobian.jvp(tangent),
+            "measurement": lambda: comparison.measure(weights),
         },
         repeats,
     )

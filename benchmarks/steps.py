@@ -19,7 +19,8 @@ from lightning_ntk.data.sample_index import SampleIndex
 from lightning_ntk.dynamics.sgd import SGDSettings
 from lightning_ntk.linearization.objective import Objective
 from lightning_ntk.linearization.parameters import trainable_parameters
-from lightning_ntk.training.replay import Replay
+from lightning_ntk.training.base import StepSettings
+from lightning_ntk.training.function_space import FunctionSpaceSGD
 from lightning_ntk.training.twin import Twin
 
 BATCH, OUTPUTS = 64, 10
@@ -53,7 +54,7 @@ def _twin(name: str, batch_size: int, repeats: int) -> dict[str, float]:
     optimizer = torch.optim.AdamW(live.values(), lr=1e-6)
     linearization = Linearization(module)
     objective = Objective(loss, linearization.predict(inputs), labels)
-    follower = Twin(linearization, optimizer, live, objective)
+    follower = Twin(linearization, optimizer, live, loss)
     cotangent = objective.gradient(linearization.predict(inputs), labels)
     tangent = {key: 1e-3 * torch.randn_like(value) for key, value in live.items()}
 
@@ -65,7 +66,7 @@ def _twin(name: str, batch_size: int, repeats: int) -> dict[str, float]:
     def followed() -> None:
         plain()
         follower.accumulate(inputs, labels)
-        follower.step(optimizer.param_groups)
+        follower.step(StepSettings(optimizer.param_groups))
 
     def products(direction: dict[str, Tensor] | None) -> None:
         linearization.predict_jvp_and_vjp(direction, inputs, lambda outputs, derivative: cotangent)
@@ -91,7 +92,7 @@ def replay(samples: tuple[int, ...] = (500, 1797), repeats: int = 40) -> Iterato
         with torch.no_grad():
             outputs = module(inputs)
         kernel = empirical_ntk(module, inputs)
-        replayed = Replay(kernel, outputs, Objective(nn.CrossEntropyLoss(), outputs, labels))
+        replayed = FunctionSpaceSGD(kernel, outputs, Objective(nn.CrossEntropyLoss(), outputs, labels))
         index = SampleIndex(Reference((inputs, labels)).batches())
         gradient = torch.randn(BATCH * OUTPUTS)
         functions: dict[str, Callable[[], object]] = {
@@ -106,7 +107,7 @@ def replay(samples: tuple[int, ...] = (500, 1797), repeats: int = 40) -> Iterato
         yield Comparison(case, own, "floor: reading the kernel rows of the batch", limit, notes)
 
 
-def _replayed(replayed: Replay, index: SampleIndex, inputs: Tensor, labels: Tensor) -> None:
+def _replayed(replayed: FunctionSpaceSGD, index: SampleIndex, inputs: Tensor, labels: Tensor) -> None:
     rows = torch.randperm(len(labels))[:BATCH]
     replayed.accumulate(index.rows(inputs[rows], labels[rows]), labels[rows])
     replayed.step(SGDSettings(lr=0.02, momentum=0.9), clip_norm=1.0)

@@ -1,7 +1,6 @@
-"""What a run does that linearized dynamics do not describe, in words, and the first dynamics that describe all of it."""
+"""What a run does that linearized dynamics do not describe, in words."""
 
 from collections.abc import Iterable
-from typing import Literal
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -13,10 +12,9 @@ from torch.utils.data import BatchSampler, DataLoader, RandomSampler, Sequential
 from torch.utils.data.distributed import DistributedSampler
 
 from lightning_ntk.data.reference import seen_samples
+from lightning_ntk.dynamics.sgd import SGD_OPTIONS
 
-Exact = Literal["gradient_descent", "replay", "twin"]
 _HALF = (torch.float16, torch.bfloat16)
-_SGD_OPTIONS = ("lr", "momentum", "dampening", "nesterov", "weight_decay", "maximize")
 
 
 def run_differences(
@@ -40,10 +38,9 @@ def run_differences(
         if trainer.gradient_clip_val and (dynamics != "replay" or trainer.gradient_clip_algorithm == "value"):
             by = " by value" if trainer.gradient_clip_algorithm == "value" else ""
             phrases.append(f"it clips gradients{by} at {trainer.gradient_clip_val}")
-    if dynamics == "replay":
         phrases += _of_data(trainer, reference_size)
-    elif dynamics != "twin":
-        phrases += _of_batches(trainer, reference_size)
+    if dynamics in ("gradient_descent", "gradient_flow"):
+        phrases += _of_batches(trainer)
     return phrases
 
 
@@ -88,7 +85,7 @@ def _of_optimizer(optimizer: Optimizer, dynamics: str, *, clips: bool) -> Iterab
                 yield f"it uses {option.replace('_', ' ')} {', '.join(map(str, sorted(values)))}"
         if any(group["maximize"] for group in groups):
             yield "it maximizes its loss"
-    for option in _SGD_OPTIONS:
+    for option in SGD_OPTIONS:
         values = {float(group[option]) for group in groups}
         # Rates that differ are coordinates of the weights, unless something else acts on the weights themselves.
         scaled = option == "lr" and not clips and not any(group["weight_decay"] for group in groups)
@@ -101,39 +98,38 @@ def _of_data(trainer: Trainer, reference_size: int | None) -> Iterable[str]:
     loader = trainer.train_dataloader
     samples = seen_samples(loader, trainer.num_training_batches) if isinstance(loader, DataLoader) else None
     if samples is None:
-        yield "its training data is no data set in a fixed order"
+        yield "its training data is no data set of known size"
     elif samples != reference_size:
         yield f"it trains on {samples} samples while the reference has {reference_size}"
 
 
-def _of_batches(trainer: Trainer, reference_size: int | None) -> Iterable[str]:
+def _of_batches(trainer: Trainer) -> Iterable[str]:
+    """What keeps a step from seeing every sample once, with equal weight."""
     loader = trainer.train_dataloader
     samples = seen_samples(loader, trainer.num_training_batches) if isinstance(loader, DataLoader) else None
     if samples is None or not isinstance(loader, DataLoader):
-        yield "its training data is no data set of known size"
         return
-    if samples != reference_size:
-        yield f"it trains on {samples} samples while the reference has {reference_size}"
-    known = (SequentialSampler, RandomSampler, DistributedSampler)
-    if not isinstance(loader.sampler, known) or type(loader.batch_sampler) is not BatchSampler:
-        yield f"it draws its samples with {type(loader.sampler).__name__}"
+    sampler, own, processes = loader.sampler, samples, 1
+    known = type(sampler) in (SequentialSampler, RandomSampler, DistributedSampler)
+    if not known or type(loader.batch_sampler) is not BatchSampler:
+        yield f"it draws its samples with {type(sampler).__name__}"
+    elif isinstance(sampler, RandomSampler) and sampler.replacement:
+        yield "it draws its samples with replacement"
+    elif isinstance(sampler, DistributedSampler):
+        own, processes = sampler.num_samples, sampler.num_replicas
+        if processes * own != samples:
+            extra = processes * own - samples
+            does = f"repeats {extra}" if extra > 0 else f"omits {-extra}"
+            yield f"it {does} of {samples} samples in every epoch so that all {processes} processes have {own}"
+    elif len(sampler) < len(loader.dataset):  # type: ignore[arg-type]
+        yield f"it draws {len(sampler)} of {len(loader.dataset)} samples in an epoch"  # type: ignore[arg-type]
     if any(isinstance(c, GradientAccumulationScheduler) for c in trainer.callbacks):  # type: ignore[attr-defined]
         yield "it changes over how many batches it accumulates gradients"
-    own, processes = samples, 1
-    if isinstance(loader.sampler, DistributedSampler):
-        own, processes = loader.sampler.num_samples, loader.sampler.num_replicas
-        if processes * own != samples:
-            does = (
-                f"repeats {processes * own - samples}"
-                if processes * own > samples
-                else f"omits {samples - processes * own}"
-            )
-            yield f"it {does} of {samples} samples in every epoch so that all {processes} processes have {own}"
     micro_batches = min(trainer.accumulate_grad_batches, int(trainer.num_training_batches))
-    seen = micro_batches * (loader.batch_size or 1)
-    if seen < own:
-        yield f"each step sees {seen * processes} of {samples} samples"
+    size = loader.batch_size or 1
+    if micro_batches * size < own:
+        yield f"each step sees {micro_batches * size * processes} of {samples} samples"
     elif micro_batches < trainer.accumulate_grad_batches:
         yield f"it divides gradients by {trainer.accumulate_grad_batches} though an epoch has {micro_batches} batches"
-    elif micro_batches > 1 and own % micro_batches:
+    elif micro_batches > 1 and micro_batches * size != own:
         yield "it accumulates over batches of unequal size"

@@ -1,95 +1,110 @@
-"""The Lightning callback: what can be asked of it."""
+"""The Lightning callback: the life cycle of a monitored run."""
 
 import math
+import time
 from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, Literal
 
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
+from torch.optim import Optimizer
 from torch.utils.data import DataLoader, Dataset
+from typing_extensions import override
 
-from lightning_ntk.callback.monitoring import Monitoring
-from lightning_ntk.comparison.options import FollowedDynamics
+from lightning_ntk.callback import trainer as view
+from lightning_ntk.callback.capture import RunCapture
+from lightning_ntk.callback.loggers import figures_of, log_charts, log_figures, log_hparams
+from lightning_ntk.callback.progress_bars import nested_bars
+from lightning_ntk.comparison.run_comparison import RunComparison
+from lightning_ntk.data.reference import unpack_pair
+from lightning_ntk.data.sample_index import UnknownSamplesError
+from lightning_ntk.linearization.parameters import plain_name
 from lightning_ntk.plots import plot_history
+from lightning_ntk.training.base import StepSettings
+from lightning_ntk.training.linearized_training import LinearizedTraining
+from lightning_ntk.training.optimizer_copy import require_supported_optimizer
+from lightning_ntk.training.replay import Replay
+from lightning_ntk.utilities.distributed import ALONE
 from lightning_ntk.utilities.validation import require_choice, require_device, require_integer, require_steps
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+FollowedDynamics = Literal["auto", "gradient_descent", "gradient_flow", "replay", "twin"]
+
 # Measurements per factor of ten in the number of steps, with steps="log".
 _LOG_POINTS_PER_DECADE = 8
 
 
-class LinearizationMonitor(Monitoring):
+class LinearizationMonitor(Callback):
     """Logs how far a training run leaves the path of its linearized (neural-tangent-kernel) network.
 
-    When fitting starts, the initial weights, predictions and the empirical neural tangent kernel on the reference set are
-    captured. At chosen optimizer steps the weights that the *linearized* network would have after the same steps, with the
-    learning rates really used, are computed and compared with those of the run. Training itself is not changed: weights
-    after `fit` are bitwise those of a run without the callback.
+    When fitting starts, the callback captures the initial weights, the initial predictions and, for most dynamics, the
+    empirical neural tangent kernel on the reference set. At chosen optimizer steps it computes the weights that the
+    *linearized* network would have after the same steps and compares them with those of the run. Training itself does not
+    change: the weights after `fit` are bitwise those of a run without the callback.
 
-    Logged to every logger of the Trainer, as `{name}/...` at `step=trainer.global_step`: `weight_distance`,
-    `relative_weight_distance`, `weight_cosine`, `weight_norm_ratio`, `displacement`; on the reference set `prediction_rmse`,
-    `loss`, `linearized_loss`, `taylor_gap` and, for classes, `accuracy`, `linearized_accuracy`, `taylor_accuracy`; the same on
-    the evaluation set as `evaluation/...`; and what is asked for. The same values are in `trainer.callback_metrics`.
+    Every logger of the Trainer gets the scalars as `{name}/...` at `step=trainer.global_step`, and so does
+    `trainer.callback_metrics`: `weight_distance`, `relative_weight_distance`, `weight_cosine`, `weight_norm_ratio`,
+    `displacement`; on the reference set `prediction_rmse`, `loss`, `linearized_loss`, `taylor_gap` and, for classes,
+    `accuracy`, `linearized_accuracy`, `taylor_accuracy`; the same on the evaluation set as `evaluation/...`; and the optional
+    ones below.
 
-    The linearized network is trained as the run trains its own: with the learning rates, momentum, decay and clipping of
-    each step. What the dynamics do not describe is said once, in words, and so is a `training_step` whose gradient is not that of
-    `loss(predict(module, inputs), target)`, with the size of the mismatch.
+    The linearized network trains as the run trains its own, with the learning rates, momentum, decay and clipping of each
+    step. A warning names what the dynamics do not describe. Another one appears, with the size of the mismatch, if the
+    gradient of `training_step` is not that of `loss(predict(module, inputs), target)`.
 
-    A run resumed with `ckpt_path` goes on as if it had not been interrupted.
+    A run resumed with `ckpt_path` goes on as if it had not been interrupted. With DDP the processes share captures and
+    measurements, and the linearized network trains on the batches of all of them.
 
-    On several devices, with DDP, captures and measurements are shared by the processes, and the linearized network is trained
-    on the batches of all of them.
-
-    Not supported: several optimizers, and strategies that divide the network itself, as FSDP. They raise a
+    Several optimizers and strategies that divide the network itself, such as FSDP, are not supported. They raise a
     `MisconfigurationException` before training starts.
 
     Args:
-        reference: The training set in a fixed order: a map-style Dataset, a DataLoader (its data set and collate function
-            are used, not its sampler), or "train" for the Trainer's own training set: the samples that it sees, with
-            `overfit_batches` for example the first ones. None to compare weights only, which
-            the twin can do.
+        reference: The training set in a fixed order: a map-style Dataset, or a DataLoader, whose data set and collate function
+            are used but not its sampler. "train" takes the Trainer's own training set, as far as training sees it. None
+            compares weights only, which the twin can do.
         steps: An integer n to measure every n optimizer steps, a list of steps, or "log" for roughly logarithmic steps.
             The first (0) and the last step are always measured.
-        dynamics: "gradient_descent" is full-batch `torch.optim.SGD` with the settings of the run; "gradient_flow" is
-            continuous time, the sum of the learning rates; "replay" is SGD on the run's own minibatches, with any loss, on the
-            kernel; "twin" trains the linearized network in lockstep, with any optimizer and loss, without a kernel. "auto"
+        dynamics: "gradient_descent" is full-batch `torch.optim.SGD` with the settings of the run. "gradient_flow" is
+            continuous time, the sum of the learning rates. "replay" is SGD on the run's own minibatches with any loss, on the
+            kernel. "twin" trains the linearized network in lockstep with any optimizer and loss, without a kernel. "auto"
             takes the first that is exact for the run and affordable, and says which and why.
-        loss: Of outputs and targets, the one that the run minimizes. Default: `nn.MSELoss()`; for a squared loss class labels
-            become one-hot rows.
+        loss: The loss that the run minimizes, a function of outputs and targets. Default: `nn.MSELoss()`. A squared loss turns
+            class labels into one-hot rows.
         predict: Maps `(module, inputs)` to outputs `(B, K)`. Default: the LightningModule's `forward`.
         unpack: Maps a batch of the data to `(inputs, target)`. Default: batches that are such pairs.
-        evaluation: Data on which functions are compared too, a validation set for example.
-        capture_at: The optimizer step at whose weights to linearize. Later than 0 as in studies of fine-tuning: the
+        evaluation: Data on which functions are compared too, such as a validation set.
+        capture_at: The optimizer step at whose weights to linearize. Studies of fine-tuning take a later one than 0: the
             linearized network starts there, with the optimizer's state.
-        solver: How the modes of the kernel are found: "eigh" (all of them), "lanczos" (those that matter for the length of
+        solver: How to find the modes of the kernel: "eigh" (all of them), "lanczos" (those that matter for the length of
             the run, with or without forming the kernel), or "auto" for the cheapest that fits into memory.
         jacobian: "streamed" or, for small models, "stored": see `LinearizedTraining`.
         batch_size: Samples in one pass.
-        dtype: Type of the passes, as "float32" or "float64". Default: that of the parameters, float32 for those in half
+        dtype: Type of the passes, "float32" or "float64". Default: that of the parameters, float32 for those in half
             precision.
-        device: Where the kernel, its modes and vectors are kept, "cpu" for example where a GPU has no room for them. Passes
+        device: Where the kernel, its modes and vectors are kept, such as "cpu" where a GPU has no room for them. Passes
             run on the device of the module. Default: there too.
-        twin_every: Steps of the twin that share one gradient, that of the first of them. Above 1 the comparison is no longer
-            exact, which `twin_coverage`, its reciprocal, records.
         name: Prefix of the logged tags.
         per_parameter: Whether to log the distance of every parameter tensor, `parameter/<name>`.
-        taylor: Whether to expand the trained network after the fact, one forward-mode pass, for `taylor_gap`.
+        taylor: Whether to expand the trained network after the fact, at the cost of a forward-mode pass, for `taylor_gap`.
         closest: Whether to log `closest_time`, the number of steps after which the linearized network is closest to the
-            trained weights, `closest_distance` then, and `distance_floor`, under which no time can go; for gradient descent and
-            flow, two passes more.
-        modes: For how many leading eigenvectors of the kernel to log `mode/<i>/residual` and `mode/<i>/linearized_residual`;
-            for gradient descent and flow.
-        kernel_probe: Of how many samples of the reference, evenly spaced, to follow the kernel, for `kernel_distance`,
-            `kernel_change` and `kernel_velocity`; each measurement takes the kernel of as many samples. 0 for none.
-        figures: Whether to draw figures when training ends, for TensorBoard, Weights & Biases and MLflow: distance and losses
-            over steps, accuracies, the kernel, a heat map of the parameters, the kernel's spectrum with the residual's
-            energy in each mode (for gradient descent and flow), and outputs of both networks. Needs matplotlib.
+            trained weights, `closest_distance` at that time, and `distance_floor`, the lower bound at any time. It needs
+            gradient descent or flow and takes two more passes.
+        modes: Number of leading eigenvectors of the kernel for which to log `mode/<i>/residual` and
+            `mode/<i>/linearized_residual`. It needs gradient descent or flow.
+        kernel_probe: Number of evenly spaced samples of the reference whose kernel to follow, for `kernel_distance`,
+            `kernel_change` and `kernel_velocity`. Each measurement computes the kernel of these samples. 0 for none.
+        figures: Whether to draw figures when training ends, for TensorBoard, Weights & Biases and MLflow. Needs matplotlib.
         save_state: Whether checkpoints hold what a resumed run needs to go on with its measurements: the initial weights and
             the state of the linearized network. Without it a resumed run is refused.
         strict: Whether a failing measurement ends the run. Default: it is reported once and training goes on.
-        progress: Whether captures and measurements show a progress bar, below the Trainer's own, TQDM or Rich.
+        progress: Whether captures and measurements show a progress bar below the Trainer's own, TQDM or Rich.
 
     Raises:
         ValueError: If an argument has a value that it cannot have.
@@ -99,13 +114,19 @@ class LinearizationMonitor(Monitoring):
         >>> trainer = Trainer(callbacks=[LinearizationMonitor(steps=100)], logger=False, enable_checkpointing=False)
     """
 
+    history: list[dict[str, float]]
+    """One row for each measurement: "step" and every logged scalar, without the prefix."""
+    seconds: dict[str, float]
+    """Time spent on the "capture" and on "measurements" so far."""
+
     def __init__(
         self,
-        # jsonargparse, so LightningCLI, passes no arguments to a class that is annotated with its type parameters, and takes a
-        # callable that returns a Tensor for something that makes objects of the class Tensor.
+        # jsonargparse, and so LightningCLI, passes no arguments to a class that is annotated with its type parameters, and takes
+        # a callable that returns a Tensor for something that makes objects of the class Tensor.
         reference: Dataset | DataLoader | Literal["train"] | None = "train",  # type: ignore[type-arg]
         steps: int | Sequence[int] | Literal["log"] = "log",
-        dynamics: Literal["auto", "gradient_descent", "gradient_flow", "replay", "twin"] = "auto",
+        *,
+        dynamics: FollowedDynamics = "auto",
         loss: Callable[[Tensor, Tensor], Any] | None = None,
         predict: Callable[[nn.Module, Any], Any] | None = None,
         unpack: Callable[[Any], Any] | None = None,
@@ -116,7 +137,6 @@ class LinearizationMonitor(Monitoring):
         batch_size: int = 256,
         dtype: Literal["float32", "float64"] | None = None,
         device: str | None = None,
-        twin_every: int = 1,
         name: str = "ntk",
         per_parameter: bool = False,
         taylor: bool = True,
@@ -142,7 +162,6 @@ class LinearizationMonitor(Monitoring):
         self.batch_size = batch_size
         self.dtype = dtype
         self.device = device
-        self.twin_every = twin_every
         self.name = name
         self.per_parameter = per_parameter
         self.taylor = taylor
@@ -154,6 +173,7 @@ class LinearizationMonitor(Monitoring):
         self.strict = strict
         self.progress = progress
         self._validate()
+        self._reset()
 
     def _validate(self) -> None:
         if isinstance(self.reference, str) and self.reference != "train":
@@ -165,34 +185,63 @@ class LinearizationMonitor(Monitoring):
         require_choice("dtype", self.dtype, Literal["float32", "float64", None])
         require_device("device", self.device)
         require_integer("capture_at", self.capture_at, least=0)
-        require_integer("twin_every", self.twin_every, least=1)
         require_integer("modes", self.modes, least=0)
+        require_integer("kernel_probe", self.kernel_probe, least=0)
         if self.dynamics in ("replay", "twin") and (self.closest or self.modes):
             raise ValueError(
                 f'Expected `closest=False` and `modes=0` with dynamics="{self.dynamics}" but got {self.closest} and '
                 f'{self.modes}, which need the modes of the kernel, so dynamics="gradient_descent" or "gradient_flow".'
             )
-        require_integer("kernel_probe", self.kernel_probe, least=0)
         if self.figures and find_spec("matplotlib") is None:
             raise ModuleNotFoundError(
                 "Argument `figures` needs matplotlib, which is not installed: pip install 'lightning-ntk[plot]'."
             )
         if self.reference is None and self.kernel_probe:
             raise ValueError(
-                "Expected a reference set, of which to take samples, for argument `kernel_probe` but got None."
+                "Expected argument `kernel_probe` to be 0 with reference=None but got "
+                f"{self.kernel_probe}: it takes samples of the reference."
             )
         if self.reference is None and self.dynamics not in ("auto", "twin"):
             raise ValueError(
                 f'Expected a reference set for dynamics="{self.dynamics}" but got None: only "twin" goes without.'
             )
 
+    def _reset(self) -> None:
+        self.history = []
+        self.seconds = {"capture": 0.0, "measurements": 0.0}
+        self._capture: RunCapture | None = None  # until the step `capture_at`
+        self._processes = ALONE  # until training starts
+        self._step = self._start = 0  # `trainer.global_step` now and at the start of this fit
+        self._settings: StepSettings | None = None  # of the step to come
+        self._loss_scale: float | None = None  # of a GradScaler, before the step to come
+        self._first_gradient: dict[str, Tensor | None] | None = None  # of the run, until its first step is compared
+        self._lost = False  # whether the linearized network could not follow, which ends the measurements
+        self._started = False  # whether checkpoints have anything to hold
+        self._loaded: dict[str, Any] | None = None  # the state in a checkpoint, until training starts
+        self._reported: set[str] = set()  # kinds of warnings that were given
+
     @property
-    def state_key(self) -> str:
-        """Of its name: two monitors of one Trainer need different ones, or the Trainer refuses them."""
-        return self._generate_state_key(name=self.name)
+    def comparison(self) -> RunComparison | None:
+        """The run beside its linearized network; None before the capture."""
+        return None if self._capture is None else self._capture.comparison
+
+    @property
+    def training(self) -> LinearizedTraining | None:
+        """The linearized training of gradient descent or flow; None before the capture, for a replay and the twin."""
+        return None if self.comparison is None else self.comparison.training
+
+    @property
+    def dynamics_used(self) -> str | None:
+        """The dynamics that the linearized network follows; None before the capture."""
+        return None if self.comparison is None else self.comparison.dynamics
+
+    @property
+    def reason(self) -> str:
+        """Why these dynamics, in a sentence; empty before the capture and where the user has chosen them."""
+        return "" if self._capture is None else self._capture.reason
 
     def should_measure(self, step: int) -> bool:
-        """Whether to measure `step` optimizer steps after the capture; override for a schedule of your own."""
+        """Whether to measure `step` optimizer steps after the capture. Override it for a schedule of your own."""
         if isinstance(self.steps, int):
             return step % self.steps == 0
         if self.steps == "log":
@@ -201,5 +250,251 @@ class LinearizationMonitor(Monitoring):
         return step in self.steps
 
     def plot(self) -> "tuple[Figure, Any]":
-        """Distance and losses over optimizer steps: `(figure, axes)`. Needs matplotlib."""
+        """Plots distances and losses over optimizer steps: `(figure, axes)`. Needs matplotlib."""
         return plot_history(self.history)
+
+    @property
+    @override
+    def state_key(self) -> str:
+        # Lightning refuses two callbacks with one key, and with it two monitors of one name.
+        return self._generate_state_key(name=self.name)
+
+    @override
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Called before any data is read. Refuses what cannot be supported."""
+        if stage != "fit":
+            return
+        self._reset()  # before tuners save and restore what an earlier fit left
+        view.require_available(self.device)
+        view.require_supported_strategy(trainer)
+
+    @override
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Called when a run resumes, before training starts. Keeps the state or refuses to resume without it."""
+        if trainer.state.fn != TrainerFn.FITTING or checkpoint["global_step"] == 0:
+            return
+        state = checkpoint["callbacks"].get(self.state_key, {})
+        if state and not state["started"]:  # a tuner restores what it saved before training started
+            return
+        self._loaded = state
+        waits = checkpoint["global_step"] - (state["start"] if state else 0) <= self.capture_at
+        if not waits and not (state and (state["capture"] or state["lost"])):
+            raise MisconfigurationException(
+                f"LinearizationMonitor {self.name!r} expects a checkpoint of a run that it has watched, with save_state=True, "
+                "but this one does not hold the weights at which to linearize. Remove the callback, or start a new run."
+            )
+
+    @override
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Called when weights and counters are final. Captures the problem, unless that is to come later, and measures."""
+        loaded = self._loaded
+        self._reset()
+        self._started = True
+        self._step = self._start = trainer.global_step  # above 0 in a second fit of the same Trainer
+        resumed = None
+        if loaded and self._step > 0:
+            self.history, self._start, self._lost = loaded["history"], loaded["start"], loaded["lost"]
+            self._reported = set(loaded["reported"])
+            resumed = None if self._lost else loaded["capture"]
+        self._processes = view.processes_of(trainer)
+        try:
+            require_supported_optimizer(view.single_optimizer(trainer))
+            if resumed or (self._step - self._start == self.capture_at and not self._lost):
+                with self._processes.agreement():
+                    self._linearize(trainer, pl_module, resumed)
+        except (ValueError, TypeError, MemoryError) as error:
+            raise MisconfigurationException(f"LinearizationMonitor cannot capture this run. {error}") from error
+        if self._capture is not None and not (self.history and self.history[-1]["step"] == self._step) and not resumed:
+            self._measure(trainer, pl_module)
+        log_charts(trainer.loggers, _histories(trainer))
+
+    @override
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Called before the batch. Before the first step, checks that a replay knows the samples of its batches."""
+        if self._capture is None or self._lost or self._capture.comparison.steps > 0:
+            return
+        comparison = self._capture.comparison
+        if not isinstance(comparison.online, Replay):
+            return
+        try:
+            with self._processes.agreement():
+                comparison.online.rows(*self.unpacked(batch))
+        except UnknownSamplesError as error:
+            if self.dynamics != "auto":
+                raise MisconfigurationException(f"LinearizationMonitor cannot replay this run. {error}") from error
+            comparison.follow_with(self._capture.twin())
+            self._report_once("dynamics", f"LinearizationMonitor follows the run with the linearized twin. {error}")
+
+    @override
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        """Called before gradients are clipped. Reads what the step depends on; later the scheduler has moved on."""
+        if self._capture is None or self._lost:
+            return
+        comparison, parameters = self._capture.comparison, dict(pl_module.named_parameters())
+        linearized = {name: parameters[name] for name in comparison.initial_weights}
+        self._settings = view.step_settings(trainer, optimizer, linearized)
+        self._loss_scale = view.loss_scale(trainer)
+        if comparison.first_gradient is not None:
+            self._first_gradient = view.gradients(optimizer, linearized, self._loss_scale)
+        thawed = [plain_name(n) for n, p in parameters.items() if p.requires_grad and n not in linearized]
+        if thawed:
+            self._report_once(
+                "thawed",
+                f"From step {self._step + 1} on the run trains {_some(thawed)}, frozen when the network was linearized: "
+                "they stay fixed in the linearized network and are excluded from all distances.",
+            )
+
+    @override
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Called after every (micro-)batch. Advances the linearized network after a step, and measures if it is time."""
+        stepped, self._step = trainer.global_step - self._step, trainer.global_step
+        if view.has_averaged_weights(trainer) or self._lost:
+            return
+        if self._capture is None:
+            if self.capture_at == self._step - self._start:
+                self._linearize_late(trainer, pl_module)
+            return
+        comparison = self._capture.comparison
+        try:
+            with self._processes.agreement():
+                if view.had_backward_pass(pl_module, outputs):
+                    comparison.accumulate(*self.unpacked(batch), 1 / trainer.accumulate_grad_batches)
+                if stepped > 1:
+                    raise ValueError(
+                        f"Expected at most one optimizer step in a batch but `training_step` took {stepped}."
+                    )
+                if stepped:
+                    self._follow_step(trainer, pl_module)
+        except Exception as error:
+            self._lost = True
+            self._fail(
+                error, f"The linearized network is lost in step {self._step}, and measurements end; training goes on."
+            )
+            return
+        if stepped and (self.should_measure(comparison.steps) or view.is_last_step(trainer)):
+            self._measure(trainer, pl_module)
+
+    @override
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Called when training ends. Measures the last step of a run that another callback stopped, and draws figures."""
+        averaged = view.ends_with_averaged_weights(trainer, self) or view.has_averaged_weights(trainer)
+        if self.history and self.history[-1]["step"] != self._step and not averaged and not self._lost:
+            self._measure(trainer, pl_module)
+        histories = _histories(trainer)
+        if list(histories)[-1] == self.name:  # all monitors have measured the last step
+            log_hparams(trainer.loggers, histories, step=self._step)
+        if self.figures and self._capture is not None:
+            training, comparison = self.training, self._capture.comparison
+            figures = figures_of(
+                self.history,
+                spectrum=None if training is None else (training.modes.eigenvalues, training.modes.coordinates),
+                kernel_time=comparison.kernel_time,
+                outputs=comparison.outputs,
+            )
+            log_figures(trainer.loggers, figures, name=self.name, step=self._step)
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run goes on from; before training starts, only that it has not."""
+        if not self._started:
+            return {"started": False}
+        captured = self._capture is not None and self.save_state and not self._lost
+        return {
+            "started": True,
+            "history": [dict(row) for row in self.history],
+            "start": self._start,
+            "reported": sorted(self._reported),
+            "lost": self._lost,
+            "capture": self._capture.state_dict() if self._capture is not None and captured else None,
+        }
+
+    def unpacked(self, batch: Any) -> tuple[Any, Any]:
+        """The inputs and the target of a batch, by `unpack`."""
+        return (self.unpack or unpack_pair)(batch)
+
+    def _linearize(self, trainer: Trainer, module: LightningModule, state: dict[str, Any] | None = None) -> None:
+        started = time.perf_counter()
+        with nested_bars(trainer):
+            self._capture = capture = RunCapture(self, trainer, module, self._processes, state)
+        dynamics = capture.comparison.dynamics
+        if capture.reason:
+            rank_zero_info(f"LinearizationMonitor: {capture.reason}")
+        if capture.differences:
+            self._report_once(
+                "differences",
+                f"LinearizationMonitor compares this run with {dynamics.replace('_', ' ')}, which does not describe all of "
+                f"it, so that a part of every distance is due to the difference: {'; '.join(capture.differences)}.",
+            )
+        if (self.closest or self.modes) and capture.comparison.training is None:
+            self._report_once(
+                "modes",
+                f"LinearizationMonitor logs nothing for `closest` and `modes`: they need the modes of the kernel, which the "
+                f'{dynamics} does not have. Choose dynamics="gradient_descent" or "gradient_flow", or leave them out.',
+            )
+        self.seconds["capture"] = time.perf_counter() - started
+
+    def _linearize_late(self, trainer: Trainer, module: LightningModule) -> None:
+        try:
+            with self._processes.agreement():
+                self._linearize(trainer, module)
+        except Exception as error:
+            self._lost = True
+            self._fail(error, f"The capture at step {self._step} failed and nothing is measured; training goes on.")
+            return
+        self._measure(trainer, module)
+        log_charts(trainer.loggers, _histories(trainer))
+
+    def _follow_step(self, trainer: Trainer, module: LightningModule) -> None:
+        assert self._capture is not None
+        assert self._settings is not None
+        comparison = self._capture.comparison
+        taken = view.step_was_taken(trainer, self._settings, self._loss_scale, len(comparison.initial_weights))
+        if not self._processes.any(taken):
+            comparison.discard()
+            return
+        if comparison.first_gradient is not None and self._first_gradient is not None:
+            mismatch = comparison.first_gradient.compare(self._first_gradient, view.precision(trainer, module))
+            self._first_gradient = None
+            if mismatch is not None:
+                self._report_once(
+                    "gradient", f"LinearizationMonitor does not follow the loss of this run. {mismatch.describe()}"
+                )
+        comparison.step(self._settings)
+        for kind, sentence in comparison.surprises(self._settings):
+            self._report_once(kind, f"Step {self._step}: {sentence}")
+
+    def _measure(self, trainer: Trainer, module: LightningModule) -> None:
+        assert self._capture is not None
+        started = time.perf_counter()
+        try:
+            with nested_bars(trainer), self._processes.agreement():
+                scalars = self._capture.comparison.measure(dict(module.named_parameters()))
+        except Exception as error:
+            self._fail(error, f"The measurement at step {self._step} failed, and so may later ones; training goes on.")
+            return
+        self.history.append({"step": float(self._step), **scalars})
+        tagged = {f"{self.name}/{tag}": value for tag, value in scalars.items()}
+        for logger in trainer.loggers:
+            logger.log_metrics(tagged, step=self._step)
+        trainer.callback_metrics.update({tag: torch.tensor(value) for tag, value in tagged.items()})
+        self.seconds["measurements"] += time.perf_counter() - started
+
+    def _fail(self, error: Exception, sentence: str) -> None:
+        if self.strict:
+            raise error
+        self._report_once("failure", f"{sentence} {type(error).__name__}: {error}")
+
+    def _report_once(self, kind: str, message: str) -> None:
+        if kind not in self._reported:
+            self._reported.add(kind)
+            rank_zero_warn(message)
+
+
+def _histories(trainer: Trainer) -> dict[str, list[dict[str, float]]]:
+    return {c.name: c.history for c in view.callbacks_of(trainer) if isinstance(c, LinearizationMonitor)}
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:3]) + (" and others" if names[3:] else "")

@@ -74,13 +74,10 @@ def require_available(device: str | None) -> None:
 
 def step_settings(trainer: Trainer, optimizer: Optimizer, parameters: Mapping[str, Tensor]) -> StepSettings:
     """What the coming optimizer step depends on, of the live parameters that were linearized."""
-    clip = trainer.gradient_clip_val or None  # the Trainer takes 0 for none, too
+    clip = float(trainer.gradient_clip_val or 0) or None  # the Trainer takes 0 for none, too
     by_value = trainer.gradient_clip_algorithm == "value"
-    return StepSettings(
-        groups=[dict(group) for group in optimizer.param_groups],
-        clip_norm=None if clip is None or by_value else float(clip),
-        clip_value=float(clip) if clip is not None and by_value else None,
-        frozen=[name for name, parameter in parameters.items() if parameter.grad is None],
+    return StepSettings.of(
+        optimizer, parameters, clip_norm=None if by_value else clip, clip_value=clip if by_value else None
     )
 
 
@@ -156,7 +153,8 @@ def is_last_step(trainer: Trainer) -> bool:
     last_epoch = trainer.max_epochs is not None and trainer.current_epoch + 1 == trainer.max_epochs
     # One epoch more follows where BatchNorm has to see the averaged weights.
     last_epoch |= any(trainer.current_epoch == averaging.swa_end for averaging in _averaging(trainer))
-    return trainer.should_stop or (trainer.is_last_batch and last_epoch)
+    may_stop = trainer.global_step >= (trainer.min_steps or 0) and trainer.current_epoch >= (trainer.min_epochs or 0)
+    return (trainer.should_stop and may_stop) or (trainer.is_last_batch and last_epoch)
 
 
 def has_averaged_weights(trainer: Trainer) -> bool:

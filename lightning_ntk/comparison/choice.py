@@ -5,8 +5,6 @@ from typing import Literal, NamedTuple
 
 from lightning_ntk.utilities.memory import format_bytes
 
-Exact = Literal["gradient_descent", "replay", "twin"]
-
 # Share of the free memory that the kernel of a replay may take.
 _KERNEL_SHARE = 0.5
 
@@ -16,10 +14,10 @@ class DynamicsChoice(NamedTuple):
 
     Attributes:
         dynamics: Their name.
-        reason: Why these, a sentence.
+        reason: Why these, in a sentence.
     """
 
-    dynamics: Exact
+    dynamics: Literal["gradient_descent", "replay", "twin"]
     reason: str
 
 
@@ -34,14 +32,14 @@ def choose_dynamics(
     """Takes gradient descent, replay or the twin, in this order.
 
     Args:
-        differences: Phrases on what the run does that the named dynamics do not describe.
-        no_kernel: Why the run has no training set in a fixed order, a phrase; None if it has.
+        differences: Maps the name of dynamics to phrases on what the run does and they do not describe.
+        no_kernel: Why the run has no training set in a fixed order, as a phrase; None if it has one.
         not_squared: Whether the loss is not a squared one.
         kernel_bytes: Size of the kernel that a replay needs.
         free: Free memory in bytes.
     """
     if no_kernel is not None:
-        return DynamicsChoice("twin", f"Linearized twin in lockstep, because {no_kernel}.")
+        return DynamicsChoice("twin", f"Linearized twin in lockstep, because {no_kernel.rstrip('.')}.")
     descent = ["its loss is not a squared one"] if not_squared else []
     descent += differences("gradient_descent")
     if not descent:

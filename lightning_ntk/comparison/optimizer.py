@@ -1,11 +1,11 @@
-"""The optimizer of a run as the linearized dynamics see it: its settings at capture, and what changes of them later."""
+"""The optimizer of a run as linearized dynamics see it: its settings at capture, and what changes of them later."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
 
 from torch import Tensor
 from torch.optim import Optimizer
 
+from lightning_ntk.dynamics.sgd import Hyperparameters, SGDSettings
 from lightning_ntk.training.base import StepSettings
 
 
@@ -15,56 +15,65 @@ class ObservedOptimizer:
     Args:
         optimizer: The optimizer of the run.
         parameters: The live parameters that were linearized, by name.
-        settings: Its settings then, if that was in an earlier part of the run.
+        late: Whether the run has taken steps already. Before the first one, a warm-up may have set the learning rate to
+            nothing; then the base rate or the largest rate that its schedule has noted counts.
+        settings: The settings at capture, if that was in an earlier part of the run.
 
     Attributes:
         optimizer: The optimizer.
-        settings: For every group the numbers that SGD depends on.
+        settings: The SGD settings of every group at capture. What the optimizer does not have is 0.
     """
 
     def __init__(
         self,
         optimizer: Optimizer,
         parameters: Mapping[str, Tensor],
-        settings: Sequence[dict[str, float]] | None = None,
+        *,
+        late: bool = False,
+        settings: Sequence[Sequence[float]] | None = None,
     ) -> None:
         self.optimizer = optimizer
         self._parameters = parameters
-        self.settings = (
-            [_hyperparameters(group) for group in optimizer.param_groups] if settings is None else list(settings)
-        )
+        if settings is None:
+            own = [SGDSettings.of(group) for group in optimizer.param_groups]
+            rates = [_base_rate(group) for group in optimizer.param_groups]
+            warms_up = not late or not any(group.lr for group in own)
+            self.settings = (
+                [group._replace(lr=rate) for group, rate in zip(own, rates, strict=True)] if warms_up else own
+            )
+        else:
+            self.settings = [SGDSettings.of(dict(zip(SGDSettings._fields, group, strict=True))) for group in settings]
         self._first_frozen: set[str] | None = None
 
-    def multiples(self) -> dict[str, float] | None:
-        """By parameter, the learning rate in units of that of the first group, 0 for those that the optimizer leaves out.
+    @property
+    def hyperparameters(self) -> Hyperparameters:
+        """Those of the first group."""
+        return Hyperparameters(self.settings[0].lr, self.settings[0])
 
-        None where all of them are 1.
-        """
+    @property
+    def lr_scales(self) -> dict[str, float]:
+        """By parameter, the learning rate in units of the first group's, and 0 for those that the optimizer leaves out."""
         groups = {id(p): n for n, group in enumerate(self.optimizer.param_groups) for p in group["params"]}
-        first = self.settings[0]["lr"]
-        multiples = {}
+        first = self.settings[0].lr
+        scales = {}
         for name, parameter in self._parameters.items():
             number = groups.get(id(parameter))
-            rate = 0.0 if number is None else self.settings[number]["lr"]
-            multiples[name] = rate / first if first and number is not None else float(number is not None)
-        return None if set(multiples.values()) == {1.0} else multiples
+            known = number is not None
+            scales[name] = self.settings[number].lr / first if number is not None and first else float(known)
+        return scales
 
     def changes(self, step: StepSettings) -> Iterator[tuple[str, str]]:
-        """What is no longer as at the capture, with a step that was just taken: kinds, and beginnings of sentences."""
-        rates = [float(group["lr"]) * self.settings[0]["lr"] for group in step.groups]
-        expected = [float(step.groups[0]["lr"]) * own["lr"] for own in self.settings]
+        """What a step had otherwise than the capture: kinds, and what the run did, to follow "the run"."""
+        rates = [float(group["lr"]) * self.settings[0].lr for group in step.groups]
+        expected = [float(step.groups[0]["lr"]) * own.lr for own in self.settings]
         if any(abs(a - b) > 1e-9 * max(a, b) for a, b in zip(rates, expected, strict=False)):
-            yield "rates", "the run changed the ratio of the learning rates of its parameter groups"
+            yield "rates", "changed the ratio of the learning rates of its parameter groups"
         self._first_frozen = set(step.frozen) if self._first_frozen is None else self._first_frozen
         changed = sorted(self._first_frozen ^ set(step.frozen))
         if changed:
             some = ", ".join(changed[:3]) + (" and others" if changed[3:] else "")
-            yield "frozen", f"the run began or ceased to train {some}"
+            yield "frozen", f"began or ceased to train {some}"
 
 
-def _hyperparameters(group: Mapping[str, Any]) -> dict[str, float]:
-    """The numbers in a parameter group that SGD depends on, 0 for those that it has not."""
-    names = ("momentum", "dampening", "nesterov", "weight_decay", "maximize")
-    # A warm-up begins with a rate of nothing: schedules note their base rate, and the largest, in the group.
-    rate = max(float(group.get(name) or 0) for name in ("lr", "initial_lr", "max_lr"))
-    return {"lr": rate} | {name: float(group.get(name) or 0) for name in names}
+def _base_rate(group: Mapping[str, object]) -> float:
+    return max(float(group.get(name) or 0) for name in ("lr", "initial_lr", "max_lr"))  # type: ignore[arg-type]

@@ -1,16 +1,13 @@
-"""A run compared with its linearized network: told of every batch and step, asked for scalars. It knows no Lightning."""
+"""A run beside its linearized network: told of every batch and step, asked for scalars."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_ntk.comparison.choice import choose_dynamics
-from lightning_ntk.comparison.gradient_check import GradientMismatch, check_gradient
+from lightning_ntk.comparison.first_gradient import FirstGradient
 from lightning_ntk.comparison.optimizer import ObservedOptimizer
-from lightning_ntk.comparison.options import Options
 from lightning_ntk.comparison.scalars import (
     compare_closest,
     compare_functions,
@@ -18,90 +15,200 @@ from lightning_ntk.comparison.scalars import (
     compare_weights,
     outputs_of,
 )
-from lightning_ntk.data.reference import Data, NoFixedOrderError
-from lightning_ntk.data.sample_index import UnknownSamplesError
 from lightning_ntk.functional.weights import difference
-from lightning_ntk.kernel.probe import KernelProbe
+from lightning_ntk.kernel import KernelProbe
 from lightning_ntk.linearization.linearization import Linearization
-from lightning_ntk.linearization.objective import Objective
-from lightning_ntk.linearization.parameters import Tensors, trainable_parameters
-from lightning_ntk.training.base import Follower, ModesFollower, ReplayFollower, StepSettings, TwinFollower
+from lightning_ntk.linearization.parameters import Tensors
+from lightning_ntk.training.base import OnlineTraining, StepSettings
 from lightning_ntk.training.linearized_training import LinearizedTraining
-from lightning_ntk.training.problem import Capture
+from lightning_ntk.training.modal_run import ModalRun
+from lightning_ntk.training.problem import LinearizedProblem
 from lightning_ntk.utilities.contexts import preserved_rng
-from lightning_ntk.utilities.distributed import ALONE, Processes, mean_over
 
 
-class Observation:
-    """What is known of a run and its linearized network from the capture on.
+class RunComparison:
+    """A linearized network that trains beside a run, and the scalars that compare both.
+
+    Everything is made outside and handed in. In a training loop of your own, call `accumulate` for every batch, `step` right
+    before the optimizer steps, and `measure` whenever you like.
 
     Args:
-        module: The network, at the weights w0 at which to linearize.
-        optimizer: Its optimizer, in the state that it has there.
-        options: How to observe.
-        data: Gives the training set in a fixed order, or raises a `NoFixedOrderError`; None for none, with the twin.
-        evaluation: Other data on which to compare functions.
-        differences: Phrases on what the run does that the named dynamics do not describe.
-        horizon: Optimizer steps still to come, if known.
-        momentum: The optimizer's momentum buffers, by parameter name.
-        state: What `state_dict` returned in an earlier part of the run, to go on from.
-        processes: The processes of a distributed run, each of which observes its own batches. They call the methods together.
+        linearization: The network at w0.
+        online: The linearized network that trains beside the run.
+        reference: The training set, on which functions are compared; None to compare weights only.
+        evaluation: Another data set on which functions are compared.
+        probe: The samples whose kernel is followed.
+        optimizer: The optimizer of the run at capture; None not to look for changes of its settings.
+        training: The closed form of `online`, for the modes, the closest time and the edge of stability.
+        first_gradient: The expected gradient of the run's first step, if it is to be compared.
+        per_parameter: Whether to compare every parameter tensor.
+        taylor: Whether to expand the trained network around w0, at the cost of a forward-mode pass.
+        closest: Whether to find the time at which the linearized network is closest to the trained one.
+        modes: The number of leading modes along which residuals are compared.
 
     Attributes:
-        dynamics: Those that are followed.
-        reason: Why, a sentence; empty if they were asked for.
-        training: The captured problem of gradient descent or flow; None for other dynamics.
+        online: The linearized network that trains beside the run.
         steps: Optimizer steps of the run since the capture.
         steps_taken: Those that changed the weights.
-        outputs: Of the trained and of the linearized network on the reference at the last measurement, `(N, K)` each.
+        outputs: Outputs of the trained and of the linearized network on the reference at the last measurement, `(N, K)` each.
 
-    Raises:
-        ValueError: If data, network, loss or optimizer cannot be used.
-        MemoryError: If the kernel does not fit.
+    Example:
+        >>> import torch
+        >>> from lightning_ntk.training import LinearizedProblem, Twin
+        >>> module, inputs, targets = torch.nn.Linear(2, 1), torch.eye(2), torch.ones(2, 1)
+        >>> optimizer, loss = torch.optim.Adam(module.parameters()), torch.nn.MSELoss()
+        >>> problem = LinearizedProblem(module, (inputs, targets), loss=loss)
+        >>> twin = Twin(problem.linearization, optimizer, dict(module.named_parameters()), loss)
+        >>> comparison = RunComparison(problem.linearization, twin, reference=problem)
+        >>> for _ in range(3):
+        ...     optimizer.zero_grad()
+        ...     loss(module(inputs), targets).backward()
+        ...     comparison.accumulate(inputs, targets)
+        ...     comparison.step(optimizer)
+        ...     _ = optimizer.step()
+        >>> comparison.measure()["relative_weight_distance"] < 1e-5  # a linear network is its own linearization
+        True
     """
 
     def __init__(
         self,
-        module: nn.Module,
-        optimizer: Optimizer,
-        options: Options,
+        linearization: Linearization,
+        online: OnlineTraining,
         *,
-        data: Callable[[], Data] | None,
-        evaluation: Data | None = None,
-        differences: Callable[[str, int | None], Sequence[str]],
-        horizon: float | None = None,
-        momentum: Tensors | None = None,
-        state: Mapping[str, Any] | None = None,
-        processes: Processes = ALONE,
+        reference: LinearizedProblem | None = None,
+        evaluation: LinearizedProblem | None = None,
+        probe: KernelProbe | None = None,
+        optimizer: ObservedOptimizer | None = None,
+        training: LinearizedTraining | None = None,
+        first_gradient: FirstGradient | None = None,
+        per_parameter: bool = False,
+        taylor: bool = True,
+        closest: bool = False,
+        modes: int = 0,
     ) -> None:
-        self._options = options
-        self._processes = processes
-        self._start = None if state is None else state["start"]
-        self._momentum = momentum if state is None else state["momentum"]
-        self._horizon = horizon if state is None else state["horizon"]
-        self._parameters = trainable_parameters(module)
-        self._optimizer = ObservedOptimizer(optimizer, self._parameters, None if state is None else state["settings"])
-        self._reference, no_kernel = self._capture_if_possible(module, data)
-        self._linearization = self._linearize(module) if self._reference is None else self._reference.linearization
-        self._evaluation = None if evaluation is None else self._capture(module, evaluation)
-        size = None if self._reference is None else len(self._reference.reference)
-        if state is None:
-            self.dynamics, self.reason = self._choose(lambda dynamics: differences(dynamics, size), no_kernel)
-        else:
-            self._require_same_data(state["data"])
-            self.dynamics, self.reason = state["dynamics"], ""
-        self.training: LinearizedTraining | None = None
-        self._follower = self._follow()
-        self._probe = self._make_probe()
+        self.linearization = linearization
+        self.online = online
+        self.reference = reference
+        self.evaluation = evaluation
+        self.training = training
+        self._probe = probe
+        self._optimizer = optimizer
+        self._first_gradient = first_gradient
+        self._per_parameter = per_parameter
+        self._taylor = taylor
+        self._closest = closest
+        self._modes = modes
+        self._batches: list[tuple[Any, Any, float]] = []
         self.outputs: tuple[Tensor, Tensor] | None = None
-        self._expected: Tensors | None = None
-        self._objective = None if self._reference is None else self._reference.objective
         self.steps = self.steps_taken = 0
-        if state is not None:
-            self._follower.load_state_dict(state["follower"])
-            self.steps, self.steps_taken = int(state["steps"]), int(state["steps_taken"])
-            if self._probe is not None and state["kernel_probe"] is not None:
-                self._probe.load_state_dict(state["kernel_probe"])
+
+    @property
+    def dynamics(self) -> str:
+        """The name of the dynamics that the linearized network follows."""
+        return self.online.dynamics
+
+    @property
+    def initial_weights(self) -> Tensors:
+        """w0, by parameter name."""
+        return self.linearization.params
+
+    @property
+    def kernel_time(self) -> float | None:
+        r"""The time :math:`\eta t` that has passed for the kernel's modes; None where no one number tells it."""
+        return self.online.kernel_time if isinstance(self.online, ModalRun) else None
+
+    def accumulate(self, inputs: Any, target: Tensor, scale: float = 1.0) -> None:
+        """Tells of one batch, whose loss the run multiplied by `scale` before its backward pass."""
+        if self.steps_taken == 0:
+            self._batches.append((inputs, target, scale))
+            if self._first_gradient is not None:
+                self._first_gradient.accumulate(inputs, target, scale)
+        self.online.accumulate(inputs, target, scale=scale)
+
+    def step(self, settings: StepSettings | Optimizer) -> None:
+        """Tells of one optimizer step along the batches since the last one.
+
+        Args:
+            settings: What the step depends on; or the optimizer itself, before it steps.
+
+        Raises:
+            OverflowError: If the linearized network diverges beyond floating-point numbers.
+        """
+        if isinstance(settings, Optimizer):
+            live = dict(self.linearization.module.named_parameters())
+            settings = StepSettings.of(settings, {name: live[name] for name in self.initial_weights})
+        self.online.step(settings)
+        self._batches = []
+        self.steps += 1
+        self.steps_taken += 1
+
+    def discard(self) -> None:
+        """Tells of one optimizer step that was counted and not taken, as without a gradient."""
+        self.online.discard()
+        self._batches = []
+        if self._first_gradient is not None:
+            self._first_gradient.discard()
+        self.steps += 1
+
+    def follow_with(self, online: OnlineTraining) -> None:
+        """Replaces the linearized network before the first step, without losing the batches that came for it."""
+        self.online = online
+        for inputs, target, scale in self._batches:
+            online.accumulate(inputs, target, scale=scale)
+
+    @property
+    def first_gradient(self) -> FirstGradient | None:
+        """The expected gradient of the run's first step, until that step is taken."""
+        return self._first_gradient if self.steps_taken == 0 else None
+
+    def surprises(self, settings: StepSettings) -> Iterator[tuple[str, str]]:
+        """What the step that was just taken did and the dynamics do not describe: kinds and sentences."""
+        lr = float(settings.groups[0]["lr"])
+        if self.training is not None and lr > self.training.max_learning_rate:
+            yield (
+                "unstable",
+                f"The learning rate {lr:.4g} is above {self.training.max_learning_rate:.4g}, the largest for which the "
+                "linearized network is stable: it diverges while the run may not.",
+            )
+        if self._optimizer is not None and self.dynamics != "twin":
+            dynamics = self.dynamics.replace("_", " ")
+            for kind, what in self._optimizer.changes(settings):
+                yield kind, f'The run {what}, which {dynamics} does not follow: dynamics="twin" does.'
+
+    @preserved_rng()
+    def measure(self, weights: Mapping[str, Tensor] | None = None) -> dict[str, float]:
+        """Compares trained weights with the linearized ones.
+
+        Args:
+            weights: The trained weights w_t, with the names of `initial_weights`; others are ignored. Default: those that the
+                module has now.
+
+        Returns:
+            The scalars by name, see docs/scalars.md.
+        """
+        live = self.linearization.module.named_parameters() if weights is None else weights.items()
+        weights = {name: value for name, value in live if name in self.initial_weights}
+        displacement, linearized = difference(weights, self.initial_weights), self.online.displacement()
+        scalars = compare_weights(displacement, linearized, per_parameter=self._per_parameter)
+        if self.reference is not None:
+            self.outputs = outputs_of(self.reference, weights, linearized, self.online.predictions())
+            scalars |= compare_functions(self.reference, *self.outputs, self._pushed(self.reference, displacement))
+            if self.training is not None and self._modes:
+                scalars |= compare_modes(self.training, *self.outputs, self._modes)
+            if self.training is not None and self._closest:
+                scalars |= compare_closest(self.training, displacement, self.steps)
+        if self.evaluation is not None:
+            outputs = outputs_of(self.evaluation, weights, linearized)
+            compared = compare_functions(self.evaluation, *outputs, self._pushed(self.evaluation, displacement))
+            scalars |= {f"evaluation/{name}": value for name, value in compared.items()}
+        if self._probe is not None:
+            kernel = self._probe.kernel(weights)
+            scalars |= self._probe.compare(kernel, step=self.steps)
+            self._probe.advance(kernel, step=self.steps)
+        return scalars
+
+    def _pushed(self, data: LinearizedProblem, displacement: Tensors) -> Tensor | None:
+        return data.push_forward(displacement).cpu() if self._taylor else None
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that the measurements to come depend on, as tensors, numbers, strings, dicts and lists.
@@ -109,243 +216,35 @@ class Observation:
         The kernel and its modes are not in it: they follow from the rest.
         """
         return {
-            "start": self._linearization.state_dict(),
-            "momentum": self._momentum,
-            "horizon": self._horizon,
-            "settings": self._optimizer.settings,
+            "start": self.linearization.state_dict(),
             "dynamics": self.dynamics,
+            "settings": [] if self._optimizer is None else [list(group) for group in self._optimizer.settings],
             "data": self._fingerprints,
-            "follower": self._follower.state_dict(),
+            "online": self.online.state_dict(),
             "steps": self.steps,
             "steps_taken": self.steps_taken,
             "kernel_probe": None if self._probe is None else self._probe.state_dict(),
         }
 
-    @property
-    def initial_weights(self) -> Tensors:
-        """w0 by parameter name."""
-        return self._linearization.params
-
-    @property
-    def kernel_time(self) -> float | None:
-        r"""The time :math:`\eta t` of the kernel's modes by now, where one number says how far they are, see `ModesFollower`."""
-        return self._follower.kernel_time if isinstance(self._follower, ModesFollower) else None
-
-    @property
-    def num_samples(self) -> int | None:
-        """Samples of the reference, if there is one."""
-        return None if self._reference is None else len(self._reference.reference)
-
-    def check_batch(self, inputs: Any, target: Tensor) -> str | None:
-        """Looks whether the first batch of the run can be followed, before its step.
-
-        Returns:
-            None, or the reason for which the twin has taken over from a replay that was no choice of the user.
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continues from what `state_dict` returned, for a comparison made from the same "start", "dynamics" and "settings".
 
         Raises:
-            UnknownSamplesError: If a replay was asked for and the batch has samples that the training set has not.
+            ValueError: If a data set is another one.
         """
-        if self.steps > 0 or not isinstance(self._follower, ReplayFollower):
-            return None
-        try:
-            with self._processes.agreement():
-                self._follower.rows(inputs, target)
-        except UnknownSamplesError as error:
-            if self._options.dynamics != "auto":
-                raise
-            self.dynamics = "twin"
-            self._follower = self._follow()
-            return str(error)
-        return None
-
-    def see(self, inputs: Any, target: Tensor, scale: float) -> None:
-        """One micro-batch, whose loss the run multiplied by `scale` before its backward pass."""
-        if self.steps_taken == 0:
-            with preserved_rng():
-                self._add_expected_gradient(inputs, target, scale)
-        self._follower.see(inputs, target, scale)
-
-    def step(self, settings: StepSettings) -> None:
-        """One optimizer step, with the micro-batches seen since the last one.
-
-        Raises:
-            OverflowError: If the linearized network diverges beyond floating-point numbers.
-        """
-        self._follower.step(settings)
-        self.steps += 1
-        self.steps_taken += 1
-
-    def skip(self) -> None:
-        """One optimizer step that is counted and was not taken, as without a gradient: what was seen for it is forgotten."""
-        self._follower.skip()
-        self._expected = None
-        self.steps += 1
-
-    def warnings(self, settings: StepSettings) -> Iterator[tuple[str, str]]:
-        """What the step that was just taken did and the dynamics do not describe: kinds, and ends of sentences."""
-        lr = float(settings.groups[0]["lr"])
-        if self.training is not None and lr > self.training.max_learning_rate:
-            yield (
-                "unstable",
-                f"the learning rate {lr:.4g} is above {self.training.max_learning_rate:.4g}, the largest for which the "
-                "linearized network is stable: it diverges while the run may not.",
-            )
-        if self.dynamics != "twin":
-            ends = f'{self.dynamics.replace("_", " ")} does not follow: dynamics="twin" does.'
-            yield from ((kind, f"{sentence}, which {ends}") for kind, sentence in self._optimizer.changes(settings))
-
-    def check_first_gradient(
-        self, actual: Mapping[str, Tensor | None], precision: torch.dtype
-    ) -> GradientMismatch | None:
-        """Compares the gradient of the run's first step with that of the loss at w0, once its batches were seen.
-
-        Args:
-            actual: Gradients of the run's own backward passes, before clipping; None for parameters without one.
-            precision: The least precise type of these passes.
-
-        Returns:
-            None if they agree.
-        """
-        expected, self._expected = self._expected, None
-        assert expected is not None
-        return check_gradient(actual, mean_over(self._processes, expected), dtype=precision)
-
-    def measure(self, weights: Mapping[str, Tensor]) -> dict[str, float]:
-        """The scalars of trained weights w_t, with the names of `initial_weights`; others are ignored."""
-        options = self._options
-        weights = {name: weights[name] for name in self.initial_weights}
-        with preserved_rng():
-            network = self._follower.network()
-            displacement = difference(weights, self.initial_weights)
-            scalars = compare_weights(displacement, network.displacement, per_parameter=options.per_parameter)
-            if self._reference is not None:
-                pushed = self._reference.push_forward(displacement).cpu() if options.taylor else None
-                self.outputs = outputs_of(self._reference, weights, network)
-                scalars |= compare_functions(self._reference, *self.outputs, pushed)
-                if self.training is not None and options.modes:
-                    scalars |= compare_modes(self.training, *self.outputs, options.modes)
-                if self.training is not None and options.closest:
-                    scalars |= compare_closest(self.training, displacement, self.steps)
-            if self._evaluation is not None:
-                pushed = self._evaluation.push_forward(displacement).cpu() if options.taylor else None
-                there = outputs_of(self._evaluation, weights, network._replace(predictions=None))
-                compared = compare_functions(self._evaluation, *there, pushed)
-                scalars |= {f"evaluation/{name}": value for name, value in compared.items()}
-            if self._probe is not None:
-                kernel = self._probe.kernel(weights)
-                scalars |= self._probe.compare(kernel, step=self.steps)
-                self._probe.advance(kernel, step=self.steps)
-        if options.twin_every > 1 and self.dynamics == "twin":
-            scalars["twin_coverage"] = 1 / options.twin_every
-        return scalars
-
-    def _make_probe(self) -> KernelProbe | None:
-        if not self._options.kernel_probe:
-            return None
-        if self._reference is None:
-            raise ValueError(
-                "Expected a reference set, of which to take samples, with argument `kernel_probe` but there is none: give "
-                "`reference` a data set with a fixed order, or leave out `kernel_probe`."
-            )
-        with preserved_rng():
-            return KernelProbe(self._linearization, self._reference.reference, samples=self._options.kernel_probe)
-
-    @property
-    def _fingerprints(self) -> dict[str, str]:
-        captures = {"reference": self._reference, "evaluation": self._evaluation}
-        return {name: capture.fingerprint for name, capture in captures.items() if capture is not None}
-
-    def _require_same_data(self, expected: Mapping[str, str]) -> None:
         own = self._fingerprints
-        for name in sorted(expected.keys() | own.keys()):
-            if expected.get(name) != own.get(name):
+        for name in sorted(state["data"].keys() | own.keys()):
+            if state["data"].get(name) != own.get(name):
                 raise ValueError(
                     f"Expected the {name} set with which the run began but its content, order or existence is another: "
                     "distances to the linearized network are defined on one set. Give the same data."
                 )
+        self.online.load_state_dict(state["online"])
+        self.steps, self.steps_taken = int(state["steps"]), int(state["steps_taken"])
+        if self._probe is not None and state["kernel_probe"] is not None:
+            self._probe.load_state_dict(state["kernel_probe"])
 
-    def _linearize(self, module: nn.Module) -> Linearization:
-        linearization = Linearization(module, predict=self._options.predict, dtype=self._options.dtype)
-        if self._start is not None:
-            linearization.load_state_dict(self._start)
-        linearization.share_buffers(self._processes)
-        return linearization
-
-    def _capture(self, module: nn.Module, data: Data) -> Capture:
-        options = self._options
-        return Capture(
-            module, data, loss=options.loss, predict=options.predict, unpack=options.unpack, jacobian=options.jacobian,
-            batch_size=options.batch_size, dtype=options.dtype, device=options.device, progress=options.progress,
-            start=self._start, processes=self._processes,
-        )  # fmt: skip
-
-    def _capture_if_possible(
-        self, module: nn.Module, data: Callable[[], Data] | None
-    ) -> tuple[Capture | None, str | None]:
-        if data is None:
-            return None, "there is no reference set"
-        try:
-            with self._processes.agreement():
-                return self._capture(module, data()), None
-        except NoFixedOrderError as error:
-            if self._options.dynamics not in ("auto", "twin"):
-                raise
-            return None, f"the training data has no fixed order. {error}"
-
-    def _choose(self, differences: Callable[[str], Sequence[str]], no_kernel: str | None) -> tuple[str, str]:
-        options, reference = self._options, self._reference
-        if options.dynamics != "auto":
-            if reference is None and options.dynamics != "twin":
-                raise ValueError(
-                    f'Expected a reference set for dynamics="{options.dynamics}" but got None: only "twin" goes without.'
-                )
-            return options.dynamics, ""
-        rows = 0 if reference is None else reference.predictions.numel()
-        choice = choose_dynamics(
-            differences,
-            no_kernel=no_kernel,
-            not_squared=reference is not None and reference.objective.factor is None,
-            kernel_bytes=float(rows) ** 2 * self._linearization.dtype.itemsize,
-            free=self._processes.free_memory("cpu", options.device or self._linearization.device),
-        )
-        return choice.dynamics, choice.reason
-
-    def _follow(self) -> Follower:
-        options = self._options
-        if self.dynamics == "twin":
-            loss = options.loss or nn.MSELoss()
-            return TwinFollower(
-                self._linearization, self._optimizer.optimizer, self._parameters, loss, every=options.twin_every,
-                processes=self._processes,
-            )  # fmt: skip
-        assert self._reference is not None
-        settings, multiples = self._optimizer.settings[0], self._optimizer.multiples()
-        momentum = self._momentum if settings["momentum"] else None
-        if self.dynamics == "replay":
-            decays = settings["weight_decay"] != 0
-            return ReplayFollower(self._reference, decays=decays, momentum=momentum, multiples=multiples)
-        described: dict[str, Any] = {"lr": settings["lr"], "dynamics": "gradient_flow"}
-        if self.dynamics == "gradient_descent":
-            flags = {name: bool(settings[name]) for name in ("nesterov", "maximize")}
-            described = {**settings, **flags, "momentum_buffers": momentum}
-        if options.closest and multiples is not None and not set(multiples.values()) <= {0.0, 1.0}:
-            raise ValueError(
-                "Expected one learning rate with `closest=True` but the parameter groups have several. Use closest=False."
-            )
-        self.training = LinearizedTraining(
-            self._reference, solver=options.solver, horizon=self._horizon, lr_scales=multiples, **described
-        )
-        return ModesFollower(self.training)
-
-    def _add_expected_gradient(self, inputs: Any, target: Tensor, scale: float) -> None:
-        linearization = self._linearization
-        outputs = linearization.predict(inputs)
-        if self._objective is None:
-            self._objective = Objective(self._options.loss or nn.MSELoss(), outputs, target, flat=linearization.flat)
-        cotangent = scale * self._objective.gradient(outputs, self._objective.prepare(target, outputs))
-        gradient = linearization.vjp(cotangent, inputs)
-        if self._expected is None:
-            self._expected = {name: value.clone() for name, value in gradient.items()}
-        else:
-            for name, value in gradient.items():
-                self._expected[name].add_(value)
+    @property
+    def _fingerprints(self) -> dict[str, str]:
+        problems = {"reference": self.reference, "evaluation": self.evaluation}
+        return {name: problem.samples.fingerprint for name, problem in problems.items() if problem is not None}

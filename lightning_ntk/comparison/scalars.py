@@ -6,9 +6,8 @@ from torch import Tensor
 
 from lightning_ntk.functional import norm, parameter_distances, prediction_rmse, taylor_gap, weight_distances
 from lightning_ntk.linearization.parameters import Tensors, plain_name
-from lightning_ntk.training.base import LinearizedNetwork
 from lightning_ntk.training.linearized_training import LinearizedTraining
-from lightning_ntk.training.problem import Capture
+from lightning_ntk.training.problem import LinearizedProblem
 
 
 def compare_weights(displacement: Tensors, linearized: Tensors, *, per_parameter: bool = False) -> dict[str, float]:
@@ -30,18 +29,25 @@ def compare_weights(displacement: Tensors, linearized: Tensors, *, per_parameter
     return scalars
 
 
-def outputs_of(data: Capture, weights: Mapping[str, Tensor], network: LinearizedNetwork) -> tuple[Tensor, Tensor]:
+def outputs_of(
+    data: LinearizedProblem, weights: Mapping[str, Tensor], displacement: Tensors, predictions: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Computes the outputs of the trained and the linearized network, `(N, K)` each in float64 on the CPU.
 
-    Predictions that the linearized network already has must be those on this data set.
+    Args:
+        data: The data set.
+        weights: The trained weights w_t.
+        displacement: w_lin - w_0 of the linearized network.
+        predictions: Its outputs on this data set, if they are known without a pass.
     """
-    linearized = network.predictions
-    if linearized is None:
-        linearized = data.predictions.cpu().double() + data.push_forward(network.displacement).cpu()
-    return data.predict(weights).cpu().double(), linearized
+    if predictions is None:
+        predictions = data.predictions.cpu().double() + data.push_forward(displacement).cpu()
+    return data.predict(weights).cpu().double(), predictions
 
 
-def compare_functions(data: Capture, trained: Tensor, linearized: Tensor, pushed: Tensor | None) -> dict[str, float]:
+def compare_functions(
+    data: LinearizedProblem, trained: Tensor, linearized: Tensor, pushed: Tensor | None
+) -> dict[str, float]:
     r"""Compares three networks in function space, on one data set.
 
     They are the trained network f_t, the linearized network f_lin, and the first-order expansion of the trained network,

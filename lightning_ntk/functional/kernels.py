@@ -5,7 +5,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_ntk.functional.weights import ratio, ratio_of_norms, require_same_shape
+from lightning_ntk.functional.weights import ratio, ratio_of_norms
+from lightning_ntk.utilities.validation import require_same_shape
 
 
 def kernel_distance(initial: Tensor, kernel: Tensor) -> float:

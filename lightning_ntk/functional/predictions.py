@@ -2,7 +2,8 @@
 
 from torch import Tensor
 
-from lightning_ntk.functional.weights import ratio_of_norms, require_same_shape
+from lightning_ntk.functional.weights import ratio_of_norms
+from lightning_ntk.utilities.validation import require_same_shape
 
 
 def prediction_rmse(outputs: Tensor, linearized_outputs: Tensor) -> float:

@@ -7,6 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from lightning_ntk.utilities.validation import require_matching
+
 
 def weight_distances(displacement: Mapping[str, Tensor], linearized: Mapping[str, Tensor]) -> dict[str, float]:
     r"""Measures how far the trained weights are from the linearized ones.
@@ -132,20 +134,3 @@ def ratio(numerator: Tensor, denominator: Tensor) -> Tensor:
 def ratio_of_norms(numerator: Tensor, denominator: Tensor) -> Tensor:
     """Divides the norms whose squares are given, with 0 / 0 = 0."""
     return ratio(numerator.sqrt(), denominator.sqrt())
-
-
-def require_matching(tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
-    """Raises a ValueError unless both have the same names and shapes."""
-    differing = sorted(expected.keys() ^ tensors.keys())
-    if differing:
-        raise ValueError(f"Expected tensors with the names {sorted(expected)} but these names differ: {differing}.")
-    for name, tensor in tensors.items():
-        if tensor.shape != expected[name].shape:
-            raise ValueError(f"Expected `{name}` of shape {tuple(expected[name].shape)} but got {tuple(tensor.shape)}.")
-
-
-def require_same_shape(**tensors: Tensor) -> None:
-    """Raises a ValueError unless all shapes are equal: others would broadcast to plausible nonsense."""
-    if len({tensor.shape for tensor in tensors.values()}) > 1:
-        shapes = ", ".join(f"`{name}` {tuple(tensor.shape)}" for name, tensor in tensors.items())
-        raise ValueError(f"Expected tensors of one shape but got {shapes}.")

@@ -1,5 +1,6 @@
 """Checks of a capture: its data and network are deterministic, and its products consistent."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -72,13 +73,16 @@ def check_adjoint(linearization: Linearization, jacobian: Jacobian, predictions:
         )
 
 
-def check_kernel(jacobian: Jacobian, kernel: Tensor, predictions: Tensor, *, dtype: torch.dtype) -> None:
-    """Requires u^T Theta u = |J^T u|^2 for a random u: the kernel belongs to these weights, data and row order.
+def check_kernel(
+    jacobian: Jacobian, kernel: Tensor, predictions: Tensor, *, lr_scales: Mapping[str, float], dtype: torch.dtype
+) -> None:
+    """Requires u^T Theta u = |D^(1/2) J^T u|^2 for a random u: the kernel is of these weights, data and row order.
 
     Args:
         jacobian: J.
         kernel: Theta, `(N K, N K)`.
         predictions: The initial outputs, `(N, K)`.
+        lr_scales: D, one number for every parameter.
         dtype: The type in which the kernel was computed, which sets the tolerance.
 
     Raises:
@@ -87,7 +91,8 @@ def check_kernel(jacobian: Jacobian, kernel: Tensor, predictions: Tensor, *, dty
     cotangent = _probe(predictions, torch.Generator().manual_seed(0))
     flat = cotangent.flatten().to(kernel)
     quadratic = (flat @ (kernel @ flat)).item()
-    expected = sum(value.square().sum().item() for value in jacobian.vjp(cotangent.unsqueeze(0)).values())
+    pulled = jacobian.vjp(cotangent.unsqueeze(0))
+    expected = sum(lr_scales[name] * value.square().sum().item() for name, value in pulled.items())
     if not abs(quadratic - expected) <= _tolerance(dtype) * expected:
         raise ValueError(
             f"Expected the kernel of this network and data but u^T Theta u = {quadratic:.8g} where |J^T u|^2 = {expected:.8g} "

@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 
 from lightning_ntk.functional.predictions import root_mean
-from lightning_ntk.functional.weights import WeightSums, difference, require_matching, weight_sums
+from lightning_ntk.functional.weights import WeightSums, difference, weight_sums
 from lightning_ntk.metrics.base import SummedMetric
 from lightning_ntk.plots.history import LABELS
-from lightning_ntk.utilities.validation import require_choice
+from lightning_ntk.utilities.validation import require_choice, require_matching
 
 
 class _WeightMetric(SummedMetric):

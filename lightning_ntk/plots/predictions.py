@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from lightning_ntk.functional.predictions import prediction_rmse
-from lightning_ntk.functional.weights import require_same_shape
 from lightning_ntk.plots.style import GREY, TRAINED, panels, tidy
+from lightning_ntk.utilities.validation import require_same_shape
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

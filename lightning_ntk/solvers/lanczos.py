@@ -9,9 +9,8 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from lightning_ntk.linearization.jacobian import Jacobian
 from lightning_ntk.solvers.base import ErrorBound, Modes, Solved, Stop, signs
-from lightning_ntk.solvers.products import Product, jacobian_product, kernel_product
+from lightning_ntk.solvers.products import Product
 from lightning_ntk.utilities.distributed import ALONE, Processes
 from lightning_ntk.utilities.progress import track_operations
 
@@ -297,35 +296,6 @@ class LanczosSolver:
                 self.modes: Sequence[LanczosModes] = [process.modes() for process in self._krylov]
                 if self._processes.any(enough() or self._complete):
                     break
-
-
-def solve_by_lanczos(
-    jacobian: Jacobian,
-    kernel: Tensor | None,
-    vectors: Sequence[Tensor],
-    *,
-    tolerance: float,
-    max_products: int,
-    expected: int | None = None,
-    processes: Processes = ALONE,
-) -> LanczosSolver:
-    """Lanczos on a kernel, with vectors on its device, or without one, with vectors on the CPU.
-
-    Args:
-        jacobian: J, for products without a kernel.
-        kernel: `(N K, N K)`, or None.
-        vectors: f0 - Y, and the images J e of the carried vectors, `(N, K)` in float64 on the CPU.
-        tolerance: As for `LanczosSolver`.
-        max_products: As for `LanczosSolver`.
-        expected: As for `LanczosSolver`.
-        processes: As for `LanczosSolver`.
-    """
-    product = jacobian_product(jacobian, vectors[0].shape) if kernel is None else kernel_product(kernel, processes)
-    device = vectors[0].device if kernel is None else kernel.device
-    flat = [vector.flatten().to(device) for vector in vectors]
-    return LanczosSolver(
-        product, flat, tolerance=tolerance, max_products=max_products, expected=expected, processes=processes
-    )
 
 
 def extend(krylov: Sequence[LanczosProcess], product: Product) -> None:

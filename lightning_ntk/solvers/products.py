@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from lightning_ntk.linearization.jacobian import Jacobian
+from lightning_ntk.linearization.parameters import Tensors
 from lightning_ntk.utilities.contexts import preserved_rng
 from lightning_ntk.utilities.distributed import ALONE, Processes
 
@@ -45,18 +45,21 @@ def kernel_product(kernel: Tensor, processes: Processes = ALONE) -> Product:
     return product
 
 
-def jacobian_product(jacobian: Jacobian, shape: torch.Size) -> Product:
+def jacobian_product(
+    pull_back: Callable[[Tensor], Tensors], push_forward: Callable[[Tensors], Tensor], shape: torch.Size
+) -> Product:
     """Products J (J^T v) without a kernel: a pass of vector-Jacobian products, and one of Jacobian-vector products per vector.
 
     Args:
-        jacobian: J.
+        pull_back: Maps cotangents `(T, N, K)` to J^T u, by parameter.
+        push_forward: Maps a tangent, by parameter, to J v, `(N, K)`.
         shape: (N, K).
     """
 
     def product(vectors: Tensor) -> Tensor:
         with preserved_rng():
-            pulled = jacobian.vjp(vectors.reshape(-1, *shape))
-            pushed = [jacobian.jvp({n: value[i] for n, value in pulled.items()}) for i in range(len(vectors))]
+            pulled = pull_back(vectors.reshape(-1, *shape))
+            pushed = [push_forward({n: value[i] for n, value in pulled.items()}) for i in range(len(vectors))]
         return torch.stack(pushed).flatten(1).to(vectors)
 
     return product

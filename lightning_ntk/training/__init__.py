@@ -1,6 +1,17 @@
 """The linearized network trained: at any time t, or step by step beside a run."""
 
+from lightning_ntk.training.base import LinearizedState, OnlineTraining, StepSettings
 from lightning_ntk.training.linearized_training import LinearizedTraining
-from lightning_ntk.training.readout import LinearizedState
+from lightning_ntk.training.problem import LinearizedProblem
+from lightning_ntk.training.replay import Replay
+from lightning_ntk.training.twin import Twin
 
-__all__ = ["LinearizedState", "LinearizedTraining"]
+__all__ = [
+    "LinearizedProblem",
+    "LinearizedState",
+    "LinearizedTraining",
+    "OnlineTraining",
+    "Replay",
+    "StepSettings",
+    "Twin",
+]

@@ -18,11 +18,10 @@ from torch import Tensor
 from lightning_ntk.functional.weights import difference, inner_product, norm
 from lightning_ntk.linearization.parameters import Tensors
 from lightning_ntk.solvers.eigh import CompleteModes
-from lightning_ntk.training.carried import CarriedVector
+from lightning_ntk.training.base import LinearizedState
 from lightning_ntk.training.modal import ModalTraining
-from lightning_ntk.training.problem import Capture
-from lightning_ntk.training.readout import LinearizedState
-from lightning_ntk.training.scaling import Scaling
+from lightning_ntk.training.off_span import displacements
+from lightning_ntk.utilities.validation import require_matching
 
 # Times of the first look: all whole ones up to here, then this many for each factor of ten.
 _FIRST_TIMES = 64
@@ -50,91 +49,73 @@ class ClosestTime(NamedTuple):
     floor: float | None
 
 
-def find_closest(
-    capture: Capture,
-    scaling: Scaling | None,
-    training: ModalTraining,
-    carried: Sequence[CarriedVector],
-    displacement: Mapping[str, Tensor],
-    until: float | None,
-    displacement_of: Callable[[LinearizedState], Tensors],
-) -> ClosestTime:
-    """The closest time in [0, until], of weights displaced from w0.
+def find_closest(training: ModalTraining, displacement: Mapping[str, Tensor], until: float | None) -> ClosestTime:
+    """The time in [0, until] at which linearized training is closest to weights displaced from w0.
 
     Args:
-        capture: The network at w0.
-        scaling: The learning rates of its parameters, if they differ.
-        training: Its linearized training.
-        carried: The vectors that the linearized weights carry along.
-        displacement: w - w0.
-        until: The last time to look at, None for that of the training.
-        displacement_of: Forms w_lin - w0 of a state.
+        training: The linearized training.
+        displacement: w - w0, by parameter name.
+        until: The last time to look at. Default: that of the training.
 
     Raises:
-        ValueError: If `until` is needed, or there is no such time, or the rates of parameters differ.
+        ValueError: If `until` is needed, if there is no such time, or if learning rates differ between parameters.
     """
-    last = training.last_time if until is None else until
+    problem, last = training.modal.problem, training.last_time if until is None else until
     if last is None or (last == math.inf and not training.has_closed_form(1)):
         raise ValueError(
             f"Expected argument `until` to be the last step to look at but got {until}: this training has no end of its own, "
             "and takes as many steps to look at."
         )
     training.require_time(last)
-    if scaling is not None and not scaling.freezes_only:
+    if not problem.freezes_only:
         raise ValueError(
             "Expected equal learning rates, or frozen parameters, for the closest time but got `lr_scales` "
-            f"{scaling.multiples}: the distance is no function of the kernel's modes then."
+            f"{problem.lr_scales}: the distance is no function of the kernel's modes then."
         )
-    displaced = {name: value.detach().double() for name, value in displacement.items()}
-    dtype = capture.linearization.dtype
-    approach = Approach(capture if scaling is None else scaling.capture, training, carried, displaced)
-    time, state = closest_time(approach, training, until=last, dtype=dtype)
-    span = approach.in_span(dtype)
+    displaced = {
+        name: value.detach().double() for name, value in require_matching(displacement, problem.initial_weights).items()
+    }
+    dtype = problem.linearization.dtype
+    squared = SquaredDistance(training, displaced)
+    time, state = closest_time(squared, training, until=last, dtype=dtype)
+    span = squared.in_span(dtype)
     floor = None if span is None else math.sqrt(1 - span**2)
-    return ClosestTime(time, norm(difference(displaced, displacement_of(state))), span, floor)
+    nearest = {name: value[0] for name, value in displacements(problem, training.modal.terms, [state]).items()}
+    return ClosestTime(time, norm(difference(displaced, nearest)), span, floor)
 
 
-class Approach:
-    """Squared distances from fixed weights to the linearized ones, at any time.
+class SquaredDistance:
+    """The squared distance from fixed weights to the linearized ones, as a function of the state.
 
     Args:
-        capture: The network at w0.
-        training: Its linearized training.
-        carried: The vectors that the linearized weights carry along.
-        displacement: w - w0.
+        training: The linearized training.
+        displacement: w - w0, by parameter name.
     """
 
-    def __init__(
-        self,
-        capture: Capture,
-        training: ModalTraining,
-        carried: Sequence[CarriedVector],
-        displacement: Tensors,
-    ) -> None:
-        self._training = training
-        self._carried = carried
-        self._start = capture.predictions.cpu().double()
+    def __init__(self, training: ModalTraining, displacement: Tensors) -> None:
+        problem, self._modal = training.modal.problem, training.modal
+        self._start = problem.predictions.cpu().double()
         self.square = inner_product(displacement, displacement)
-        self.image = capture.push_forward(displacement).cpu().double()
-        self._along = torch.tensor([inner_product(c.vector, displacement) for c in carried], dtype=torch.float64)
-        self._gram = torch.tensor(
-            [[inner_product(c.vector, d.vector) for d in carried] for c in carried], dtype=torch.float64
-        ).reshape(len(carried), len(carried))
+        self.image = problem.push_forward(problem.scaled(displacement)).cpu().double()
+        vectors = [term.vector for term in self._modal.terms]
+        self._along = torch.tensor([inner_product(v, displacement) for v in vectors], dtype=torch.float64)
+        gram = [[inner_product(v, w) for w in vectors] for v in vectors]
+        self._gram = torch.tensor(gram, dtype=torch.float64).reshape(len(vectors), len(vectors))
 
-    def squared_distance(self, state: LinearizedState) -> float:
+    def __call__(self, state: LinearizedState) -> float:
         """D^2, which rounding may put below zero."""
         scales = torch.tensor(state.scales, dtype=torch.float64)
-        carried = sum((s * c.image for s, c in zip(state.scales, self._carried, strict=True)), torch.zeros(()))
+        images = [scale * term.image for scale, term in zip(state.scales, self._modal.terms, strict=True)]
+        carried = sum(images, torch.zeros(()))
         change = state.predictions - self._start - carried
         quadratic = (state.coefficients * (change + 2 * (carried - self.image))).sum()
         return (quadratic + scales @ self._gram @ scales - 2 * scales @ self._along).item() + self.square
 
     def in_span(self, dtype: torch.dtype) -> float | None:
         """The norm of the projection of w - w0 on the span of J^T, relative to it, if all modes are known."""
-        solver = self._training.solver
-        if not isinstance(solver, CompleteModes):
+        if not isinstance(self._modal.solver, CompleteModes):
             return None
-        modes = solver.modes[0]
+        modes = self._modal.solver.modes[0]
         kept = modes.eigenvalues > modes.cutoff(dtype)
         along = modes.basis.T @ self.image.flatten().to(modes.basis)
         square = (along.cpu()[kept].square() / modes.eigenvalues[kept]).sum().item()
@@ -142,7 +123,7 @@ class Approach:
 
 
 def closest_time(
-    approach: Approach, training: ModalTraining, *, until: float, dtype: torch.dtype
+    squared_distance: SquaredDistance, training: ModalTraining, *, until: float, dtype: torch.dtype
 ) -> tuple[float, LinearizedState]:
     """The time in [0, until] of the least distance, and the state there.
 
@@ -150,7 +131,7 @@ def closest_time(
     a minimum that is narrower than a sixth of its time may be missed.
 
     Args:
-        approach: The distances.
+        squared_distance: The distances.
         training: The linearized training.
         until: The last time, infinity included.
         dtype: Type of the passes, which decides which modes never move.
@@ -161,10 +142,10 @@ def closest_time(
     def look(times: Sequence[float]) -> float:
         for t in times:
             if t not in squares:
-                squares[t] = approach.squared_distance(training.state(t))
+                squares[t] = squared_distance(training.state(t))
         best = min(squares, key=lambda t: squares[t])
         # Late times that rounding cannot tell from the limit are the limit, unless it is where training starts.
-        unresolved = 4 * torch.finfo(torch.float64).eps * approach.square
+        unresolved = 4 * torch.finfo(torch.float64).eps * squared_distance.square
         moves = squares[0.0] - squares[best] > unresolved
         return math.inf if moves and squares.get(math.inf, math.inf) - squares[best] <= unresolved else best
 

@@ -1,6 +1,8 @@
-"""What is computed once, when the training of a network is captured."""
+"""The problem that linearized training solves: a network at its initial weights on a training set."""
 
+import math
 from collections.abc import Mapping
+from copy import copy
 from typing import Literal
 
 import torch
@@ -8,7 +10,7 @@ from torch import Tensor, nn
 
 from lightning_ntk.data.reference import Data, Reference, Unpack
 from lightning_ntk.data.targets import Classes
-from lightning_ntk.kernel import compute_kernel
+from lightning_ntk.kernel import PlannedKernel
 from lightning_ntk.kernel.per_sample import contract, sample_jacobians
 from lightning_ntk.linearization.jacobian import Jacobian, StoredJacobian, StreamedJacobian
 from lightning_ntk.linearization.linearization import Linearization, Predict
@@ -19,41 +21,48 @@ from lightning_ntk.linearization.verification import check_adjoint, check_determ
 from lightning_ntk.utilities.contexts import preserved_rng
 from lightning_ntk.utilities.distributed import ALONE, Processes
 from lightning_ntk.utilities.memory import mirror_upper_
+from lightning_ntk.utilities.validation import require_choice
 
 JacobianStorage = Literal["streamed", "stored"]
 
 
-class Capture:
-    """A network at its initial weights w0 on a training set: what all linearized dynamics start from.
+class LinearizedProblem:
+    r"""A network at its initial weights on a training set: what every linearized training starts from.
+
+    Learning rates that differ between parameters are part of the problem. With rates :math:`\eta D`, D diagonal,
+
+    .. math:: w_\text{lin} = w_0 + D J^\top a, \qquad \Theta = J D J^\top, \qquad f_\text{lin} = f_0 + \Theta a,
+
+    so that D is the identity where all rates are equal.
 
     Args:
-        module: The network, left as it is.
+        module: The network. It is left as it is.
         data: The training set, as for `Reference`.
-        loss: Of outputs and targets. Default: `nn.MSELoss()`.
+        loss: Maps outputs and targets to one number. Default: `nn.MSELoss()`.
         predict: As for `Linearization`.
         unpack: As for `Reference`.
-        jacobian: "streamed" or "stored".
+        jacobian: "streamed" recomputes J in every pass; "stored" keeps it in memory, N K P numbers.
         batch_size: Samples in one pass.
-        dtype: Type of the passes.
-        device: Where the kernel and all that is as large as its rows is kept. Default: with the passes, on the device of the
-            parameters.
+        dtype: Floating-point type of the passes. Default: that of the parameters.
+        device: Where the kernel, its modes and all vectors of its size are kept. Default: the device of the parameters.
+        lr_scales: The learning rate of each named parameter as a multiple of the common one; 0 freezes it. Default: 1.
         progress: Whether passes show a progress bar.
-        start: What `Linearization.state_dict` returned, to linearize at in the place of the module's own state.
-        processes: The processes that share the passes. All of them read the whole data set once, later only their rows. Buffers
-            are those of the first process, as in distributed training.
+        start: A `Linearization.state_dict()` to linearize at, instead of the module's own state.
+        processes: The processes that share the passes. Each reads the whole data set once and later only its own rows. The
+            buffers are those of the first process, as in distributed training.
 
     Attributes:
         linearization: The network at w0.
         reference: The training set in a fixed order.
         predictions: f0, `(N, K)` in the type of the passes.
-        objective: The loss, with the targets of all samples.
-        jacobian: J of all samples.
+        objective: The loss with the targets of all samples.
+        jacobian: J on all samples, without D.
+        lr_scales: D, one number for every parameter.
         samples: The samples of the training set by content.
-        fingerprint: A digest of the content and order of the training set.
         classes: The classes that the targets stand for, or None.
 
     Raises:
-        ValueError: If the data, the network or the loss cannot be used.
+        ValueError: If the data, the network, the loss or `lr_scales` cannot be used.
     """
 
     def __init__(
@@ -68,91 +77,140 @@ class Capture:
         batch_size: int = 256,
         dtype: torch.dtype | None = None,
         device: torch.device | None = None,
+        lr_scales: Mapping[str, float] | None = None,
         progress: bool = False,
         start: Mapping[str, Mapping[str, Tensor]] | None = None,
         processes: Processes = ALONE,
     ) -> None:
+        require_choice("jacobian", jacobian, JacobianStorage)
         self.progress = progress
         self.processes = processes
         self.unpack = unpack
+        self._loss = nn.MSELoss() if loss is None else loss
+        self._storage = jacobian
+        self._batch_size = batch_size
         with preserved_rng():
             self.linearization = Linearization(module, predict=predict, dtype=dtype)
-            self.device = device or self.linearization.device
             if start is not None:
                 self.linearization.load_state_dict(start)
             self.linearization.share_buffers(processes)
-            self.reference = Reference(data, batch_size=batch_size, unpack=unpack)
-            self.passes = DataPasses(self.linearization, self.reference, progress=progress, processes=processes)
-            self.predictions, targets, self.samples = self.passes.first()
-            self.fingerprint = self.samples.fingerprint
-            check_determinism(self.linearization, self.reference, self.predictions)
-            self.objective = Objective(
-                nn.MSELoss() if loss is None else loss, self.predictions, targets, flat=self.linearization.flat
-            )
-            self.jacobian: Jacobian = (
-                StoredJacobian.cat(
-                    sample_jacobians(self.linearization, batch.inputs)
-                    for batch in self.passes.batches("Jacobian", range(len(self.reference)))
-                )
-                if jacobian == "stored"
-                else StreamedJacobian(self.passes, self.predictions)
-            )
-            check_adjoint(self.linearization, self.jacobian, self.predictions)
+        self.device = device or self.linearization.device
+        self.lr_scales = _checked_scales(lr_scales or {}, self.linearization.params)
+        self._read(data)
+
+    def on(self, data: Data) -> "LinearizedProblem":
+        """The same network, at the same weights, on another data set."""
+        other = copy(self)
+        other._read(data)
+        return other
+
+    @preserved_rng()
+    def _read(self, data: Data) -> None:
+        linearization = self.linearization
+        self.reference = Reference(data, batch_size=self._batch_size, unpack=self.unpack)
+        self._passes = DataPasses(linearization, self.reference, progress=self.progress, processes=self.processes)
+        self.predictions, targets, self.samples = self._passes.first()
+        check_determinism(linearization, self.reference, self.predictions)
+        self.objective = Objective(self._loss, self.predictions, targets, flat=linearization.flat)
+        self.jacobian: Jacobian = StreamedJacobian(self._passes, self.predictions)
+        if self._storage == "stored":
+            batches = self._passes.batches("Jacobian", range(len(self.reference)))
+            self.jacobian = StoredJacobian.cat(sample_jacobians(linearization, batch.inputs) for batch in batches)
+        check_adjoint(linearization, self.jacobian, self.predictions)
         self.classes = Classes.of(self.objective.targets, self.predictions.shape[1], self.objective.gradient)
+        self._planned: PlannedKernel | None = None
 
     @property
     def initial_weights(self) -> Tensors:
         """w0: clones of the trainable parameters, under their names in `named_parameters()`."""
         return self.linearization.params
 
+    @property
+    def freezes_only(self) -> bool:
+        """Whether all parameters that train have the same learning rate."""
+        return set(self.lr_scales.values()) <= {0.0, 1.0}
+
+    def scaled(self, vector: Mapping[str, Tensor]) -> Tensors:
+        """D v for a vector with the names of the weights."""
+        return {name: _times(value, self.lr_scales[name]) for name, value in vector.items()}
+
+    @preserved_rng()
     def predict(self, weights: Mapping[str, Tensor]) -> Tensor:
         """Outputs of the (non-linear) network at other weights, `(N, K)`: one forward pass over the training set."""
-        with preserved_rng():
-            return self.passes.predict(weights)
+        return self._passes.predict(weights)
 
+    @preserved_rng()
     def push_forward(self, tangent: Mapping[str, Tensor]) -> Tensor:
-        """J v, `(N, K)` in float64."""
-        with preserved_rng():
-            return self.jacobian.jvp(tangent)
+        """J v, `(N, K)` in float64, for a tangent v with the names and shapes of the weights."""
+        return self.jacobian.jvp(tangent)
 
+    @preserved_rng()
     def pull_back(self, coefficients: Tensor) -> Tensors:
-        """J^T a for coefficients `(T, N, K)`: for every parameter `(T, *shape)` in float64."""
-        with preserved_rng():
-            return self.jacobian.vjp(coefficients)
+        """D J^T a for coefficients `(T, N, K)`: a tensor `(T, *shape)` in float64 for every parameter."""
+        return self.scaled(self.jacobian.vjp(coefficients))
 
     def loss_of(self, predictions: Tensor) -> float:
         """The loss of predictions `(N, K)` on the training set, in float64."""
         return self.objective.value(predictions.detach().cpu(), self.objective.targets).item()
 
+    @property
+    def planned_kernel(self) -> PlannedKernel:
+        """The kernel of the training set before it is computed, planned at the first question."""
+        if self._planned is None:
+            with preserved_rng():
+                self._planned = PlannedKernel(self.linearization, self.reference, lr_scales=self.lr_scales)
+        return self._planned
 
-def training_kernel(given: Tensor | None, capture: Capture, *, dtype: torch.dtype) -> Tensor:
-    """The kernel of the training set with itself, `(N K, N K)`, summed in `dtype` or `given`, and verified.
+    @preserved_rng()
+    def kernel(self, given: Tensor | None = None, *, dtype: torch.dtype) -> Tensor:
+        r"""The kernel :math:`J D J^\top` of the training set, verified against one random vector-Jacobian product.
 
-    Raises:
-        ValueError: If the given one is not of this network and data.
-    """
-    linearization, jacobian = capture.linearization, capture.jacobian
-    size = capture.predictions.numel()
-    if given is not None:
-        if tuple(given.shape) != (size, size):
-            raise ValueError(f"Expected argument `ntk` of shape {(size, size)} but got {tuple(given.shape)}.")
-        if not given.isfinite().all():
-            raise ValueError("Expected argument `ntk` to be finite but it holds NaN or infinity.")
-        kernel = given.detach().to(capture.device)
-        if not torch.allclose(kernel, kernel.T, rtol=1e-3, atol=1e-4 * kernel.abs().max().item()):
-            raise ValueError("Expected argument `ntk` to be symmetric, the kernel of the training set with itself.")
-    elif isinstance(jacobian, StoredJacobian):
-        kernel = mirror_upper_(contract(jacobian.blocks, jacobian.blocks, dtype)).to(capture.device)
-    else:
-        kernel = compute_kernel(
-            linearization,
-            capture.reference,
-            dtype=dtype,
-            device=capture.device,
-            progress=capture.progress,
-            processes=capture.processes,
+        Args:
+            given: A kernel computed earlier, `(N K, N K)` in sample-major order.
+            dtype: Type in which the products are summed.
+
+        Raises:
+            ValueError: If the given kernel does not belong to this network, data and order.
+        """
+        size, computed = self.predictions.numel(), self.linearization.dtype
+        if given is not None:
+            # Whatever its type is now, it may come from float32 passes.
+            kernel, computed = _checked_kernel(given, size).to(self.device), torch.float32
+        elif isinstance(self.jacobian, StoredJacobian):
+            blocks = self.jacobian.blocks
+            kernel = mirror_upper_(contract(self.scaled(blocks), blocks, dtype)).to(self.device)
+        else:
+            kernel = self.planned_kernel.compute(
+                dtype=dtype, device=self.device, progress=self.progress, processes=self.processes
+            )
+        check_kernel(self.jacobian, kernel, self.predictions, lr_scales=self.lr_scales, dtype=computed)
+        return kernel
+
+
+def _checked_scales(given: Mapping[str, float], weights: Tensors) -> dict[str, float]:
+    unknown = sorted(given.keys() - weights.keys())
+    if unknown:
+        raise ValueError(
+            f"Expected argument `lr_scales` to name trainable parameters, {sorted(weights)}, but got {unknown}."
         )
-    # A kernel computed earlier may come from float32 passes whatever its type is now.
-    computed = linearization.dtype if given is None else torch.float32
-    check_kernel(jacobian, kernel, capture.predictions, dtype=computed)
-    return kernel
+    for name, value in given.items():
+        if not (math.isfinite(value) and value >= 0):
+            raise ValueError(f"Expected argument `lr_scales` to be finite and at least 0 but got {value} for {name!r}.")
+    scales = {name: float(given.get(name, 1.0)) for name in weights}
+    if not any(scales.values()):
+        raise ValueError("Expected argument `lr_scales` to leave a parameter to train but all multiples are 0.")
+    return scales
+
+
+def _checked_kernel(given: Tensor, size: int) -> Tensor:
+    if tuple(given.shape) != (size, size):
+        raise ValueError(f"Expected argument `ntk` of shape {(size, size)} but got {tuple(given.shape)}.")
+    if not given.isfinite().all():
+        raise ValueError("Expected argument `ntk` to be finite but it holds NaN or infinity.")
+    if not torch.allclose(given, given.T, rtol=1e-3, atol=1e-4 * given.abs().max().item()):
+        raise ValueError("Expected argument `ntk` to be symmetric, the kernel of the training set with itself.")
+    return given.detach()
+
+
+def _times(value: Tensor, scale: float) -> Tensor:
+    return value if scale == 1 else value * scale

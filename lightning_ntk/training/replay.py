@@ -1,305 +1,184 @@
-r"""Minibatch SGD of the linearized network, replayed in function space with the batches of the run.
+"""Linearized training on given minibatches, replayed on the kernel: those of a run, or a recorded order."""
 
-Every step of `torch.optim.SGD` stays in the span of what it has seen: the weights at capture w0, the momentum buffer b0 that the
-optimizer had then, and the rows of the Jacobian. So
-
-.. math::
-    w_{lin} = w_0 + (q - 1)\, w_0 + s\, b_0 + J^\top a, \qquad
-    f_{lin} = f_0 + (q - 1)\, J w_0 + s\, J b_0 + \Theta a,
-
-and a step needs the loss gradient at the batch's own predictions and its product with the batch's rows of the kernel: no pass
-through the network.
-"""
-
-from typing import Any, Literal
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
-from lightning_ntk.dynamics.sgd import LinearSGD, SGDSettings
-from lightning_ntk.linearization.objective import Objective
-from lightning_ntk.utilities.contexts import full_precision
-from lightning_ntk.utilities.distributed import ALONE, Processes
+from lightning_ntk.dynamics.sgd import Hyperparameters, SGDSettings
+from lightning_ntk.linearization.parameters import Tensors
+from lightning_ntk.training.base import LinearizedState, StepSettings
+from lightning_ntk.training.function_space import DecayToward, FunctionSpaceSGD
+from lightning_ntk.training.off_span import displacements, off_span_terms
+from lightning_ntk.training.problem import LinearizedProblem
+from lightning_ntk.utilities.contexts import preserved_rng
 
-DecayToward = Literal["zero", "initial"]
-
-_DIRECT_NUMBERS = (
-    8192  # from this many numbers a sample on, reading them where they lie beats gathering them (measured)
-)
-_SUMMED_SAMPLES = 8  # in the kernel's own type, before float64 takes over: fewer passes over the result
-_GATHERED_BYTES = {"cpu": 2**20, "cuda": 2**28}  # what stays in a processor's cache; what keeps a GPU busy
+Rows: TypeAlias = Tensor | Sequence[int]
+Batches: TypeAlias = Sequence[Rows | tuple[Rows, ...]]
 
 
 class Replay:
-    r"""SGD on the linearized network, one call for each batch and one for each optimizer step of the run.
+    """SGD on minibatches of the training set, in function space, with any differentiable loss.
 
-    All state is in float64 on the kernel's device, and nothing waits for that device before a result is read. It is made of plain
-    tensors also inside `torch.inference_mode`, so that a replay may be used inside and outside of it.
+    A step costs no pass through the network. The samples of a batch are recognized by their content.
 
     Args:
-        kernel: Theta, `(N K, N K)`, symmetric, rows in sample-major order; read in its own type and never copied as a whole.
-        predictions: f0, `(N, K)`.
-        objective: The loss, of outputs `(b, K)` and the targets of their samples.
-        decay_toward: Where weight decay pulls the weights: "zero", as `torch.optim.SGD` does, or "initial", to w0.
-        initial_image: J w0, `(N, K)`. Needed for weight decay toward zero only.
-        momentum_image: J b0, `(N, K)`, if the optimizer had a momentum buffer b0 at capture.
-        processes: The processes whose gradients a step averages, as distributed training does; each accumulates its own batches.
+        problem: The network on its training set.
+        hyperparameters: The optimizer's settings. They say whether weights decay and toward what; the settings of every
+            step come with the step.
+        momentum_buffers: The optimizer's momentum buffers at step 0, by parameter.
+        ntk: A kernel computed earlier.
+
+    Attributes:
+        kernel: The kernel of the training set, `(N K, N K)`.
+        terms: The vectors that the weights carry along besides D J^T a.
 
     Raises:
-        ValueError: If shapes do not match, or `initial_image` is given for decay toward the initial weights.
-
-    Example:
-        >>> from torch import nn
-        >>> outputs, targets = torch.zeros(3, 1), torch.tensor([[1.0], [2.0], [3.0]])
-        >>> replay = Replay(torch.eye(3), outputs, Objective(nn.MSELoss(), outputs, targets))
-        >>> replay.accumulate(torch.tensor([2, 0]), targets[[2, 0]])
-        >>> replay.step(SGDSettings(lr=0.5))
-        >>> replay.predictions.flatten()
-        tensor([0.5000, 0.0000, 1.5000], dtype=torch.float64)
+        ValueError: If the kernel, the hyperparameters or the buffers cannot be used.
     """
 
-    @torch.inference_mode(False)
+    dynamics = "replay"
+
     def __init__(
         self,
-        kernel: Tensor,
-        predictions: Tensor,
-        objective: Objective,
+        problem: LinearizedProblem,
+        hyperparameters: Hyperparameters,
         *,
-        decay_toward: DecayToward = "zero",
-        initial_image: Tensor | None = None,
-        momentum_image: Tensor | None = None,
-        processes: Processes = ALONE,
+        momentum_buffers: Mapping[str, Tensor] | None = None,
+        ntk: Tensor | None = None,
     ) -> None:
-        if predictions.dim() != 2 or kernel.shape != (predictions.numel(), predictions.numel()):
-            raise ValueError(
-                "Expected predictions of shape (N, K) and a kernel of shape (N K, N K) but got "
-                f"{tuple(predictions.shape)} and {tuple(kernel.shape)}."
-            )
-        if decay_toward not in ("zero", "initial"):
-            raise ValueError(f'Expected argument `decay_toward` to be "zero" or "initial" but got {decay_toward!r}.')
-        if decay_toward == "initial" and initial_image is not None:
-            raise ValueError(
-                "Expected no `initial_image` for decay toward the initial weights, which leaves these as they are. "
-                'Give it with decay_toward="zero" only.'
-            )
-        self.num_samples, self.num_outputs = predictions.shape
-        self._objective = objective
-        self._processes = processes
-        self._products = _KernelProducts(kernel, *predictions.shape)
-        self._decays_from_initial = decay_toward == "initial"
-        self._carries_initial = initial_image is not None
+        self.problem = problem
+        self.terms = off_span_terms(problem, hyperparameters, momentum_buffers)
+        self._toward: DecayToward = "initial" if hyperparameters.decays_to_initial else "zero"
+        self.kernel = problem.kernel(ntk, dtype=problem.linearization.dtype)
+        self.restart()
 
-        def double(image: Tensor | None, name: str) -> Tensor:
-            if image is None:
-                return torch.zeros(predictions.shape, dtype=torch.float64, device=kernel.device)
-            if image.shape != predictions.shape:
-                raise ValueError(
-                    f"Expected argument `{name}` to have the shape of the predictions, {tuple(predictions.shape)}, "
-                    f"but got {tuple(image.shape)}."
-                )
-            return image.detach().to(kernel.device, torch.float64, copy=True)
-
-        # The image J w_lin obeys the same linear recurrence as w_lin itself; predictions differ from it by a constant.
-        image = double(initial_image, "initial_image")
-        self._offset = double(predictions, "predictions") - image
-        coefficients = torch.zeros_like(image)
-        scales = image.new_tensor([1.0, 0.0])  # q, s
-        buffers = None
-        if momentum_image is not None:
-            buffers = [torch.zeros_like(image), double(momentum_image, "momentum_image"), image.new_tensor([0.0, 1.0])]
-        self._coefficients, self._image, self._scales = coefficients, image, scales
-        self._sgd = LinearSGD([coefficients, image, scales], buffers)
-        self._rows: list[Tensor] = []
-        self._gradients: list[Tensor] = []
-        self.steps = 0
-
-    @torch.inference_mode(False)
-    def accumulate(self, rows: Tensor, target: Tensor, *, scale: float = 1.0) -> None:
-        """Adds the gradient of a batch's loss at the linearized predictions to the gradient of the next step.
-
-        Args:
-            rows: Which samples the batch holds, `(b,)` integers; a sample may come more than once, and counts as often.
-            target: Targets of the batch, as the data gives them, `(b, ...)`.
-            scale: Factor of the loss, `1 / accumulate_grad_batches` for example.
-
-        Raises:
-            ValueError: If rows and targets do not fit each other or the samples.
-        """
-        if rows.dim() != 1 or rows.is_floating_point() or rows.dtype == torch.bool or not len(rows):
-            raise ValueError(
-                f"Expected argument `rows` to be integers of shape (b,) but got {rows.dtype} of shape {tuple(rows.shape)}."
-            )
-        if target.dim() == 0 or len(target) != len(rows):
-            raise ValueError(
-                f"Expected the targets of {len(rows)} samples but got a tensor of shape {tuple(target.shape)}."
-            )
-        if rows.device.type == "cpu" and not 0 <= int(rows.min()) <= int(rows.max()) < self.num_samples:
-            raise ValueError(
-                f"Expected rows from 0 to {self.num_samples - 1} but got {int(rows.min())} to {int(rows.max())}."
-            )
-        # Prepared where they are: class labels are checked by their values, for which a GPU would have to be waited for.
-        prepared = self._objective.prepare(target, torch.empty(len(rows), self.num_outputs, device=target.device))
-        index = rows.to(self._image.device, torch.int64, non_blocking=True)
-        outputs = self._offset[index] + self._image[index]
-        gradient = self._objective.gradient(outputs, prepared.to(outputs.device, non_blocking=True))
-        self._rows.append(rows.to(torch.int64))
-        self._gradients.append(gradient.mul_(scale))
-
-    @torch.inference_mode(False)
-    def step(self, settings: SGDSettings, *, clip_norm: float | None = None, clip_value: float | None = None) -> None:
-        r"""One optimizer step along the accumulated gradient, which is then forgotten.
-
-        Args:
-            settings: Learning rate, momentum and decay of this step.
-            clip_norm: The gradient J^T g is first scaled by :math:`\min(1, C / (\sqrt{g^\top \Theta g} + 10^{-6}))`, the
-                formula of `torch.nn.utils.clip_grad_norm_`.
-            clip_value: Refused: the clipped gradient leaves the span of the Jacobian's rows.
-
-        Raises:
-            ValueError: If a setting has no meaning in function space, or an image that it needs was not given.
-            RuntimeError: If nothing was accumulated.
-        """
-        self._require_possible(settings, clip_norm, clip_value)
-        if not self._rows:
-            raise RuntimeError(
-                "Expected a call of `accumulate` before `step`, as no gradient has come since the last step."
-            )
-        rows, gradients = torch.cat(self._rows), torch.cat(self._gradients)
-        self.forget()
-        image = self._products.image(rows, gradients)
-        index = rows.to(image.device, non_blocking=True)
-        coefficients = torch.zeros_like(image).index_add_(0, index, gradients)
-        if self._processes.size > 1:
-            coefficients, image = self._processes.sum_(torch.stack([coefficients, image])) / self._processes.size
-        if clip_norm is not None:
-            norm = (coefficients * image).sum().clamp_min(0).sqrt()
-            factor = (clip_norm / (norm + 1e-6)).clamp(max=1)
-            coefficients, image = coefficients * factor, image * factor
-        self._sgd.step([coefficients, image, torch.zeros_like(self._scales)], settings)
-        self.steps += 1
-
-    def forget(self) -> None:
-        """Drops what was accumulated since the last step."""
-        self._rows, self._gradients = [], []
-
-    def _require_possible(self, settings: SGDSettings, clip_norm: float | None, clip_value: float | None) -> None:
-        if clip_value is not None:
-            raise ValueError(
-                "Expected clipping by norm but got clipping by value, which depends on single weights: the clipped gradient "
-                "has no coefficients in function space. Clip by norm, or use dynamics that follow the weights themselves."
-            )
-        if clip_norm is not None and not clip_norm >= 0:
-            raise ValueError(f"Expected argument `clip_norm` to be at least 0 but got {clip_norm}.")
-        if settings.weight_decay != 0 and not (self._carries_initial or self._decays_from_initial):
-            raise ValueError(
-                f"Expected no weight decay but got {settings.weight_decay}: decay toward zero shrinks the "
-                'initial weights w0 too. Give their image, `initial_image` = J w0, or decay_toward="initial".'
-            )
+    def restart(self) -> None:
+        """Goes back to step 0."""
+        images = {bool(term.start.weight): term.image for term in self.terms}
+        self._sgd = FunctionSpaceSGD(
+            self.kernel,
+            self.problem.predictions,
+            self.problem.objective,
+            decay_toward=self._toward,
+            initial_image=images.get(True),
+            momentum_image=images.get(False),
+            processes=self.problem.processes,
+        )
 
     @property
-    def coefficients(self) -> Tensor:
-        """The coefficients a of the Jacobian's rows, `(N, K)` in float64.
+    def steps(self) -> int:
+        """Steps taken so far."""
+        return self._sgd.steps
+
+    @preserved_rng()
+    def rows(self, inputs: Any, target: Tensor) -> Tensor:
+        """The rows of a batch's samples in the training set, `(b,)`.
 
         Raises:
-            OverflowError: If the linearized network has diverged.
+            UnknownSamplesError: If the batch has samples that are not in the training set.
         """
-        return self._finite(self._coefficients).clone()
+        return self.problem.samples.rows(inputs, target)
 
-    @property
+    def accumulate(self, inputs: Any, target: Tensor, *, scale: float = 1.0) -> None:
+        """Adds the loss gradient of a batch, whose samples are found in the training set by their content."""
+        self.accumulate_rows(self.rows(inputs, target), target, scale=scale)
+
+    def accumulate_rows(self, rows: Tensor, target: Tensor, *, scale: float = 1.0) -> None:
+        """Adds the loss gradient of the samples in these rows `(b,)` of the training set."""
+        self._sgd.accumulate(rows, target, scale=scale)
+
+    def step(self, settings: StepSettings) -> None:
+        """Takes one step with the settings of the first parameter group."""
+        self.step_with(SGDSettings.of(settings.groups[0]), settings.clip_norm, settings.clip_value)
+
+    def step_with(self, settings: SGDSettings, clip_norm: float | None = None, clip_value: float | None = None) -> None:
+        """Takes one step, see `FunctionSpaceSGD.step`."""
+        self._sgd.step(settings, clip_norm=clip_norm, clip_value=clip_value)
+
+    def discard(self) -> None:
+        """Forgets the batches accumulated since the last step."""
+        self._sgd.discard()
+
+    def state(self) -> LinearizedState:
+        """The linearized network after the steps so far, without a pass."""
+        scales = [self._sgd.initial_scale if t.start.weight else self._sgd.momentum_scale for t in self.terms]
+        return LinearizedState(self._sgd.coefficients.cpu(), self._sgd.predictions.cpu(), tuple(scales))
+
+    def displacement(self) -> Tensors:
+        """w_lin - w0, by parameter name in float64: one pass over the training set."""
+        return {name: value[0] for name, value in displacements(self.problem, self.terms, [self.state()]).items()}
+
     def predictions(self) -> Tensor:
-        """f_lin on all samples, `(N, K)` in float64.
-
-        Raises:
-            OverflowError: If the linearized network has diverged.
-        """
-        return self._finite(self._offset + self._image)
-
-    @property
-    def initial_scale(self) -> float:
-        """The factor of w0 in w_lin - w0, q - 1; zero without weight decay and for decay toward w0."""
-        return float(self._scales[0]) - 1 if self._carries_initial else 0.0
-
-    @property
-    def momentum_scale(self) -> float:
-        """The factor s of the momentum buffer at capture in w_lin - w0."""
-        return float(self._scales[1])
-
-    def _finite(self, values: Tensor) -> Tensor:
-        if not values.isfinite().all():
-            raise OverflowError(
-                f"The linearized network has diverged: after {self.steps} steps its values are not finite any more. "
-                "The learning rate is above what it can be trained with; the real network, whose kernel changes, may be stable."
-            )
-        return values
+        """Outputs on the training set, `(N, K)` in float64 on the CPU."""
+        return self._sgd.predictions.cpu()
 
     def state_dict(self) -> dict[str, Any]:
-        """Tensors and numbers from which `load_state_dict` continues, without what was accumulated since the last step."""
-        buffers = self._sgd.buffers
-        return {
-            "coefficients": self._coefficients.clone(),
-            "image": self._image.clone(),
-            "scales": self._scales.clone(),
-            "buffers": [None if buffer is None else buffer.clone() for buffer in buffers],
-            "steps": self.steps,
-        }
+        """Coefficients, predictions and momentum."""
+        return self._sgd.state_dict()
 
-    @torch.inference_mode(False)
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Takes over a state of a replay of the same samples; what was accumulated here is forgotten.
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continues from what `state_dict` returned."""
+        self._sgd.load_state_dict(state)
 
-        Raises:
-            ValueError: If the state belongs to another number of samples or outputs.
-        """
-        values = (self._coefficients, self._image, self._scales)
-        saved = [state["coefficients"], state["image"], state["scales"]]
-        if saved[0].shape != self._coefficients.shape:
+
+class RecordedTraining:
+    """A replay of recorded minibatches, asked for any step.
+
+    Args:
+        problem: The network on its training set.
+        hyperparameters: The optimizer's settings in every step.
+        batches: For every step the rows of its samples `(b,)`, or a tuple of such: micro-batches whose gradients are averaged.
+        momentum_buffers: The optimizer's momentum buffers at step 0, by parameter.
+        ntk: A kernel computed earlier.
+
+    Raises:
+        ValueError: If a batch is empty or has a row that is no sample.
+    """
+
+    def __init__(
+        self,
+        problem: LinearizedProblem,
+        hyperparameters: Hyperparameters,
+        batches: Batches,
+        *,
+        momentum_buffers: Mapping[str, Tensor] | None = None,
+        ntk: Tensor | None = None,
+    ) -> None:
+        self._hyperparameters = hyperparameters
+        self._batches = [_micro_batches(batch, len(problem.reference), step) for step, batch in enumerate(batches)]
+        self._replay = Replay(problem, hyperparameters, momentum_buffers=momentum_buffers, ntk=ntk)
+        self.terms = self._replay.terms
+        self.kernel = self._replay.kernel
+
+    def state(self, t: float | None) -> LinearizedState:
+        """The linearized network after t steps. It goes on from the last time that was asked for."""
+        steps, replay = len(self._batches), self._replay
+        if t is None or not (0 <= t <= steps and t == int(t)):
             raise ValueError(
-                f"Expected a state of {tuple(self._coefficients.shape)} samples and outputs but got {tuple(saved[0].shape)}."
+                f"Expected argument `t` to be a whole number of steps up to {steps}, the number of recorded `batches`, "
+                f"but got {t}."
             )
-        for value, tensor in zip(values, saved, strict=True):
-            value.copy_(tensor)
-        buffers = state["buffers"]
-        known = not any(buffer is None for buffer in buffers)
-        self._sgd = LinearSGD(values, [b.to(v) for b, v in zip(buffers, values, strict=True)] if known else None)
-        self.forget()
-        self.steps = int(state["steps"])
+        if t < replay.steps:
+            replay.restart()
+        targets = replay.problem.objective.targets
+        while replay.steps < t:
+            step = replay.steps
+            for rows in self._batches[step]:
+                replay.accumulate_rows(rows, targets[rows], scale=1 / len(self._batches[step]))
+            replay.step_with(self._hyperparameters.settings(step))
+        return replay.state()
 
 
-class _KernelProducts:
-    """Theta[:, rows] g for few rows, from the rows of the symmetric kernel, which are contiguous."""
-
-    def __init__(self, kernel: Tensor, samples: int, outputs: int) -> None:
-        self._blocks = torch.unflatten(kernel.detach(), 0, (samples, outputs))  # (N, K, N K)
-        numbers = outputs * kernel.shape[1]
-        self._views: tuple[Tensor, ...] = ()
-        if (
-            kernel.device.type == "cpu"
-            and kernel.dtype in (torch.float32, torch.float64)
-            and numbers >= _DIRECT_NUMBERS
-        ):
-            self._views = self._blocks.mT.unbind(0)
-        self._chunk = max(1, _GATHERED_BYTES.get(kernel.device.type, 2**24) // (8 * numbers))
-
-    def image(self, rows: Tensor, gradients: Tensor) -> Tensor:
-        """Sum over i of Theta[:, rows[i]] gradients[i], `(N, K)` in float64.
-
-        Where a sample's rows are long they are multiplied where they lie, in the kernel's own type, and the sums over few samples
-        are summed in float64: for a float32 kernel that is several times faster, with errors below those of its entries. Short
-        rows are gathered and multiplied in float64.
-        """
-        result = gradients.new_zeros(self._blocks.shape[2])
-        if self._views:
-            pairs = list(zip(rows.tolist(), gradients.to(self._blocks.dtype).unbind(0), strict=True))
-            with full_precision("cpu"):
-                for start in range(0, len(pairs), _SUMMED_SAMPLES):
-                    partial = torch.zeros_like(result, dtype=self._blocks.dtype)
-                    for row, gradient in pairs[start : start + _SUMMED_SAMPLES]:
-                        partial.addmv_(self._views[row], gradient)
-                    result += partial
-        else:
-            index = rows.to(self._blocks.device, non_blocking=True)
-            parts = zip(torch.split(index, self._chunk), torch.split(gradients, self._chunk), strict=True)
-            for part, gradient in parts:
-                block = self._blocks.index_select(0, part).flatten(0, 1).double()
-                result.addmv_(block.T, gradient.flatten())
-        return result.reshape(-1, gradients.shape[1])
+def _micro_batches(batch: Rows | tuple[Rows, ...], samples: int, step: int) -> list[Tensor]:
+    several = isinstance(batch, tuple) and not all(isinstance(row, int) for row in batch)
+    parts = [torch.as_tensor(rows) for rows in (batch if several else (batch,))]
+    for rows in parts:
+        whole = not (rows.is_floating_point() or rows.dtype == torch.bool)
+        if rows.dim() != 1 or len(rows) == 0 or not whole or rows.min() < 0 or rows.max() >= samples:
+            raise ValueError(
+                f"Expected argument `batches` to hold, for every step, rows of the training set from 0 to {samples - 1}, but "
+                f"step {step} has {rows}."
+            )
+    return [rows.long() for rows in parts]

@@ -1,76 +1,81 @@
 """The linearized network trained in lockstep with the real one, in weight space: any optimizer, no kernel."""
 
 import copy
-import inspect
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim import LBFGS, Optimizer, SparseAdam
+from torch.optim import Optimizer
 
+from lightning_ntk.functional.weights import difference
 from lightning_ntk.linearization.linearization import Linearization
-from lightning_ntk.linearization.objective import Objective
+from lightning_ntk.linearization.objective import Loss, Objective
 from lightning_ntk.linearization.parameters import Tensors
+from lightning_ntk.training.base import StepSettings
+from lightning_ntk.training.optimizer_copy import copy_optimizer, held_by, hyperparameters, require_supported_optimizer
+from lightning_ntk.utilities.contexts import preserved_rng
+from lightning_ntk.utilities.distributed import ALONE, Processes, mean_over
+from lightning_ntk.utilities.validation import require_matching
 
 
 class Twin:
     r"""The network :math:`f_\text{lin}(w) = f(w_0) + J (w - w_0)`, trained on the same batches by a copy of the optimizer.
 
     Every batch costs one Jacobian-vector product, :math:`f_\text{lin} = f_0 + J (w_\text{lin} - w_0)`, and one
-    vector-Jacobian product, the gradient :math:`J^T \partial L / \partial f_\text{lin}`; the memory is that of a few copies
-    of the weights. The optimizer is a deep copy, of the same class with the same state, and its hyperparameters are those of
-    the run in every step. Parameters that the optimizer does not hold stay at w0. Hooks registered on the optimizer are not
-    copied.
+    vector-Jacobian product, the gradient :math:`J^T \partial L / \partial f_\text{lin}`. The memory is that of a few copies
+    of the weights. The optimizer is a deep copy, and its hyperparameters are those of the run in every step. Parameters that
+    the optimizer does not hold stay at w0.
 
     Args:
         linearization: The network at w0. The twin's weights have its type.
         optimizer: The optimizer of the run, before its step, with the state that it has when the weights are w0.
         parameters: The live parameters that the optimizer steps, under the names of `linearization.params`.
-        objective: The loss of a batch in its outputs. It may be set later, before the first batch.
+        loss: Maps outputs and targets of a batch to one number.
         start: Weights that the twin starts from, with the names and shapes of `linearization.params`. Default: w0.
+        processes: The processes whose gradients a step averages, as distributed training does. Each accumulates its own
+            batches.
 
     Raises:
         TypeError: If `optimizer` is not a `torch.optim.Optimizer`.
-        ValueError: If the optimizer cannot be copied to the twin (see `require_supported_optimizer`), steps trainable
-            parameters that are not in `parameters`, or if gradients are sparse.
+        ValueError: If the optimizer cannot be copied (see `require_supported_optimizer`), steps trainable parameters that
+            are not in `parameters`, or if gradients are sparse.
     """
+
+    dynamics = "twin"
 
     def __init__(
         self,
         linearization: Linearization,
         optimizer: Optimizer,
         parameters: Mapping[str, Tensor],
-        objective: Objective | None = None,
+        loss: Loss,
+        *,
         start: Mapping[str, Tensor] | None = None,
+        processes: Processes = ALONE,
     ) -> None:
         require_supported_optimizer(optimizer)
         _require_dense_gradients(linearization.module)
-        _require_names(parameters, linearization.params, "parameters")
-        _require_names(start or linearization.params, linearization.params, "start")
+        parameters = require_matching(parameters, linearization.params, "parameters")
         self._linearization = linearization
-        self.objective = objective
+        self._loss = loss
+        self._objective: Objective | None = None
+        self._processes = processes
+        self._parameters = dict(parameters)  # keeps the live ones alive, and with them their ids
         self._names = {id(parameter): name for name, parameter in parameters.items()}
-        self._live = {id(parameter): parameter for parameter in parameters.values()}  # keeps their ids theirs
         with torch.inference_mode(False), torch.no_grad():
             self._weights: dict[str, nn.Parameter] = {
                 name: nn.Parameter(value.detach().to(linearization.params[name], copy=True))
-                for name, value in (start or linearization.params).items()
+                for name, value in require_matching(start or linearization.params, linearization.params).items()
             }
             self._require_known(optimizer.param_groups)
-            self._optimizer = self._copy(optimizer)
+            self._optimizer = copy_optimizer(optimizer, parameters, self._weights)
         self.steps = 0
 
     @property
     def weights(self) -> Tensors:
         """The weights of the linearized network, views without a gradient."""
         return {name: weight.detach() for name, weight in self._weights.items()}
-
-    @property
-    def displacement(self) -> Tensors:
-        """How far the weights of the linearized network are from w0, in float64."""
-        start = self._linearization.params
-        return {name: weight.detach().double() - start[name].double() for name, weight in self._weights.items()}
 
     @property
     def gradients(self) -> Tensors:
@@ -80,13 +85,16 @@ class Twin:
             for name, weight in self._weights.items()
         }
 
-    @gradients.setter
-    def gradients(self, values: Mapping[str, Tensor]) -> None:
-        for name, weight in self._weights.items():
-            weight.grad = values[name].clone()
+    def displacement(self) -> Tensors:
+        """w_lin - w0, by parameter name in float64, without a pass."""
+        return difference(self.weights, self._linearization.params)
 
+    def predictions(self) -> None:
+        """None: the twin sees batches, not the training set."""
+
+    @preserved_rng()
     def accumulate(self, inputs: Any, target: Tensor, *, scale: float = 1.0) -> None:
-        """Adds the gradient of the loss on one batch, at the weights of the linearized network, to its gradients.
+        """Adds the loss gradient of one batch, at the weights of the linearized network, to the gradient of the next step.
 
         Args:
             inputs: What the network predicts from.
@@ -96,6 +104,9 @@ class Twin:
         Raises:
             ValueError: If a gradient is sparse, or if the loss refuses the predictions of the linearized network.
         """
+        if self._objective is None:
+            outputs = self._linearization.predict(inputs)
+            self._objective = Objective(self._loss, outputs, target, flat=self._linearization.flat)
 
         def cotangent(outputs: Tensor, derivative: Tensor) -> Tensor:
             predictions = outputs.double() + derivative.double()
@@ -116,43 +127,37 @@ class Twin:
             else:
                 weight.grad.add_(gradient)
 
-    def step(
-        self,
-        groups: Sequence[Mapping[str, Any]],
-        *,
-        clip_norm: float | None = None,
-        clip_value: float | None = None,
-        frozen: Collection[str] = (),
-    ) -> None:
-        """One step of the twin's optimizer along the accumulated gradients, which are then cleared.
+    @preserved_rng()
+    def step(self, settings: StepSettings) -> None:
+        """Takes one step of the twin's optimizer along the accumulated gradients, which are then cleared.
 
-        Args:
-            groups: The parameter groups of the run's optimizer with the hyperparameters of this step; groups of known
-                parameters that were added during the run are added here too.
-            clip_norm: Largest norm of the gradients of all parameters that the optimizer holds, as `clip_grad_norm_`.
-            clip_value: Largest absolute value of a gradient's entries, as `clip_grad_value_`.
-            frozen: Parameters without a gradient in the run, as frozen and unused ones: the optimizer skips them.
+        Groups of known parameters that were added to the run's optimizer are added here too. Parameters that had no gradient
+        in the run, frozen and unused ones, are skipped. Clipping acts on all parameters that the optimizer holds, as
+        `clip_grad_norm_` and `clip_grad_value_` do.
 
         Raises:
             OverflowError: If a gradient or a weight is not finite, because the training of the linearized network
                 diverges. A gradient is found before the step, so that the weights are then those of the step before.
-            ValueError: If the groups hold trainable parameters that are not in `parameters`.
+            ValueError: If the groups hold trainable parameters that are unknown here.
         """
-        self._follow(groups)
-        for name in frozen:
+        if self._processes.size > 1:
+            for name, gradient in mean_over(self._processes, self.gradients).items():
+                self._weights[name].grad = gradient
+        self._follow(settings.groups)
+        for name in settings.frozen:
             self._weights[name].grad = None
-        held = [weight for weight in _held_by(self._optimizer) if weight.grad is not None]
+        held = [weight for weight in held_by(self._optimizer) if weight.grad is not None]
         self._require_finite([weight.grad for weight in held if weight.grad is not None], "gradients")
-        if clip_norm is not None:
-            torch.nn.utils.clip_grad_norm_(held, clip_norm)
-        if clip_value is not None:
-            torch.nn.utils.clip_grad_value_(held, clip_value)
+        if settings.clip_norm is not None:
+            torch.nn.utils.clip_grad_norm_(held, settings.clip_norm)
+        if settings.clip_value is not None:
+            torch.nn.utils.clip_grad_value_(held, settings.clip_value)
         self._optimizer.step()
         self._require_finite(held, "weights")
-        self.forget()
+        self.discard()
         self.steps += 1
 
-    def forget(self) -> None:
+    def discard(self) -> None:
         """Clears the gradients accumulated since the last step."""
         for weight in self._weights.values():
             weight.grad = None
@@ -167,25 +172,24 @@ class Twin:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continues from what `state_dict` returned, on any device.
+        """Continues from what `state_dict` returned, whose tensors may be on any device.
 
         Raises:
             ValueError: If it is of another network or optimizer.
         """
-        _require_names(state["weights"], self._weights, "state")
         with torch.no_grad():
-            for name, weight in self._weights.items():
-                weight.copy_(state["weights"][name])
-                gradient = state["gradients"].get(name)
+            for name, value in require_matching(state["weights"], self._weights).items():
+                weight, gradient = self._weights[name], state["gradients"].get(name)
+                weight.copy_(value)
                 weight.grad = None if gradient is None else gradient.to(weight, copy=True)
         self._optimizer.load_state_dict(copy.deepcopy(state["optimizer"]))  # which would share its tensors
         self.steps = state["steps"]
 
     def _loss_gradient(self, predictions: Tensor, target: Tensor) -> Tensor:
-        assert self.objective is not None
-        prepared = self.objective.prepare(target, predictions)
+        assert self._objective is not None
+        prepared = self._objective.prepare(target, predictions)
         try:
-            return self.objective.gradient(predictions, prepared)
+            return self._objective.gradient(predictions, prepared)
         except RuntimeError as error:
             raise ValueError(
                 "Expected a loss that takes any outputs, because those of the linearized network leave the range of "
@@ -197,43 +201,20 @@ class Twin:
         names = list(self._weights)
         start = [self._linearization.params[name] for name in names]
         with torch.no_grad():
-            difference = torch._foreach_sub(list(self._weights.values()), start)
+            tangents = torch._foreach_sub(list(self._weights.values()), start)
         # Before the first step there is nothing to push forward. Other steps are not tested: it would read all weights.
-        if self.steps == 0 and not any(bool(value.any()) for value in difference):
+        if self.steps == 0 and not any(bool(value.any()) for value in tangents):
             return None
-        return dict(zip(names, difference, strict=True))
-
-    def _copy(self, optimizer: Optimizer) -> Optimizer:
-        # Frozen parameters that the optimizer holds get no copy, and leave the groups of the twin.
-        stand_in = torch.empty(0)
-        memo: dict[int, Any] = {id(p): stand_in for p in _held_by(optimizer)}
-        memo |= {key: self._weights[name] for key, name in self._names.items()}
-        twin = copy.deepcopy(optimizer, memo)
-        # Optimizer.__getstate__ leaves out whatever else an instance has; a scheduler's wrapper of `step` stays behind.
-        for name, value in vars(optimizer).items():
-            if name not in vars(twin) and name not in ("step", "_opt_called"):
-                setattr(twin, name, copy.deepcopy(value, memo))
-        for group in twin.param_groups:
-            group["params"] = [p for p in group["params"] if p is not stand_in]
-        twin.state.pop(stand_in, None)
-        for key, name in self._names.items():
-            weight = self._weights[name]
-            for entry, value in twin.state.get(weight, {}).items():
-                # The state has the type of the run's parameters, except for a count of steps.
-                if isinstance(value, Tensor) and entry != "step" and value.dtype == self._live[key].dtype:
-                    twin.state[weight][entry] = value.to(weight)
-        return twin
+        return dict(zip(names, tangents, strict=True))
 
     def _follow(self, groups: Sequence[Mapping[str, Any]]) -> None:
         """Takes over hyperparameters and groups of known parameters that were added."""
         self._require_known(groups)
         for group in groups[len(self._optimizer.param_groups) :]:
-            self._optimizer.add_param_group(
-                _hyperparameters(group)
-                | {"params": [self._weights[self._names[id(p)]] for p in group["params"] if id(p) in self._names]}
-            )
+            known = [self._weights[self._names[id(p)]] for p in group["params"] if id(p) in self._names]
+            self._optimizer.add_param_group(hyperparameters(group) | {"params": known})
         for own, group in zip(self._optimizer.param_groups, groups, strict=True):
-            own.update(_hyperparameters(group))
+            own.update(hyperparameters(group))
 
     def _require_known(self, groups: Sequence[Mapping[str, Any]]) -> None:
         for number, group in enumerate(groups):
@@ -254,55 +235,7 @@ class Twin:
             )
 
 
-def require_supported_optimizer(optimizer: Optimizer) -> None:
-    """Refuses an optimizer that does not step once from gradients that are there.
-
-    Raises:
-        TypeError: If it is not a `torch.optim.Optimizer`.
-        ValueError: If it needs a closure, gradients at two points, or sparse gradients.
-    """
-    kind = type(optimizer).__name__
-    if not isinstance(optimizer, Optimizer):
-        raise TypeError(f"Expected a torch.optim.Optimizer but got {kind}.")
-    reason = None
-    if isinstance(optimizer, LBFGS) or _needs_closure(optimizer):
-        reason = "evaluates the loss several times within a step, through a closure"
-    elif hasattr(optimizer, "first_step") and hasattr(optimizer, "second_step"):
-        reason = "takes the gradient at two points in a step"
-    elif isinstance(optimizer, SparseAdam):
-        reason = "takes sparse gradients"
-    if reason is not None:
-        raise ValueError(
-            f"Expected an optimizer that steps once from the gradients of its parameters but {kind} {reason}. "
-            "Use torch.optim.SGD, Adam, AdamW, RMSprop, Adagrad, or another that steps from `.grad`."
-        )
-
-
-def _needs_closure(optimizer: Optimizer) -> bool:
-    arguments = list(inspect.signature(type(optimizer).step).parameters.values())[1:]
-    optional = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
-    return any(a.default is inspect.Parameter.empty and a.kind not in optional for a in arguments)
-
-
 def _require_dense_gradients(module: nn.Module) -> None:
     for name, layer in module.named_modules():
         if isinstance(layer, nn.Embedding | nn.EmbeddingBag) and layer.sparse:
             raise ValueError(f"Expected dense gradients but `{name}` was built with `sparse=True`. Use `sparse=False`.")
-
-
-def _require_names(tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor], argument: str) -> None:
-    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    differing = sorted(set(shapes.items()) ^ {(name, tuple(tensor.shape)) for name, tensor in expected.items()})
-    if differing:
-        raise ValueError(
-            f"Expected argument `{argument}` to hold the trainable parameters of the linearized network, but these names "
-            f"or shapes differ: {differing[:6]}."
-        )
-
-
-def _hyperparameters(group: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: v.clone() if isinstance(v, Tensor) else v for key, v in group.items() if key != "params"}
-
-
-def _held_by(optimizer: Optimizer) -> Iterator[Tensor]:
-    return (parameter for group in optimizer.param_groups for parameter in group["params"])

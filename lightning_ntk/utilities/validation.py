@@ -58,12 +58,21 @@ def require_matching(
     """
     differing = sorted(expected.keys() ^ tensors.keys())
     if differing:
-        raise ValueError(f"Expected {what} named as in the network but these names differ: {differing[:6]}.")
+        raise ValueError(
+            f"Expected {what} with the names {sorted(expected)[:6]} but these names differ: {differing[:6]}."
+        )
     for name, tensor in tensors.items():
         if tensor.shape != expected[name].shape:
             shape = tuple(expected[name].shape)
             raise ValueError(f"Expected {what} with `{name}` of shape {shape} but got {tuple(tensor.shape)}.")
     return {name: tensors[name] for name in expected}
+
+
+def require_same_shape(**tensors: Tensor) -> None:
+    """Raises a ValueError unless all shapes are equal: others would broadcast to plausible nonsense."""
+    if len({tensor.shape for tensor in tensors.values()}) > 1:
+        shapes = ", ".join(f"`{name}` {tuple(tensor.shape)}" for name, tensor in tensors.items())
+        raise ValueError(f"Expected tensors of one shape but got {shapes}.")
 
 
 def require_steps(value: Any) -> None:

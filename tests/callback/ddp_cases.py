@@ -19,7 +19,7 @@ from torch.utils.data.distributed import DistributedSampler
 
 from lightning_ntk import LinearizationMonitor, LinearizedTraining
 from lightning_ntk.kernel import compute_kernel
-from lightning_ntk.training.problem import Capture
+from lightning_ntk.training.problem import LinearizedProblem
 from lightning_ntk.utilities.distributed import Processes
 from tests.problems import ConvNet, Unused, make, mlp
 
@@ -92,10 +92,10 @@ def fit(
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         trainer.fit(module, DataLoader(data, batch_size=batch_size, sampler=sampler))
-    observation = None if monitor is None else monitor._observation
+    comparison = None if monitor is None else monitor.comparison
     return {
         "history": [] if monitor is None else monitor.history,
-        "dynamics": None if observation is None else observation.dynamics,
+        "dynamics": None if comparison is None else comparison.dynamics,
         "weights": {name: value.detach().clone() for name, value in module.named_parameters()},
         "warnings": [
             str(w.message) for w in caught if "LinearizationMonitor" in str(w.message) or "goes on" in str(w.message)
@@ -153,10 +153,10 @@ def twin_with_adam(processes: int) -> dict[str, Any]:
     )  # fmt: skip
 
 
-def seldom_twin(processes: int) -> dict[str, Any]:
+def accumulated_twin(processes: int) -> dict[str, Any]:
     return fit(
         mlp, torch.optim.Adagrad, data=samples(8), batch_size=2, processes=processes, max_steps=6,
-        accumulate_grad_batches=2, monitor=monitor(None, twin_every=2),
+        accumulate_grad_batches=2, monitor=monitor(None),
     )  # fmt: skip
 
 
@@ -184,7 +184,7 @@ def gradient_flow_with_groups(processes: int) -> dict[str, Any]:
 COMPARED: dict[str, Callable[[int], dict[str, Any]]] = {
     f.__name__: f
     for f in (
-        gradient_descent, accumulated_gradient_descent, replay, accumulated_replay, twin_with_adam, seldom_twin,
+        gradient_descent, accumulated_gradient_descent, replay, accumulated_replay, twin_with_adam, accumulated_twin,
         late_capture, gradient_flow_with_groups,
     )
 }  # fmt: skip
@@ -195,26 +195,26 @@ def solvers(processes: Processes) -> dict[str, Any]:
     results: dict[str, Any] = {}
     for network in ("mlp", "conv"):
         module, inputs, targets = make(network, samples=11)
-        capture = Capture(module, (inputs, targets), batch_size=2, processes=processes)
+        problem = LinearizedProblem(module, (inputs, targets), batch_size=2, processes=processes)
         for name, options in {
             "eigh": {"solver": "eigh"},
             "Lanczos on the kernel": {"solver": "lanczos", "matrix_free": False},
             "Lanczos without a kernel": {"solver": "lanczos", "matrix_free": True},
         }.items():
-            training = LinearizedTraining(capture, lr=0.05, tolerance=1e-11, **options)  # type: ignore[arg-type]
+            training = LinearizedTraining(problem, lr=0.05, tolerance=1e-11, **options)  # type: ignore[arg-type]
             results[f"{network} {name}"] = torch.cat([w.flatten() for w in training.weights(30).values()])
             results[f"{network} {name} predictions"] = training.predictions(20)
         for method in ("structured", "contraction"):
             for limit in (2**30, 2**14):
                 results[f"{network} {method} {limit}"] = compute_kernel(
-                    capture.linearization, capture.reference, method=method, memory_limit=limit, processes=processes
+                    problem.linearization, problem.reference, method=method, memory_limit=limit, processes=processes
                 )
         results[f"{network} two sets"] = compute_kernel(
-            capture.linearization, capture.reference, capture.reference.subset([3, 1, 9]), processes=processes
+            problem.linearization, problem.reference, problem.reference.subset([3, 1, 9]), processes=processes
         )
     # More processes than samples.
     module, inputs, targets = make("mlp", samples=1)
-    training = LinearizedTraining(Capture(module, (inputs, targets), processes=processes), lr=0.05)
+    training = LinearizedTraining(LinearizedProblem(module, (inputs, targets), processes=processes), lr=0.05)
     results["one sample"] = torch.cat([w.flatten() for w in training.weights(30).values()])
     single = {name: value.float() for name, value in results.items() if "structured" in name}
     rounded = [processes.sum_(value.clone()) for value in single.values()]

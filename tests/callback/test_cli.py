@@ -75,7 +75,7 @@ def test_gradient_descent(run: Callable[..., LightningCLI]) -> None:
 @pytest.mark.tested("LightningCLI", "replay")
 def test_replay(run: Callable[..., LightningCLI]) -> None:
     monitor, _ = fit(run, "replay", "--trainer.max_steps=45")
-    assert monitor._observation.dynamics == "replay"
+    assert monitor.dynamics_used == "replay"
     assert isinstance(monitor.loss, nn.CrossEntropyLoss)
     assert [row["step"] for row in monitor.history] == [0, 20, 40, 45]
     assert monitor.history[-1]["linearized_loss"] < monitor.history[0]["linearized_loss"]
@@ -87,10 +87,10 @@ def test_replay(run: Callable[..., LightningCLI]) -> None:
 @pytest.mark.tested("LightningCLI", "twin")
 def test_twin(run: Callable[..., LightningCLI]) -> None:
     monitor, done = fit(run, "twin", "--trainer.max_steps=12", "--data.batch_size=16")
-    assert monitor._observation.dynamics == "twin"
+    assert monitor.dynamics_used == "twin"
     assert isinstance(done.trainer.optimizers[0], torch.optim.AdamW)
     assert [row["step"] for row in monitor.history] == [0, 1, 10, 12]
-    assert monitor._observation.initial_weights["layers.0.weight"].dtype == torch.float64
+    assert monitor.comparison.initial_weights["layers.0.weight"].dtype == torch.float64
 
 
 def test_late_capture(run: Callable[..., LightningCLI]) -> None:
@@ -104,7 +104,7 @@ def test_late_capture(run: Callable[..., LightningCLI]) -> None:
 def test_figures(run: Callable[..., LightningCLI]) -> None:
     monitor, done = fit(run, "figures", "--trainer.max_steps=10")
     assert monitor.history[-1].keys() >= {"kernel_distance", "evaluation/loss", "parameter/layers.4.bias"}
-    assert monitor._observation._evaluation.predictions.shape == (100, 10)
+    assert monitor.comparison.evaluation.predictions.shape == (100, 10)
     events = EventAccumulator(done.trainer.logger.log_dir)
     events.Reload()
     expected = {"history", "accuracies", "kernel", "parameters", "spectrum", "predictions"}
@@ -148,7 +148,7 @@ def test_every_option_from_yaml(run: Callable[..., LightningCLI], tmp_path: Path
         "reference": data, "steps": [1, 2], "dynamics": "gradient_descent", "loss": {"class_path": "torch.nn.MSELoss"},
         "predict": "tests.callback.test_cli.double", "unpack": "tests.callback.test_cli.swap", "evaluation": data,
         "capture_at": 1,
-        "solver": "lanczos", "jacobian": "stored", "batch_size": 5, "dtype": "float64", "twin_every": 2,
+        "solver": "lanczos", "jacobian": "stored", "batch_size": 5, "dtype": "float64",
         "name": "everything", "per_parameter": True, "taylor": False, "modes": 1, "closest": True,
         "device": "cpu", "kernel_probe": 2, "figures": True,
         "save_state": False, "strict": True, "progress": False,
@@ -192,7 +192,7 @@ def test_the_help_explains_every_option(run: Callable[..., LightningCLI], capsys
         assert len(explained) > 50, name
         default = "null" if parameter.default is None else parameter.default
         assert f"default: {default}" in explained, name
-    assert "Of outputs and targets, the one that the run minimizes." in described
+    assert "The loss that the run minimizes, a function of outputs and targets." in described
     assert "known subclasses: torch.Tensor" not in described
 
 

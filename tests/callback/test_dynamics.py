@@ -201,8 +201,8 @@ def test_the_first_exact_dynamics_are_taken(
     with caplog.at_level("INFO", logger="lightning.pytorch"), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         fit(watching, make_module(**module), max_steps=3, **run)
-    assert watching._observation is not None
-    assert watching._observation.dynamics == dynamics
+    assert watching.comparison is not None
+    assert watching.dynamics_used == dynamics
     assert sum(reason in message for message in caplog.messages) == 1
     assert watching.history[-1]["step"] == 3
 
@@ -211,8 +211,8 @@ def test_a_kernel_that_does_not_fit_leaves_the_twin(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr("lightning_ntk.utilities.distributed.available_memory", lambda *_: 1000)
     monitor = LinearizationMonitor(steps=2, strict=True)
     fit(monitor, make_module(), max_steps=3, batch_size=4)
-    assert monitor._observation is not None
-    assert monitor._observation.dynamics == "twin"
+    assert monitor.comparison is not None
+    assert monitor.dynamics_used == "twin"
 
 
 class Noisy(Dataset):
@@ -248,7 +248,7 @@ def test_data_without_a_fixed_order_is_for_the_twin_alone(data: Dataset) -> None
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         monitor = run("auto")
-        assert monitor._observation.dynamics == "twin"
+        assert monitor.dynamics_used == "twin"
         assert set(monitor.history[-1]) == {
             "step", "weight_distance", "relative_weight_distance", "weight_cosine", "weight_norm_ratio", "displacement",
         }  # fmt: skip
@@ -270,8 +270,8 @@ def test_samples_that_are_changed_in_training_only_are_noticed_on_the_first_batc
         UserWarning, match="follows the run with the linearized twin.*11 of its 11 samples are not in it"
     ):
         fit(monitor, Regression(mlp(3), lr=0.3, weight_decay=0.1), max_steps=5, gradient_clip_val=10.0)
-    assert monitor._observation is not None
-    assert monitor._observation.dynamics == "twin"
+    assert monitor.comparison is not None
+    assert monitor.dynamics_used == "twin"
     assert monitor.history[-1]["step"] == 5
     with pytest.raises(MisconfigurationException, match=r"cannot replay this run.*11 of its 11 samples"):
         fit(LinearizationMonitor(dynamics="replay", reference=other), make_module(), max_steps=5)
@@ -321,7 +321,7 @@ def test_parameters_that_thaw_or_freeze_are_said() -> None:
             return torch.optim.SGD([p for p in self.parameters() if p.requires_grad], lr=0.1)
 
     for dynamics, phrase in (
-        ("gradient_descent", "which was frozen"),
+        ("gradient_descent", "frozen when the network was linearized"),
         ("twin", "linearized network is lost in step 3.*not"),
     ):
         torch.manual_seed(0)
@@ -340,7 +340,7 @@ def test_parameters_that_thaw_or_freeze_are_said() -> None:
             pass
 
     torch.manual_seed(0)
-    with pytest.warns(UserWarning, match=r"At step 4 the run began or ceased to train body.0.bias, body.0.weight"):
+    with pytest.warns(UserWarning, match=r"Step 4: The run began or ceased to train body.0.bias, body.0.weight"):
         fit(LinearizationMonitor(dynamics="replay", steps=1), Freezing(mlp(3)), max_steps=6)
     torch.manual_seed(0)
     frozen = Freezing(nn.Sequential(nn.Linear(6, 4), nn.Linear(4, 3)), optimizer=torch.optim.Adam, lr=1e-3)
@@ -387,7 +387,7 @@ def test_residuals_of_leading_modes() -> None:
     top = training.modes.basis[:, -1]
     linearized = (training.predictions(20).double() - training.targets).flatten() @ top
     assert row["mode/1/linearized_residual"] == pytest.approx(linearized.item(), rel=1e-5)
-    trained = (training.capture.predict(dict(module.named_parameters())) - training.targets).flatten() @ top
+    trained = (training.problem.predict(dict(module.named_parameters())) - training.targets).flatten() @ top
     assert row["mode/1/residual"] == pytest.approx(trained.item(), rel=1e-6)
     assert "mode/2/residual" in row
     assert "mode/3/residual" not in row
@@ -418,17 +418,6 @@ def test_the_closest_time_is_that_of_a_search_by_brute_force(momentum: float) ->
 def test_what_needs_modes_is_refused_without_them() -> None:
     with pytest.raises(ValueError, match="which need the modes"):
         LinearizationMonitor(dynamics="twin", closest=True)
-
-
-@pytest.mark.tested("shared gradients, twin_every", "twin")
-def test_shared_gradients_of_the_twin_are_marked() -> None:
-    histories = [
-        rows("twin", classifier(lr=0.3), classes(), {"batch_size": 7}, loss=nn.CrossEntropyLoss(), twin_every=n)
-        for n in (1, 3)
-    ]
-    assert "twin_coverage" not in histories[0][-1]
-    assert histories[1][-1]["twin_coverage"] == pytest.approx(1 / 3)
-    assert histories[0][-1]["weight_distance"] != histories[1][-1]["weight_distance"]
 
 
 def test_optimizers_that_step_otherwise_are_refused_before_training() -> None:

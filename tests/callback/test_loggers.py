@@ -398,7 +398,7 @@ def test_the_kernel_is_followed_with_all_dynamics_and_over_a_resumed_run(tmp_pat
 def test_a_probe_needs_samples() -> None:
     with pytest.raises(ValueError, match="`kernel_probe` to be an integer, at least 0, but got -1"):
         LinearizationMonitor(kernel_probe=-1)
-    with pytest.raises(ValueError, match="Expected a reference set"):
+    with pytest.raises(ValueError, match="`kernel_probe` to be 0 with reference=None"):
         LinearizationMonitor(None, dynamics="twin", kernel_probe=3)
 
 

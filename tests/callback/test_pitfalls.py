@@ -162,8 +162,8 @@ def test_distances_without_forming_the_weights_cancel() -> None:
     logged = compared(training, 40, weights)["weight_distance"]
     displacement = {n: p.detach() - training.initial_weights[n] for n, p in weights.items()}
     a = training.state(40).coefficients.float()
-    linearized = training.capture.jacobian.vjp(a.unsqueeze(0))
-    pushed = training.capture.jacobian.jvp(displacement).float()
+    linearized = training.problem.jacobian.vjp(a.unsqueeze(0))
+    pushed = training.problem.jacobian.jvp(displacement).float()
     square = flatten(linearized).float().square().sum() - 2 * (a * pushed).sum() + flatten(displacement).square().sum()
     assert abs(square.clamp_min(0).sqrt().item() - right) > 20 * abs(logged - right)
     assert logged == pytest.approx(right, rel=1e-2)

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_ntk import LinearizationMonitor
 from lightning_ntk.data.reference import Reference
-from lightning_ntk.kernel import compute_kernel
+from lightning_ntk.kernel import PlannedKernel, compute_kernel
 from lightning_ntk.linearization import Linearization
 from lightning_ntk.training.twin import Twin
 from lightning_ntk.utilities.contexts import full_precision
@@ -153,12 +153,12 @@ def test_the_samples_of_half_precision_batches_are_recognized() -> None:
     monitor = LinearizationMonitor(dynamics="auto", steps=1, strict=True)
     data = DataLoader(TensorDataset(inputs, targets), batch_size=4, shuffle=True)
     train(make(), data, [monitor], precision="bf16-true")
-    assert monitor._observation.dynamics == "replay"
-    assert monitor._observation.initial_weights["body.weight"].dtype == torch.float32
+    assert monitor.dynamics_used == "replay"
+    assert monitor.comparison.initial_weights["body.weight"].dtype == torch.float32
     rows = torch.tensor([3, 1])
     batch = [tensor[rows].bfloat16() for tensor in (inputs, targets)]
     assert not torch.equal(batch[0].float(), inputs[rows])
-    assert torch.equal(monitor._observation._follower.rows(*batch), rows)
+    assert torch.equal(monitor.comparison.online.rows(*batch), rows)
 
 
 def test_reference_and_evaluation_are_converted_as_batches_are() -> None:
@@ -177,7 +177,7 @@ def test_float64_passes_beside_a_float32_run() -> None:
     monitors = watch(dtype="float64")
     train(make(mlp), loader(11), monitors, precision="32-true")
     for monitor in monitors:
-        assert monitor._observation.initial_weights["body.0.weight"].dtype == torch.float64
+        assert monitor.comparison.initial_weights["body.0.weight"].dtype == torch.float64
     a, b, c = (monitor.history[-1]["weight_distance"] for monitor in monitors)
     assert a == pytest.approx(b, rel=1e-9)
     assert a == pytest.approx(c, rel=1e-9)
@@ -227,11 +227,12 @@ def test_a_kernel_is_kept_on_another_device_than_that_of_the_passes(method: str)
 def test_a_monitor_hands_its_device_to_the_kernel(dynamics: str, monkeypatch) -> None:
     places = []
 
-    def spy(*args, device=None, **options):
-        places.append(device)
-        return compute_kernel(*args, device=device, **options)
+    class Spy(PlannedKernel):
+        def compute(self, *, device=None, **options):
+            places.append(device)
+            return super().compute(device=device, **options)
 
-    monkeypatch.setattr("lightning_ntk.training.problem.compute_kernel", spy)
+    monkeypatch.setattr("lightning_ntk.training.problem.PlannedKernel", Spy)
     train(make(), loader(11), watch((dynamics,), device="cpu:0"), max_epochs=1)
     assert places == [torch.device("cpu:0")]
 
@@ -281,7 +282,8 @@ def test_reduced_precision_is_restored_after_an_error(medium) -> None:
 def test_what_was_seen_for_a_skipped_step_is_forgotten_by_the_twin() -> None:
     module = linear(3).double()
     optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
-    twin = Twin(Linearization(module), optimizer, dict(module.named_parameters()))
-    twin.gradients = {name: torch.ones_like(p) for name, p in module.named_parameters()}
-    twin.forget()
+    twin = Twin(Linearization(module), optimizer, dict(module.named_parameters()), nn.MSELoss())
+    twin.accumulate(torch.ones(2, 6), torch.ones(2, 3))
+    assert all(value.any() for value in twin.gradients.values())
+    twin.discard()
     assert all(not value.any() for value in twin.gradients.values())

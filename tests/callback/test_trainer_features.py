@@ -150,7 +150,7 @@ def test_scheduled_accumulation_is_no_gradient_descent() -> None:
     """Gradients of a full batch are divided by two from the third epoch on."""
     monitor = LinearizationMonitor(steps=1, strict=True)
     train(make(), loader(11), [monitor, GradientAccumulationScheduler({2: 2})])
-    assert monitor._observation.dynamics == "replay"
+    assert monitor.dynamics_used == "replay"
     assert distance(monitor) < EXACT
     with pytest.warns(UserWarning, match="it changes over how many batches it accumulates gradients"):
         train(make(), loader(11), [*watch(("gradient_descent",)), GradientAccumulationScheduler({2: 2})])
@@ -328,9 +328,9 @@ class Tuned(Task):
 @pytest.mark.parametrize("first", [True, False])
 def test_finders_leave_a_monitor_alone(finder, first: bool, tmp_path: Path, monkeypatch) -> None:
     captured = []
-    capture = LinearizationMonitor._capture
+    linearize = LinearizationMonitor._linearize
     monkeypatch.setattr(
-        LinearizationMonitor, "_capture", lambda self, *a: captured.append(self.name) or capture(self, *a)
+        LinearizationMonitor, "_linearize", lambda self, *a: captured.append(self.name) or linearize(self, *a)
     )
     chosen = []
 
@@ -360,7 +360,7 @@ def test_a_finder_in_a_second_fit_does_not_bring_back_the_first(tmp_path: Path) 
     trainer.fit(module)
     assert monitor.history[0]["displacement"] == 0
     assert len(monitor.history) > 2
-    for start, expected in zip(monitor._observation.initial_weights.values(), between, strict=True):
+    for start, expected in zip(monitor.comparison.initial_weights.values(), between, strict=True):
         assert torch.equal(start, expected)
     assert distance(monitor) < EXACT
 
@@ -504,11 +504,11 @@ def test_overfit_batches_are_the_reference() -> None:
         monitors = watch()
         assert_trains_alike(lambda callbacks: run(callbacks, 2), monitors)
         check(monitors, MINIBATCH, steps=12)
-        assert all(monitor._observation.num_samples == 8 for monitor in monitors)
+        assert all(len(monitor.comparison.reference.reference) == 8 for monitor in monitors)
         whole = LinearizationMonitor(steps=1, strict=True)
         run([whole], 1)
-        assert whole._observation.dynamics == "gradient_descent"
-        assert whole._observation.num_samples == 4
+        assert whole.dynamics_used == "gradient_descent"
+        assert len(whole.comparison.reference.reference) == 4
         assert distance(whole) < EXACT
         said = watch(("gradient_descent",), reference=digits(11))
         with pytest.warns(UserWarning, match="it trains on 4 samples while the reference has 11"):
@@ -522,10 +522,10 @@ def test_the_reference_is_what_training_sees(options: dict, samples: int) -> Non
     ordered, shuffled = watch(("replay",)), watch(("replay",))
     train(make(), loader(4), ordered, **options)
     train(make(), loader(4, shuffle=True), shuffled, **options)
-    assert ordered[0]._observation.num_samples == samples
-    assert shuffled[0]._observation.num_samples == 11
+    assert len(ordered[0].comparison.reference.reference) == samples
+    assert len(shuffled[0].comparison.reference.reference) == 11
     check(ordered + shuffled)
-    outputs = ordered[0]._observation._reference.predictions
+    outputs = ordered[0].comparison.reference.predictions
     assert outputs.shape == (samples, 3)
 
 
@@ -533,8 +533,8 @@ def test_drop_last_in_order_leaves_the_last_samples_out_of_the_reference() -> No
     ordered, shuffled = watch(("twin",)), watch(("twin",))
     train(make(), loader(4, drop_last=True), ordered)
     train(make(), loader(4, drop_last=True, shuffle=True), shuffled)
-    assert ordered[0]._observation.num_samples == 8
-    assert shuffled[0]._observation.num_samples == 11
+    assert len(ordered[0].comparison.reference.reference) == 8
+    assert len(shuffled[0].comparison.reference.reference) == 11
 
 
 @pytest.mark.tested("fast_dev_run", "gradient_descent", "replay", "twin")
@@ -618,7 +618,7 @@ def test_iterable_data_is_followed_by_the_twin_and_refused_by_the_kernel() -> No
     monitors = [*watch(("twin",)), LinearizationMonitor(dynamics="auto", name="auto", steps=1, strict=True)]
     assert_trains_alike(run, monitors)
     check(monitors, exact=("twin", "auto"), steps=12)
-    assert monitors[1]._observation.dynamics == "twin"
+    assert monitors[1].dynamics_used == "twin"
     for dynamics in ("gradient_descent", "replay"):
         with pytest.raises(MisconfigurationException, match=r"Stream can only be iterated. Give a map-style data set"):
             run([LinearizationMonitor(dynamics=dynamics)])
@@ -649,7 +649,7 @@ def test_several_train_loaders(combine) -> None:
     twin = LinearizationMonitor(dynamics="auto", name="auto", unpack=first_of, steps=1, strict=True)
     replay = LinearizationMonitor(digits(), name="replay", dynamics="replay", unpack=first_of, steps=1, strict=True)
     assert_trains_alike(run, [twin, replay])
-    assert twin._observation.dynamics == "twin"
+    assert twin.dynamics_used == "twin"
     check([twin, replay], exact=("auto", "replay"))
     with pytest.raises(MisconfigurationException, match=r"Expected one training DataLoader .* but got 2 of them"):
         run([LinearizationMonitor(dynamics="replay", unpack=first_of)])
@@ -669,7 +669,7 @@ def test_a_second_fit_captures_anew_whatever_the_dynamics() -> None:
     for monitor in monitors:
         assert [row["step"] for row in monitor.history] == [3, 4, 5, 6, 7]
         assert monitor.history[0]["displacement"] == 0
-        for name, start in monitor._observation.initial_weights.items():
+        for name, start in monitor.comparison.initial_weights.items():
             assert torch.equal(start, between[name])
 
 
@@ -683,7 +683,7 @@ def test_validation_and_test_leave_a_monitor_as_it_is() -> None:
     other.validate(make(), loader(), verbose=False)
     other.test(make(), loader(), verbose=False)
     other.predict(make(), DataLoader(digits().tensors[0], batch_size=4))
-    assert all(monitor.history == [] and monitor._observation is None for monitor in fresh)
+    assert all(monitor.history == [] and monitor.comparison is None for monitor in fresh)
     used = watch()
     module = make(mlp)
     trainer = train(module, loader(), used, max_epochs=1)

@@ -88,9 +88,9 @@ def test_weights_and_predictions_equal_brute_force(options: dict, schedule: str,
     assert relative_error(training.predictions(STEPS), model.predict(expected)) < 1e-10
     online = training.follow()
     for step in range(STEPS):
-        online.step(SGDSettings(at(lr)(step), **options))
-    assert relative_error(flatten(training.displacement_of(online.state)), expected - model.start) < 1e-10
-    assert relative_error(online.state.predictions, model.predict(expected)) < 1e-10
+        online.step_with(SGDSettings(at(lr)(step), **options))
+    assert relative_error(flatten(online.displacement()), expected - model.start) < 1e-10
+    assert relative_error(online.state().predictions, model.predict(expected)) < 1e-10
 
 
 @pytest.mark.tested("weight decay", "gradient_descent")
@@ -260,10 +260,10 @@ def test_gradient_flow_with_decay_is_the_limit_of_small_steps(decay: str) -> Non
         assert errors[1] < 1e-2
         online = flow.follow()
         for lr in (0.5, 1.0, 0.25):
-            online.step(SGDSettings(lr, weight_decay=0.2))
-        torch.testing.assert_close(online.state.predictions, flow.predictions(3.5))
+            online.step_with(SGDSettings(lr, weight_decay=0.2))
+        torch.testing.assert_close(online.state().predictions, flow.predictions(3.5))
         with pytest.raises(ValueError, match=r"weight decay to stay 0\.2"):
-            online.step(SGDSettings(0.5, weight_decay=0.1))
+            online.step_with(SGDSettings(0.5, weight_decay=0.1))
 
 
 @pytest.mark.parametrize("options", [o for o in OPTIMIZERS if o["momentum"] or o["weight_decay"]], ids=str)
@@ -300,7 +300,7 @@ def test_krylov_spaces_of_all_carried_vectors_are_bounded(way: dict) -> None:
             error = (flatten(training.displacement(t)) - expected).norm().item()
             assert 1e-9 * tolerance < error <= training.error_bound(t) + 1e-11 * expected.norm().item()
             assert training.error_bound(t, relative=True) <= 1.01 * tolerance
-        assert training._modal.solver.num_products < 63  # not by exhausting the spaces
+        assert training.num_products < 63  # not by exhausting the spaces
 
 
 def test_later_times_go_on_from_earlier_ones() -> None:
@@ -345,10 +345,10 @@ def test_dynamics_that_the_modes_cannot_have_are_refused() -> None:
     module, inputs, targets = make("mlp")
     online = linearized(module, inputs, targets).follow()
     with pytest.raises(ValueError, match=r"without weight decay but got 0\.1"):
-        online.step(SGDSettings(0.1, weight_decay=0.1))
+        online.step_with(SGDSettings(0.1, weight_decay=0.1))
     flow = linearized(module, inputs, targets, dynamics="gradient_flow").follow()
     with pytest.raises(ValueError, match="plain gradient descent"):
-        flow.step(SGDSettings(0.1, momentum=0.9))
+        flow.step_with(SGDSettings(0.1, momentum=0.9))
     scheduled = linearized(module, inputs, targets, lr=[0.1] * 5)
     with pytest.raises(ValueError, match="at most 5, the number of learning rates"):
         scheduled.weights(6)
@@ -375,7 +375,10 @@ def test_dynamics_that_the_modes_cannot_have_are_refused() -> None:
         ({"lr_scales": {"0.bias": -1.0}}, "`lr_scales` to be finite and at least 0"),
         ({"lr_scales": dict.fromkeys(("0.weight", "0.bias", "2.weight", "2.bias"), 0.0)}, "all multiples are 0"),
         ({"lr_scales": {"0.bias": 0.5}, "weight_decay": 0.1}, 'dynamics="twin"'),
-        ({"momentum_buffers": {"0.bias": torch.zeros(8)}, "momentum": 0.9}, "differs for .'0.weight', '2.bias'"),
+        (
+            {"momentum_buffers": {"0.bias": torch.zeros(8)}, "momentum": 0.9},
+            "these names differ: .'0.weight', '2.bias'",
+        ),
     ],
 )
 def test_bad_arguments_get_a_sentence(options: dict, message: str) -> None:

@@ -307,12 +307,12 @@ def test_float32_passes_stay_within_their_bound() -> None:
 
 def test_a_horizon_is_prepared_at_once_and_later_times_extend() -> None:
     run = training(solver="lanczos", horizon=100)
-    prepared = run._modal.solver.num_products
+    prepared = run.num_products
     assert run.error_bound(100, relative=True) <= 1e-6
-    assert run._modal.solver.num_products == prepared
+    assert run.num_products == prepared
     early = run.weights(50)
     run.weights(10000)
-    assert run._modal.solver.num_products > prepared
+    assert run.num_products > prepared
     assert distance(run.weights(50), early) <= 1e-6 * distance(early, run.initial_weights) + 1e-12
 
 
@@ -323,39 +323,28 @@ def test_a_followed_run_extends_without_losing_its_past(dynamics: str) -> None:
     actual = training(solver="lanczos", dynamics=dynamics)
     runs = expected.follow(), actual.follow()
     other = actual.follow()
-    other.step(SGDSettings(0.05))
-    products = actual._modal.solver.num_products
+    other.step_with(SGDSettings(0.05))
+    products = actual.num_products
     for step, lr in enumerate(rates, start=1):
         for run in runs:
-            run.step(SGDSettings(lr))
+            run.step_with(SGDSettings(lr))
         if step in (1, 10, 100, 400):
-            states = runs[0].state, runs[1].state
-            error = distance(actual.displacement_of(states[1]), expected.displacement_of(states[0]))
-            moved = distance(
-                expected.displacement_of(states[0]), dict.fromkeys(expected.initial_weights, torch.zeros(1))
-            )
-            assert error <= runs[1].error_bound.total + 1e-10 * moved
-            assert runs[1].error_bound.relative <= 2e-6
-    assert actual._modal.solver.num_products > products
+            first, second = runs[0].displacement(), runs[1].displacement()
+            error, moved = distance(second, first), distance(first, dict.fromkeys(first, torch.zeros(1)))
+            assert error <= runs[1].error_bound().total + 1e-10 * moved
+            assert runs[1].error_bound().relative <= 2e-6
+    assert actual.num_products > products
     # A second run, begun on the smaller basis, follows the larger one.
-    assert distance(actual.displacement_of(other.state), expected.displacement(1)) <= 1e-9
+    assert distance(other.displacement(), expected.displacement(1)) <= 1e-9
 
 
 def test_a_followed_constant_rate_is_the_closed_form() -> None:
     run = training(solver="lanczos", horizon=60)
     online = run.follow()
     for _ in range(60):
-        online.step(SGDSettings(run.lr))
-    torch.testing.assert_close(online.state.coefficients, run.state(60).coefficients, rtol=1e-9, atol=1e-12)
-    assert online.error_bound.truncation == pytest.approx(run._modal.error_bound(60).truncation, rel=1e-3, abs=1e-12)
-
-
-def test_a_filter_from_before_an_extension_is_refused() -> None:
-    run = training(solver="lanczos")
-    stale = run.follow().filters
-    run.weights(10000)
-    with pytest.raises(ValueError, match="read the filters of the followed run again"):
-        run._readout.state(run._modal.solver.modes, stale)
+        online.step_with(SGDSettings(run.lr))
+    torch.testing.assert_close(online.state().coefficients, run.state(60).coefficients, rtol=1e-9, atol=1e-12)
+    assert online.error_bound().truncation == pytest.approx(0.0, abs=1e-12)
 
 
 def test_no_residual_no_movement() -> None:
@@ -404,11 +393,11 @@ def test_extending_leaves_the_random_state_and_the_module_alone() -> None:
     module = network(3)
     run = LinearizedTraining(module, data(3), lr=0.05, solver="lanczos", matrix_free=True, progress=False)
     weights, state = [p.detach().clone() for p in module.parameters()], torch.get_rng_state()
-    products, online = run._modal.solver.num_products, run.follow()
+    products, online = run.num_products, run.follow()
     for _ in range(500):
-        online.step(SGDSettings(0.05))
-    assert online.state.coefficients.isfinite().all()
-    assert run._modal.solver.num_products > products
+        online.step_with(SGDSettings(0.05))
+    assert online.state().coefficients.isfinite().all()
+    assert run.num_products > products
     assert torch.equal(torch.get_rng_state(), state)
     assert all(torch.equal(p, w) for p, w in zip(module.parameters(), weights, strict=True))
     assert all(p.grad is None for p in module.parameters())
@@ -432,7 +421,7 @@ def test_the_options_of_lanczos_come_as_an_object() -> None:
     run = training(solver=Lanczos(tolerance=1e-2, horizon=10**4, matrix_free=True))
     finer = training(solver="lanczos", tolerance=1e-6, horizon=10**4, matrix_free=True)
     assert run.ntk is None
-    assert run._modal.solver.num_products < finer._modal.solver.num_products
+    assert run.num_products < finer.num_products
     assert run.error_bound(10**4, relative=True) <= 1e-2
     with pytest.raises(ValueError, match="as options of"):
         training(solver=Lanczos(), tolerance=1e-3)

@@ -108,11 +108,10 @@ def test_learning_rates_that_change_from_step_to_step() -> None:
 
     online = training.follow()
     for step in range(60):
-        online.step(SGDSettings(schedule(step)))
+        online.step_with(SGDSettings(schedule(step)))
     expected = model.train(targets, nn.MSELoss(), 60, lr=schedule)
-    state = online.state
-    assert relative_error(flatten(training.displacement_of(state)), expected - model.start) < 1e-10
-    assert relative_error(state.predictions, model.predict(expected)) < 1e-10
+    assert relative_error(flatten(online.displacement()), expected - model.start) < 1e-10
+    assert relative_error(online.predictions(), model.predict(expected)) < 1e-10
 
 
 def test_online_flow_depends_on_the_sum_of_the_learning_rates() -> None:
@@ -120,8 +119,8 @@ def test_online_flow_depends_on_the_sum_of_the_learning_rates() -> None:
     training = capture(module, inputs, targets, dynamics="gradient_flow", lr=0.5)
     online = training.follow()
     for lr in (0.25, 0.5, 0.75):
-        online.step(SGDSettings(lr))
-    torch.testing.assert_close(online.state.predictions, training.predictions(3))
+        online.step_with(SGDSettings(lr))
+    torch.testing.assert_close(online.state().predictions, training.predictions(3))
 
 
 def test_several_times_in_one_pass() -> None:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from lightning_ntk.dynamics.sgd import ModalSGD, SGDSettings
 from lightning_ntk.linearization.objective import Objective
-from lightning_ntk.training.replay import Replay
+from lightning_ntk.training.function_space import FunctionSpaceSGD
 from tests.problems import LinearModel, make, relative_error
 
 OPTIMIZERS: dict[str, dict[str, Any]] = {
@@ -98,15 +98,17 @@ class Problem:
             optimizer.step()
         return (parameter - origin).detach()
 
-    def replay(self, decay: str = "none", buffer: Tensor | None = None, dtype: torch.dtype = torch.float64) -> Replay:
-        return Replay(
+    def replay(
+        self, decay: str = "none", buffer: Tensor | None = None, dtype: torch.dtype = torch.float64
+    ) -> FunctionSpaceSGD:
+        return FunctionSpaceSGD(
             self.kernel.to(dtype), self.model.outputs, self.objective,
             decay_toward="initial" if decay == "initial" else "zero",
             initial_image=self.image(self.model.start) if decay in ("coupled", "decoupled") else None,
             momentum_image=None if buffer is None else self.image(buffer),
         )  # fmt: skip
 
-    def displacement(self, replay: Replay, buffer: Tensor | None = None) -> Tensor:
+    def displacement(self, replay: FunctionSpaceSGD, buffer: Tensor | None = None) -> Tensor:
         """w_lin - w0 from what the replay carries."""
         moved = self.model.jacobian.T @ replay.coefficients.flatten() + replay.initial_scale * self.model.start
         return moved if buffer is None else moved + replay.momentum_scale * buffer
@@ -126,7 +128,7 @@ def settings_of(optimizer: str, decay: str, schedule: str, steps: int) -> list[S
 
 
 def run(
-    problem: Problem, replay: Replay, steps: list[list[Tensor]], options: list[SGDSettings],
+    problem: Problem, replay: FunctionSpaceSGD, steps: list[list[Tensor]], options: list[SGDSettings],
     clip_norm: float | None = None,
 ) -> None:  # fmt: skip
     for batches, option in zip(steps, options, strict=True):
@@ -136,7 +138,7 @@ def run(
 
 
 def assert_same(
-    problem: Problem, replay: Replay, moved: Tensor, tolerance: float, buffer: Tensor | None = None
+    problem: Problem, replay: FunctionSpaceSGD, moved: Tensor, tolerance: float, buffer: Tensor | None = None
 ) -> None:
     assert relative_error(problem.displacement(replay, buffer), moved) < tolerance
     change = problem.image(moved)
@@ -220,8 +222,8 @@ def test_full_batches_of_a_squared_loss_give_the_gradient_descent_of_the_modes()
 def test_every_way_to_read_the_kernel(
     direct: int, gathered: int, dtype: torch.dtype, tolerance: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lightning_ntk.training.replay._DIRECT_NUMBERS", direct)
-    monkeypatch.setattr("lightning_ntk.training.replay._GATHERED_BYTES", {"cpu": gathered})
+    monkeypatch.setattr("lightning_ntk.training.function_space._DIRECT_NUMBERS", direct)
+    monkeypatch.setattr("lightning_ntk.training.function_space._GATHERED_BYTES", {"cpu": gathered})
     problem, steps = Problem(), 25
     batches, options = problem.batches(steps), settings_of("momentum", "coupled", "cosine", steps)
     moved = problem.train(batches, options)
@@ -320,15 +322,15 @@ def test_shapes_and_options_are_checked() -> None:
     problem = Problem()
     outputs, objective = problem.model.outputs, problem.objective
     with pytest.raises(ValueError, match=r"\(11, 3\) and \(32, 33\)"):
-        Replay(problem.kernel[1:], outputs, objective)
+        FunctionSpaceSGD(problem.kernel[1:], outputs, objective)
     with pytest.raises(ValueError, match="`initial_image` to have the shape"):
-        Replay(problem.kernel, outputs, objective, initial_image=outputs[:1])
+        FunctionSpaceSGD(problem.kernel, outputs, objective, initial_image=outputs[:1])
     with pytest.raises(ValueError, match="`momentum_image` to have the shape"):
-        Replay(problem.kernel, outputs, objective, momentum_image=outputs.flatten())
+        FunctionSpaceSGD(problem.kernel, outputs, objective, momentum_image=outputs.flatten())
     with pytest.raises(ValueError, match="no `initial_image`"):
-        Replay(problem.kernel, outputs, objective, decay_toward="initial", initial_image=outputs)
+        FunctionSpaceSGD(problem.kernel, outputs, objective, decay_toward="initial", initial_image=outputs)
     with pytest.raises(ValueError, match='"zero" or "initial"'):
-        Replay(problem.kernel, outputs, objective, decay_toward="start")  # type: ignore[arg-type]
+        FunctionSpaceSGD(problem.kernel, outputs, objective, decay_toward="start")  # type: ignore[arg-type]
 
 
 @settings(max_examples=30, deadline=None)
@@ -347,7 +349,7 @@ def test_any_shape_and_any_order_of_batches(
     start, targets = (torch.randn(samples, outputs, generator=generator).double() for _ in range(2))
     kernel = (jacobian @ jacobian.T).to(dtype)
     loss = nn.MSELoss()
-    replay = Replay(kernel, start, Objective(loss, start, targets))
+    replay = FunctionSpaceSGD(kernel, start, Objective(loss, start, targets))
     order = st.lists(st.lists(st.integers(0, samples - 1), min_size=1, max_size=samples + 2), min_size=1, max_size=6)
     coefficients, buffer = torch.zeros_like(start), torch.zeros_like(start)
     for batch in data.draw(order):

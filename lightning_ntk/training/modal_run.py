@@ -1,0 +1,178 @@
+"""Full-batch gradient descent or flow on the modes of the kernel, step by step beside a run."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from itertools import repeat
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_ntk.dynamics.closed_form import ClosedForm
+from lightning_ntk.dynamics.error_bounds import RunningBound
+from lightning_ntk.dynamics.filters import Filters
+from lightning_ntk.dynamics.sgd import Hyperparameters, ModalSGD, SGDSettings
+from lightning_ntk.linearization.parameters import Tensors
+from lightning_ntk.solvers.base import ErrorBound, Modes, Solved
+from lightning_ntk.solvers.lanczos import LanczosModes
+from lightning_ntk.training.base import LinearizedState, StepSettings
+from lightning_ntk.training.modes import ModalProblem
+from lightning_ntk.training.off_span import displacements
+
+
+class ModalRun:
+    """The dynamics on the modes, advanced with the settings of every step: O(m) operations a step.
+
+    With Lanczos, asking for the state extends the bases where the steps so far need it. The settings are kept for that and
+    replayed on the new Ritz values, which gives the state that a run on these values from the start would have.
+
+    Args:
+        modal: The problem in its modes. Several runs may share it.
+        form: The dynamics with constant settings. It serves gradient flow, whose steps only add up their durations.
+        hyperparameters: They say whether weight decay is possible, and toward what; the settings come with every step.
+
+    Attributes:
+        dynamics: "gradient_descent" or "gradient_flow".
+        history: The settings of all steps so far; equal ones in a row appear once, with their number.
+        steps: The number of steps so far.
+    """
+
+    def __init__(self, modal: ModalProblem, form: ClosedForm, hyperparameters: Hyperparameters) -> None:
+        self.dynamics: str = form.dynamics
+        self._modal = modal
+        self._flow = replace(form, rate=1.0)
+        self._decays = hyperparameters.decays_to_zero or hyperparameters.decays_to_initial
+        self.history: list[tuple[SGDSettings, int]] = []
+        self.steps = 0
+        self._time = 0.0
+        self._solved: tuple[Sequence[Modes], Solved[Filters]] | None = None
+        self._start(modal.solver.modes)
+
+    def accumulate(self, inputs: Any, target: Tensor, *, scale: float = 1.0) -> None:
+        """Ignores the batch: these dynamics see the whole training set in every step."""
+
+    def discard(self) -> None:
+        """Does nothing, as no batch is kept."""
+
+    def step(self, settings: StepSettings) -> None:
+        """Takes one step with the settings of the first parameter group."""
+        used = SGDSettings.of(settings.groups[0])
+        # To gradient flow a step is a duration; whatever else an optimizer does is not part of it.
+        self.step_with(
+            used if self.dynamics == "gradient_descent" else SGDSettings(used.lr, weight_decay=self._flow_decay)
+        )
+
+    def step_with(self, settings: SGDSettings) -> None:
+        """Takes one step with these settings.
+
+        Raises:
+            ValueError: If these dynamics cannot take them.
+        """
+        self._require_settings(settings)
+        self.steps += 1
+        self._solved = None
+        last, count = self.history[-1] if self.history else (None, 0)
+        if settings == last:
+            self.history[-1] = (settings, count + 1)
+        else:
+            self.history.append((settings, 1))
+        if self.dynamics == "gradient_flow":
+            self._time += settings.lr
+        else:
+            self._advance(settings)
+
+    @property
+    def kernel_time(self) -> float | None:
+        r"""The kernel time :math:`\eta t`, the sum of the learning rates times the loss factor; None with momentum or decay."""
+        if any(settings.momentum or settings.weight_decay for settings, _ in self.history):
+            return None
+        return self._modal.loss_factor * sum(settings.lr * count for settings, count in self.history)
+
+    def state(self) -> LinearizedState:
+        """The linearized network after the steps so far: no pass over the data, unless Lanczos needs more products.
+
+        Raises:
+            OverflowError: If the dynamics have diverged.
+        """
+        return self._modal.state(self._solve().filters)
+
+    def error_bound(self) -> ErrorBound:
+        """Bound on the error of the weights after the steps so far."""
+        return self._solve().bound
+
+    def displacement(self) -> Tensors:
+        """w_lin - w0, by parameter name in float64: one pass over the training set."""
+        stacked = displacements(self._modal.problem, self._modal.terms, [self.state()])
+        return {name: value[0] for name, value in stacked.items()}
+
+    def predictions(self) -> Tensor:
+        """Outputs on the training set, `(N, K)` in float64 on the CPU."""
+        return self.state().predictions
+
+    def state_dict(self) -> dict[str, Any]:
+        """The settings of all steps, from which the state follows on any modes."""
+        rows = [(*settings, count) for settings, count in self.history]
+        return {"settings": torch.tensor(rows, dtype=torch.float64).reshape(-1, len(SGDSettings._fields) + 1)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Takes the steps again."""
+        kinds = SGDSettings.__annotations__.values()
+        for *values, count in state["settings"].tolist():
+            settings = SGDSettings(*(kind(value) for kind, value in zip(kinds, values, strict=True)))
+            for _ in range(int(count)):
+                self.step_with(settings)
+
+    @property
+    def _flow_decay(self) -> float:
+        return self._flow.ridge * self._modal.loss_factor
+
+    def _require_settings(self, settings: SGDSettings) -> None:
+        if settings.weight_decay != 0 and not self._decays:
+            raise ValueError(
+                f"Expected steps without weight decay but got {settings.weight_decay}: the initial weights shrink then, for "
+                "which they have to be prepared. Give `weight_decay` from the start."
+            )
+        if self.dynamics == "gradient_descent":
+            return
+        if settings.momentum != 0 or settings.maximize:
+            raise ValueError(
+                'Expected steps of plain gradient descent for dynamics="gradient_flow" but got momentum '
+                f'{settings.momentum} and maximize={settings.maximize}. Use dynamics="gradient_descent".'
+            )
+        if not math.isclose(settings.weight_decay, self._flow_decay, rel_tol=1e-9):
+            raise ValueError(
+                f"Expected the weight decay to stay {self._flow_decay:.6g} in gradient flow but got "
+                f'{settings.weight_decay}. Use dynamics="gradient_descent", whose settings may change.'
+            )
+
+    def _solve(self) -> Solved[Filters]:
+        solver = self._modal.solver
+        if self._solved is None or self._solved[0] is not solver.modes:
+            solved = solver.refine(self._answer, by_runs=self.dynamics == "gradient_descent")
+            self._solved = solver.modes, solved
+        return self._solved[1]
+
+    def _answer(self, modes: Sequence[Modes]) -> Solved[Filters]:
+        if self.dynamics == "gradient_flow":
+            return self._flow.solve(modes, self._modal.loss_factor * self._time)
+        if modes is not self._modes:
+            self._start(modes)
+            for settings, count in self.history:
+                for same in repeat(settings, count):
+                    self._advance(same)
+        filters = self._sgd.filters
+        bound = ErrorBound(0.0, 0.0, 0.0) if self._running is None else self._running.result(filters)
+        return Solved(filters, bound)
+
+    def _start(self, modes: Sequence[Modes]) -> None:
+        terms, factor = self._modal.terms, self._modal.loss_factor
+        self._modes = modes
+        self._sgd = ModalSGD([m.eigenvalues for m in modes], factor, [term.start for term in terms])
+        ritz = [m for m in modes if isinstance(m, LanczosModes)]
+        self._running = RunningBound(ritz, factor, [term.norm for term in terms]) if ritz else None
+
+    def _advance(self, settings: SGDSettings) -> None:
+        if self._running is not None:
+            self._running.step(self._sgd.filters, settings)
+        self._sgd.step(settings)

@@ -1,0 +1,116 @@
+"""A linearized problem in the modes of its kernel: how they are found, and what filters on them say."""
+
+import logging
+
+import torch
+from torch import Tensor
+
+from lightning_ntk.dynamics.filters import Filters
+from lightning_ntk.linearization.jacobian import StoredJacobian
+from lightning_ntk.solvers.base import ModalSolver
+from lightning_ntk.solvers.eigh import CompleteModes
+from lightning_ntk.solvers.lanczos import Lanczos, LanczosSolver
+from lightning_ntk.solvers.products import jacobian_product, kernel_product
+from lightning_ntk.solvers.selection import Sizes, Solver, choose_solver, expected_products
+from lightning_ntk.training.base import LinearizedState
+from lightning_ntk.training.off_span import OffSpanTerm
+from lightning_ntk.training.problem import LinearizedProblem
+
+_log = logging.getLogger(__name__)
+
+
+class ModalProblem:
+    """The modes that the residual and the off-span terms of a problem reach.
+
+    Args:
+        problem: The network on its training set.
+        terms: The vectors that the weights carry along.
+        solver: "eigh", "lanczos", or "auto" for the cheapest that fits into memory.
+        lanczos: The options of Lanczos.
+        ntk: A kernel computed earlier.
+
+    Attributes:
+        solver: Where the modes come from, for the residual and for every term.
+        kernel: The kernel `(N K, N K)`, or None where it was not formed.
+        reason: Why this solver, in a sentence.
+
+    Raises:
+        ValueError: If the loss is not a squared one, or if the kernel is not of this network and data.
+        MemoryError: If no way to the modes fits.
+    """
+
+    def __init__(
+        self,
+        problem: LinearizedProblem,
+        terms: tuple[OffSpanTerm, ...],
+        *,
+        solver: Solver,
+        lanczos: Lanczos,
+        ntk: Tensor | None,
+    ) -> None:
+        self.problem = problem
+        self.terms = terms
+        self.loss_factor = problem.objective.require_factor()
+        vectors = [problem.predictions.cpu().double() - problem.objective.targets, *(term.image for term in terms)]
+        sizes = _sizes(problem, ntk, lanczos.horizon, len(vectors))
+        free = problem.processes.free_memory("cpu", problem.device)
+        choice = choose_solver(sizes, solver=solver, matrix_free=lanczos.matrix_free, free_memory=free)
+        self.reason = choice.reason
+        _log.info("%s", choice.reason)
+        # Summed in float32, the kernel puts the weights off by 2e-5 at eta * t * lambda_max = 1e4; in float64 by 3e-6.
+        # Lanczos is for kernels whose size matters more than that.
+        dtype = torch.float64 if choice.solver == "eigh" else problem.linearization.dtype
+        self.kernel = None if choice.matrix_free else problem.kernel(ntk, dtype=dtype)
+        if choice.solver == "eigh":
+            assert self.kernel is not None
+            self.solver: ModalSolver = CompleteModes(self.kernel, vectors, progress=problem.progress)
+            return
+        expected = expected_products(sizes.rows, lanczos.horizon) if problem.progress else None
+        if self.kernel is None:
+            product = jacobian_product(problem.pull_back, problem.push_forward, problem.predictions.shape)
+        else:
+            product = kernel_product(self.kernel, problem.processes)
+        device = vectors[0].device if self.kernel is None else self.kernel.device
+        self.solver = LanczosSolver(
+            product, [vector.flatten().to(device) for vector in vectors], tolerance=lanczos.tolerance,
+            max_products=choice.max_products, expected=expected, processes=problem.processes,
+        )  # fmt: skip
+
+    def state(self, filters: Filters) -> LinearizedState:
+        """The linearized network that filters on the present modes of the solver describe, without a pass.
+
+        Raises:
+            OverflowError: If the filters are not finite, because the dynamics have diverged.
+        """
+        pairs = list(zip(self.solver.modes, filters.values, strict=True))
+        coefficients = torch.stack([modes.coefficients(values) for modes, values in pairs]).sum(0)
+        if not coefficients.isfinite().all():
+            raise OverflowError(
+                "The linearized network has diverged beyond floating-point numbers: the learning rate is above the largest "
+                "stable one, `max_learning_rate`."
+            )
+        predictions = self.problem.predictions.cpu().double()
+        change = torch.stack([modes.prediction_change(values) for modes, values in pairs]).sum(0)
+        for scale, term in zip(filters.scales, self.terms, strict=True):
+            change = change + scale * term.image.flatten()
+        return LinearizedState(
+            coefficients.view_as(predictions), predictions + change.view_as(predictions), filters.scales
+        )
+
+
+def _sizes(problem: LinearizedProblem, ntk: Tensor | None, horizon: float | None, vectors: int) -> Sizes:
+    linearization = problem.linearization
+    sizes = Sizes(
+        samples=len(problem.reference),
+        outputs=problem.predictions.shape[1],
+        parameters=linearization.num_parameters,
+        itemsize=linearization.dtype.itemsize,
+        horizon=horizon,
+        kernel_given=ntk is not None,
+        jacobian_stored=isinstance(problem.jacobian, StoredJacobian),
+        vectors=vectors,
+    )
+    if sizes.kernel_given or sizes.jacobian_stored:
+        return sizes
+    operations = problem.planned_kernel.operations
+    return sizes._replace(kernel_operations=operations.kernel, forward_operations=operations.forward)
