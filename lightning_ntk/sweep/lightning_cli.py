@@ -1,4 +1,4 @@
-"""A LightningCLI configuration as the objective: parameters of the sweep are options of its command line."""
+"""A LightningCLI project as the objective: parameters override its options."""
 
 import hashlib
 import json
@@ -14,23 +14,19 @@ from lightning_ntk.sweep.objective import add_to_path, import_path
 
 @dataclass(frozen=True)
 class CommandLineObjective:
-    """Runs `fit` of a LightningCLI with the parameters as overrides, such as `model.init_args.width` or `seed_everything`.
+    """Runs a LightningCLI's `fit` with parameters such as `model.init_args.width` as options.
 
     A `LinearizationMonitor` is added to the Trainer's callbacks if the configuration has none. Each configuration gets its own
-    `trainer.default_root_dir`, `directory` and a hash of the parameters, so that logs and checkpoints do not meet.
+    `trainer.default_root_dir`, so that logs and checkpoints do not collide.
 
     Args:
-        config: Configuration files, later ones override earlier ones: those of `python main.py fit --config ...`.
+        config: The files of `python main.py fit --config ...`; later ones override earlier ones.
         model: Import path of the LightningModule that the project gives to its LightningCLI. None: the configuration names it by
             `class_path`.
         data: Import path of the LightningDataModule, as for `model`.
         cli: Import path of the project's own subclass of LightningCLI. None: LightningCLI itself.
-        directory: For logs and checkpoints.
-        search: Directory in which modules and files are searched.
-
-    Raises:
-        ValueError: If no configuration file is given.
-        FileNotFoundError: If one does not exist.
+        directory: Directory for logs and checkpoints.
+        search: Directory in which to look for modules and files.
     """
 
     config: tuple[str, ...]
@@ -53,24 +49,19 @@ class CommandLineObjective:
         return f"LightningCLI {' '.join(Path(file).name for file in self.config)}"
 
     def root(self, configuration: Configuration) -> Path:
-        """The directory for logs and checkpoints of a configuration."""
+        """The directory for a configuration's logs and checkpoints."""
         digest = hashlib.sha256(configuration_key(configuration).encode()).hexdigest()[:12]
         return Path(self.search, self.directory, digest)
 
     def arguments(self, configuration: Configuration) -> list[str]:
-        """The command line that is run."""
+        """The arguments of the command line."""
         files = [f"--config={Path(self.search, file)}" for file in self.config]
         values = {name: value if isinstance(value, str) else json.dumps(value) for name, value in configuration.items()}
         root = {"trainer.default_root_dir": str(self.root(configuration))}
         return ["fit", *files, *(f"--{name}={value}" for name, value in {**root, **values}.items())]
 
     def __call__(self, configuration: Configuration) -> LinearizationMonitor:
-        """Trains.
-
-        Raises:
-            ModuleNotFoundError: If jsonargparse is not installed.
-            ValueError: If an override is none of the command line's options, or there are several monitors.
-        """
+        """Trains for one configuration."""
         from jsonargparse import ArgumentError
         from lightning.pytorch.cli import LightningCLI
 
@@ -89,10 +80,10 @@ class CommandLineObjective:
                     # First, so that checkpoints and early stopping see its values.
                     self.trainer.callbacks.insert(0, monitors[0])
 
-        # jsonargparse ends the process at a wrong option unless told otherwise, for the subcommand too.
+        # By default jsonargparse ends the process at a wrong option, in the subcommand too.
         raising = {"exit_on_error": False, "fit": {"exit_on_error": False}}
         try:
-            warnings.filterwarnings("ignore", message="LightningCLI's args parameter")  # sys.argv is of the sweep
+            warnings.filterwarnings("ignore", message="LightningCLI's args parameter")  # sys.argv is the sweep's
             SweepCLI(model, data, args=self.arguments(configuration), save_config_callback=None, parser_kwargs=raising)
         except ArgumentError as error:
             raise ValueError(

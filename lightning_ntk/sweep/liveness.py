@@ -1,11 +1,12 @@
-"""Who runs a trial, and whether that process still lives: at once on the same machine, by heartbeats on another."""
+"""Whether the worker of a trial is alive: looked up on this machine, by heartbeat on another."""
 
+import contextlib
 import os
 import platform
 import threading
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ Identity = dict[str, Any]
 
 
 def worker_identity(name: str | None = None) -> Identity:
-    """What tells this process from every other one: a name, host, machine, process number and start time."""
+    """What tells this process from every other: name, host, machine, process number, start time."""
     return {
         "id": name or uuid.uuid4().hex,
         "host": platform.node(),
@@ -27,41 +28,38 @@ def worker_identity(name: str | None = None) -> Identity:
     }
 
 
-class Heartbeat:
-    """A thread that calls `beat` with the time of day every `interval` seconds, from entering to leaving the context."""
+@contextlib.contextmanager
+def heartbeat(beat: Callable[[float], None], interval: float) -> Iterator[None]:
+    """A context in which a thread calls `beat` with the time every `interval` seconds."""
+    over = threading.Event()
 
-    def __init__(self, beat: Callable[[float], None], interval: float) -> None:
-        self._beat, self._interval = beat, interval
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="sweep heartbeat", daemon=True)
-
-    def __enter__(self) -> "Heartbeat":
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stop.set()
-        self._thread.join()
-
-    def _run(self) -> None:
-        while not self._stop.wait(self._interval):
+    def run() -> None:
+        while not over.wait(interval):
             try:
-                self._beat(time.time())
+                beat(time.time())
             except UpdateFinishedTrialError:
-                return  # given to somebody else: the result will be refused
+                return  # the trial was taken away, and its result will be refused
             except Exception:
-                # A storage out of reach for a moment: the next beat tries again, and the result itself must get through.
+                # The storage is out of reach for a moment: the next beat tries again, and the result itself must get through.
                 continue
+
+    thread = threading.Thread(target=run, name="sweep heartbeat", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
 
 
 class Observer:
-    """Judges whether the worker of a running trial is gone.
+    """Judges whether the worker of a running trial is dead.
 
-    A process of this machine is looked up: its number and start time. For any other one the heartbeat must have changed within
-    `patience` seconds of this observer's own clock, so that clocks of different machines need not agree.
+    A process of this machine is looked up by its number and start time. The heartbeat of any other one must change within
+    `patience` seconds of the observer's own clock, so the clocks of different machines need not agree.
 
     Args:
-        patience: Seconds without a new heartbeat after which a worker is taken for dead.
+        patience: Seconds without a new heartbeat after which a worker counts as dead.
     """
 
     def __init__(self, patience: float) -> None:
@@ -70,21 +68,20 @@ class Observer:
         self._seen: dict[int, tuple[Any, float]] = {}
 
     def is_gone(self, number: int, attributes: dict[str, Any]) -> bool:
-        """Whether nobody works on trial `number`, which is marked as running and has these user attributes."""
+        """Whether the worker of a running trial, with these user attributes, is dead."""
         worker = attributes.get(WORKER)
         if worker and self._machine is not None and worker["machine"] == self._machine:
             return bool(_start_time(worker["pid"]) != worker["started"])
-        state = (worker, attributes.get(HEARTBEAT))
-        now = time.monotonic()
-        known, since = self._seen.get(number, (None, now))
-        if number not in self._seen or known != state:
-            self._seen[number] = (state, now)
+        sign, now = (worker, attributes.get(HEARTBEAT)), time.monotonic()
+        seen, since = self._seen.get(number, (None, now))
+        if seen != sign:
+            self._seen[number] = (sign, now)
             return False
         return now - since > self._patience
 
 
 def _machine() -> str | None:
-    """This boot of this machine as process numbers see it, or None where /proc cannot be read."""
+    """This boot of this machine and its process namespace, or None where /proc cannot be read."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         return f"{boot} {os.readlink('/proc/self/ns/pid')}"
@@ -93,10 +90,10 @@ def _machine() -> str | None:
 
 
 def _start_time(pid: int) -> str | None:
-    """When a process of this machine started, in ticks since boot; None if it is gone, or waits only to be buried."""
+    """When a process of this machine started, in ticks since boot; None if it has ended."""
     try:
-        # The name in parentheses may hold spaces and parentheses itself.
+        # The name in parentheses may itself contain spaces and parentheses.
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:
         return None
-    return None if fields[0] in "ZX" else fields[19]
+    return None if fields[0] in "ZX" else fields[19]  # a zombie has ended, too

@@ -1,18 +1,20 @@
-"""What a sweep runs: a function of a configuration, given as such or by its import path, and what it may return."""
+"""What a sweep runs: a function of a configuration, and what it may return."""
 
 import hashlib
-import importlib
-import importlib.util
 import numbers
 import pickle
+import pkgutil
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from importlib.machinery import ModuleSpec, SourceFileLoader
+from importlib.util import module_from_spec
 from pathlib import Path
+from types import ModuleType
 from typing import Any, Protocol, runtime_checkable
 
 from lightning_ntk.sweep.configurations import Configuration
-from lightning_ntk.sweep.entry import Row
+from lightning_ntk.sweep.queue import Row
 
 
 @runtime_checkable
@@ -24,22 +26,14 @@ class Monitor(Protocol):
 
 
 Objective = Callable[[Configuration], Monitor | Mapping[str, float]]
-"""Trains for one configuration; returns the `LinearizationMonitor` of the run, or named scalars."""
+"""Trains for one configuration; returns the run's `LinearizationMonitor`, or named scalars."""
 
 
 @dataclass(frozen=True)
 class ImportedObjective:
-    """An objective named by a string, imported in the process that runs it.
+    """An objective named by a string, imported in the process that runs it."""
 
-    Args:
-        path: "package.module:function", or "file.py:function" relative to `directory`.
-        directory: Searched for modules too.
-
-    Raises:
-        ValueError: If the string has another form.
-    """
-
-    path: str
+    path: str  # "package.module:function", or "file.py:function" relative to `directory`
     directory: str = "."
 
     def __post_init__(self) -> None:
@@ -56,11 +50,7 @@ class ImportedObjective:
         return f"{name.rpartition('.')[2]}:{function}"
 
     def load(self) -> Objective:
-        """The function itself.
-
-        Raises:
-            ImportError: If there is no such module, function, or file.
-        """
+        """Imports the function."""
         found: Any = import_path(self.path, self.directory)
         if not callable(found):
             raise ImportError(f"Expected {self.path} to be a function of a configuration but it is {found!r}.")
@@ -73,48 +63,46 @@ class ImportedObjective:
 
 
 def import_path(path: str, directory: str = ".") -> Any:
-    """The object "package.module:name" or "file.py:name"; dots may stand for the colon where it is a module's.
+    """Imports "package.module:name", "package.module.name" or "file.py:name" from a directory.
 
     Raises:
-        ImportError: If there is no such module, file or name.
+        ImportError: If there is no such module, file or name, or its code raises or exits.
     """
-    module_name, _, name = path.rpartition(":") if ":" in path else path.rpartition(".")
     add_to_path(directory)
-    if module_name.endswith(".py"):
-        module_name = _import_file(Path(directory, module_name).resolve())
-    module = importlib.import_module(module_name)
-    if not hasattr(module, name):
-        raise ImportError(f"Expected a name {name!r} in {module.__file__} but there is none.")
-    return getattr(module, name)
+    module, _, name = path.rpartition(":" if ":" in path else ".")
+    try:
+        if module.endswith(".py"):
+            return getattr(_import_file(Path(directory, module).resolve()), name)
+        return pkgutil.resolve_name(f"{module}:{name}")
+    except (Exception, SystemExit) as error:
+        raise ImportError(
+            f"Expected to import {path!r}, searched in {directory}, but it raised {type(error).__name__}: {error}"
+        ) from error
 
 
 def add_to_path(directory: str) -> None:
-    """Lets modules of a directory, and of the current one, be imported, as `python` does for a script's."""
+    """Makes a directory's modules, and the current one's, importable, as `python` does for a script."""
     for entry in (str(Path.cwd()), str(Path(directory).resolve())):
         if entry not in sys.path:
             sys.path.insert(0, entry)
 
 
-def _import_file(file: Path) -> str:
-    if not file.is_file():
-        raise ImportError(f"Expected a Python file at {file} but there is none.")
+def _import_file(file: Path) -> ModuleType:
     # Not the name of an installed package, nor of a file elsewhere.
     name = f"_sweep_{file.stem}_{hashlib.sha256(str(file).encode()).hexdigest()[:8]}"
     if name not in sys.modules:
-        spec = importlib.util.spec_from_file_location(name, file)
-        assert spec is not None
-        assert spec.loader is not None
-        module = sys.modules[name] = importlib.util.module_from_spec(spec)
+        loader = SourceFileLoader(name, str(file))
+        sys.modules[name] = module_from_spec(ModuleSpec(name, loader, origin=str(file)))
         try:
-            spec.loader.exec_module(module)
+            loader.exec_module(sys.modules[name])
         except BaseException:
             del sys.modules[name]
             raise
-    return name
+    return sys.modules[name]
 
 
 def objective_identity(objective: Objective) -> str:
-    """A name for the objective that is the same in a script, from the command line, and tomorrow."""
+    """The objective's name, the same in a script, from the command line, and tomorrow."""
     identity = getattr(objective, "identity", None)
     if isinstance(identity, str):
         return identity
@@ -131,13 +119,12 @@ def require_for_processes(objective: Objective) -> None:
     Raises:
         TypeError: If it is a lambda, a local function, or defined in a notebook.
     """
-    interactive = not hasattr(sys.modules["__main__"], "__file__")
     try:
         pickle.dumps(objective)
     except Exception as error:
         reason = str(error)
     else:
-        if getattr(objective, "__module__", None) != "__main__" or not interactive:
+        if getattr(objective, "__module__", None) != "__main__" or hasattr(sys.modules["__main__"], "__file__"):
             return
         reason = "it is defined in an interactive session"
     raise TypeError(
@@ -147,18 +134,11 @@ def require_for_processes(objective: Objective) -> None:
 
 
 def rows_of(result: Any) -> list[Row]:
-    """The measurements in what an objective returned, as plain floats.
+    """The measurements that an objective returned: at least one row with a scalar besides "step".
 
     Args:
-        result: A `LinearizationMonitor`: its history, with the tags that it logs ("ntk/weight_distance"); or one dictionary of
-            scalars, with or without a "step".
-
-    Returns:
-        At least one row with at least one scalar besides "step".
-
-    Raises:
-        TypeError: If it is anything else.
-        ValueError: If nothing was measured.
+        result: A `LinearizationMonitor`, which gives its history with the tags that it logs ("ntk/weight_distance"); or a
+            dictionary of scalars, with or without a "step".
     """
     rows: Sequence[Mapping[str, Any]]
     if isinstance(result, Mapping):
@@ -167,35 +147,29 @@ def rows_of(result: Any) -> list[Row]:
         rows = [
             {tag if tag == "step" else f"{result.name}/{tag}": v for tag, v in row.items()} for row in result.history
         ]
-        if not rows:
-            raise ValueError(
-                "Expected a LinearizationMonitor that has measured but its history is empty: was it given to the Trainer that "
-                "called fit?"
-            )
     else:
         returned = "nothing" if result is None else f"{result!r} of type {type(result).__name__}"
         raise TypeError(
             f"Expected the objective to return a LinearizationMonitor or a dictionary of scalars but it returned {returned}."
         )
     if all(set(row) <= {"step"} for row in rows):
-        raise ValueError("Expected the objective to return at least one scalar besides the step but it returned none.")
-    return [{_tag(tag): _scalar(tag, value) for tag, value in row.items()} for row in rows]
+        raise ValueError(
+            "Expected the objective to return at least one scalar besides the step but it returned none. A LinearizationMonitor "
+            "has them after `fit` of the Trainer to which it was given."
+        )
+    return [{tag: _scalar(tag, value) for tag, value in row.items()} for row in rows]
 
 
 def headline(rows: Sequence[Row]) -> str:
-    """The scalar that stands for a trial where there is room for one: the relative weight distance, else the first."""
-    tags = [tag for tag in rows[-1] if tag != "step"] or [tag for row in rows for tag in row if tag != "step"]
-    distances = [tag for tag in tags if tag.rpartition("/")[2] == "relative_weight_distance"]
+    """The scalar that stands for a trial: the relative weight distance, else the first."""
+    tags = [tag for row in (rows[-1], *rows) for tag in row if tag != "step"]
+    distances = [tag for tag in rows[-1] if tag.rpartition("/")[2] == "relative_weight_distance"]
     return (distances or tags)[0]
 
 
-def _tag(tag: Any) -> str:
+def _scalar(tag: Any, value: Any) -> float:
     if not isinstance(tag, str):
         raise TypeError(f"Expected the scalars of a result to have strings as names but got {tag!r}.")
-    return tag
-
-
-def _scalar(tag: str, value: Any) -> float:
     if not isinstance(value, numbers.Real) and getattr(value, "shape", None) in ((), (1,)):
         value = value.item()
     if isinstance(value, numbers.Real):

@@ -1,16 +1,18 @@
-"""The results of a sweep as a tidy table: one row for each configuration and step."""
+"""The results of a sweep as a tidy table: one row per configuration and step."""
 
 import csv
+import importlib
 import io
 import itertools
 import math
 import os
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lightning_ntk.sweep.configurations import Configuration
-from lightning_ntk.sweep.entry import Entry
+from lightning_ntk.sweep.queue import Entry
 from lightning_ntk.sweep.statistics import Mean, PowerLaw, log_log_slope, mean_interval
 
 if TYPE_CHECKING:
@@ -20,10 +22,12 @@ TableRow = dict[str, Any]
 
 
 class Results:
-    """Complete results of a sweep.
+    """The complete results of a sweep.
+
+    Methods raise a ValueError, which lists what there is, for a parameter, scalar or step that does not exist.
 
     Args:
-        entries: Of the queue, with their rows; those that are not complete are left out.
+        entries: The queue's entries, with their rows; those that are not complete are left out.
     """
 
     parameters: list[str]
@@ -37,12 +41,13 @@ class Results:
         self._entries = [entry for entry in entries if entry.state == "complete"]
         self.configurations = [entry.configuration for entry in self._entries]
         self.parameters = list(dict.fromkeys(itertools.chain.from_iterable(self.configurations)))
-        tags = itertools.chain.from_iterable(row for entry in self._entries for row in entry.rows)
-        self.scalars = [tag for tag in dict.fromkeys(tags) if tag != "step"]
+        tags = dict.fromkeys(tag for entry in self._entries for row in entry.rows for tag in row)
+        self._step = ["step"] if "step" in tags else []
+        self.scalars = [tag for tag in tags if tag != "step"]
 
     @property
     def rows(self) -> list[TableRow]:
-        """One row for each configuration and step: "trial", the parameters, "step" and every scalar of that measurement."""
+        """A row for each configuration and step: "trial", parameters, "step", and scalars."""
         return [self._row(entry, measured) for entry in self._entries for measured in entry.rows]
 
     @property
@@ -50,12 +55,13 @@ class Results:
         """The last row of each configuration."""
         return [self._row(entry, entry.rows[-1]) for entry in self._entries]
 
-    def at_step(self, step: float | None) -> list[TableRow]:
-        """The row of each configuration at a step; None: the last one.
+    @property
+    def columns(self) -> list[str]:
+        """The names of the table's columns."""
+        return ["trial", *self.parameters, *self._step, *self.scalars]
 
-        Raises:
-            ValueError: If no configuration was measured at that step.
-        """
+    def at_step(self, step: float | None) -> list[TableRow]:
+        """The row of each configuration at a step; None: the last one."""
         if step is None:
             return self.final
         found = [row for row in self.rows if row.get("step") == step]
@@ -64,32 +70,34 @@ class Results:
             raise ValueError(f"Expected a step at which something was measured but got {step}; there are {steps}.")
         return found
 
-    @staticmethod
-    def _row(entry: Entry, measured: Mapping[str, float]) -> TableRow:
-        return {"trial": entry.trial, **entry.configuration, **measured}
+    def where(self, values: Mapping[str, Any]) -> "Results":
+        """The results of the configurations with these values, at least one."""
+        for name in values:
+            _require("where", name, self.parameters)
+        kept = [e for e in self._entries if all(e.configuration.get(name) == value for name, value in values.items())]
+        if not kept:
+            raise ValueError(f"Expected complete configurations with {dict(values)} but there is none.")
+        return Results(kept)
 
     def series(
         self, x: str, y: str, *, over: str | None = None, step: float | None = None
     ) -> dict[tuple[tuple[str, Any], ...], list[tuple[float, float]]]:
-        """Points (x, y), one for each configuration, in one list for each combination of the other parameters.
+        """Points (x, y) for each combination of the other parameters that vary.
 
         Args:
             x: A numeric parameter.
             y: A scalar.
             over: A parameter whose values are repetitions, such as the seed; its points share a list.
-            step: Of the measurement; None: the last one of each configuration.
+            step: The step of the measurement. Default: the last one of each configuration.
 
         Returns:
-            Lists of points, sorted by x, by the names and values of the parameters other than `x` and `over` that vary. Points
-            without a place in log-log axes, such as those of diverged runs, are left out, and a warning says how many.
-
-        Raises:
-            ValueError: If there is no such parameter, scalar or step.
+            Lists of points, sorted by x. A key has the names and values of the parameters other than `x` and `over` that vary.
+            Points without a place in log-log axes, such as those of diverged runs, are left out with a warning.
         """
-        self._require("x", x, self.parameters)
-        self._require("y", y, self.scalars)
+        _require("x", x, self.parameters)
+        _require("y", y, self.scalars)
         if over is not None:
-            self._require("over", over, self.parameters)
+            _require("over", over, self.parameters)
         table = [row for row in self.at_step(step) if x in row and y in row]
         others = [
             name for name in self.parameters if name not in (x, over) and len({repr(r.get(name)) for r in table}) > 1
@@ -102,15 +110,15 @@ class Results:
                     f"Expected a parameter with numbers for the x axis but {x!r} has the value {row[x]!r}."
                 )
             if not (0 < row[x] < math.inf and 0 < row[y] < math.inf):
-                left_out.append(row)
+                left_out.append({name: row[name] for name in (*self.parameters, y) if name in row})
                 continue
-            key = tuple((name, _hashable(row.get(name))) for name in others)
+            values = [(name, row.get(name)) for name in others]
+            key = tuple((name, repr(value) if isinstance(value, list | dict) else value) for name, value in values)
             lists.setdefault(key, []).append((row[x], row[y]))
         if left_out:
-            first = {name: left_out[0][name] for name in (*self.parameters, y) if name in left_out[0]}
             warnings.warn(
                 f"{len(left_out)} of {len(table)} points have no positive, finite {x!r} and {y!r} and are left out, for example "
-                f"{first}.",
+                f"{left_out[0]}.",
                 stacklevel=3,
             )
         return {key: sorted(points, key=lambda point: point[0]) for key, points in lists.items()}
@@ -124,34 +132,21 @@ class Results:
         step: float | None = None,
         confidence: float = 0.95,
     ) -> PowerLaw:
-        """The exponent s of y = c x^s by least squares in log-log axes, every configuration one point.
+        """The exponent s of y = c x^s by least squares in log-log axes.
 
         Args:
             x: A numeric parameter.
             y: A scalar.
-            where: Values of other parameters; only configurations that have them count.
-            step: Of the measurement; None: the last one of each configuration.
+            where: Values of other parameters; only configurations with these values count, each as one point.
+            step: The step of the measurement. Default: the last one of each configuration.
             confidence: Probability of the interval.
 
         Raises:
-            ValueError: If a name is unknown, no configuration is left, or there is no slope; see `log_log_slope`.
+            ValueError: If there is no slope; see `log_log_slope`.
         """
         kept = self.where(where or {})
         points = list(itertools.chain.from_iterable(kept.series(x, y, step=step).values()))
         return log_log_slope([point[0] for point in points], [point[1] for point in points], confidence)
-
-    def where(self, values: Mapping[str, Any]) -> "Results":
-        """The results of the configurations with these values.
-
-        Raises:
-            ValueError: If there is none.
-        """
-        for name in values:
-            self._require("where", name, self.parameters)
-        kept = [e for e in self._entries if all(e.configuration.get(name) == value for name, value in values.items())]
-        if not kept:
-            raise ValueError(f"Expected complete configurations with {dict(values)} but there is none.")
-        return Results(kept)
 
     def mean(
         self, y: str, *, over: str = "seed", step: float | None = None, confidence: float = 0.95
@@ -161,17 +156,14 @@ class Results:
         Args:
             y: A scalar.
             over: The parameter whose values are repetitions.
-            step: Of the measurement; None: the last one of each configuration.
+            step: The step of the measurement. Default: the last one of each configuration.
             confidence: Probability of the interval.
 
         Returns:
-            For each combination of the other parameters, it and the mean.
-
-        Raises:
-            ValueError: If there is no such parameter, scalar or step.
+            Each combination of the other parameters, and its mean.
         """
-        self._require("y", y, self.scalars)
-        self._require("over", over, self.parameters)
+        _require("y", y, self.scalars)
+        _require("over", over, self.parameters)
         groups: dict[str, tuple[Configuration, list[float]]] = {}
         for row in self.at_step(step):
             rest = {name: row[name] for name in self.parameters if name != over and name in row}
@@ -179,18 +171,8 @@ class Results:
                 groups.setdefault(repr(rest), (rest, []))[1].append(row[y])
         return [(rest, mean_interval(values, confidence)) for rest, values in groups.values()]
 
-    @property
-    def columns(self) -> list[str]:
-        """Of the table."""
-        step = ["step"] if any("step" in row for entry in self._entries for row in entry.rows) else []
-        return ["trial", *self.parameters, *step, *self.scalars]
-
     def csv(self, rows: Sequence[TableRow] | None = None) -> str:
-        """The table as CSV; what a row lacks is empty.
-
-        Args:
-            rows: Of the table. Default: all.
-        """
+        """The table, or these rows of it, as CSV; what a row lacks is empty."""
         text = io.StringIO()
         writer = csv.DictWriter(text, self.columns, restval="", lineterminator="\n")
         writer.writeheader()
@@ -201,18 +183,15 @@ class Results:
         """The table as Markdown, numbers with five digits.
 
         Args:
-            rows: Of the table. Default: the last one of each configuration.
+            rows: Rows of the table. Default: the last one of each configuration.
             columns: Names of columns. Default: all.
-
-        Raises:
-            ValueError: If there is no such column.
         """
-        for column in columns or ():
-            self._require("columns", column, self.columns)
-        columns = self.columns if columns is None else columns
-        cells = [[_shown(row.get(name, "")) for name in columns] for row in (self.final if rows is None else rows)]
-        widths = [max(len(line[i]) for line in [list(columns), *cells]) for i in range(len(columns))]
-        lines = [list(columns), ["-" * width for width in widths], *cells]
+        names = list(self.columns if columns is None else columns)
+        for name in names:
+            _require("columns", name, self.columns)
+        cells = [[_shown(row.get(name, "")) for name in names] for row in (self.final if rows is None else rows)]
+        widths = [max(map(len, column)) for column in zip(names, *cells, strict=True)]
+        lines = [names, ["-" * width for width in widths], *cells]
         return "\n".join(
             "| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) + " |"
             for line in lines
@@ -220,48 +199,39 @@ class Results:
 
     def to_csv(self, path: str | os.PathLike[str]) -> None:
         """Writes the whole table to a CSV file."""
-        with open(path, "w", newline="") as file:
-            file.write(self.csv())
+        Path(path).write_text(self.csv(), newline="")
 
     def to_parquet(self, path: str | os.PathLike[str]) -> None:
-        """Writes the whole table to a Parquet file.
-
-        Raises:
-            ModuleNotFoundError: If pyarrow is not installed.
-        """
-        try:
-            import pyarrow
-            import pyarrow.parquet
-        except ModuleNotFoundError as error:
-            raise ModuleNotFoundError(
-                "Parquet files need pyarrow, which is not installed: pip install pyarrow."
-            ) from error
+        """Writes the whole table to a Parquet file, with pyarrow."""
         columns = {name: [row.get(name) for row in self.rows] for name in self.columns}
-        pyarrow.parquet.write_table(pyarrow.table(columns), os.fspath(path))
+        table = _optional("pyarrow").table(columns)
+        _optional("pyarrow.parquet").write_table(table, os.fspath(path))
 
     def to_pandas(self) -> "pandas.DataFrame":
-        """The whole table as a data frame.
-
-        Raises:
-            ModuleNotFoundError: If pandas is not installed.
-        """
-        try:
-            import pandas
-        except ModuleNotFoundError as error:
-            raise ModuleNotFoundError("Data frames need pandas, which is not installed: pip install pandas.") from error
-        return pandas.DataFrame(self.rows, columns=self.columns)
+        """The whole table as a data frame of pandas."""
+        return _optional("pandas").DataFrame(self.rows, columns=self.columns)
 
     @staticmethod
-    def _require(argument: str, name: str, known: Sequence[str]) -> None:
-        if name not in known:
-            raise ValueError(f"Expected argument `{argument}` to be one of {list(known)} but got {name!r}.")
+    def _row(entry: Entry, measured: Mapping[str, float]) -> TableRow:
+        return {"trial": entry.trial, **entry.configuration, **measured}
 
     def __len__(self) -> int:
         return len(self._entries)
 
 
-def _hashable(value: Any) -> Any:
-    return repr(value) if isinstance(value, list | dict) else value
+def _require(argument: str, name: str, known: Sequence[str]) -> None:
+    if name not in known:
+        raise ValueError(f"Expected argument `{argument}` to be one of {list(known)} but got {name!r}.")
+
+
+def _optional(module: str) -> Any:
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        package = module.partition(".")[0]
+        raise ModuleNotFoundError(
+            f"This export needs {package}, which is not installed: pip install {package}."
+        ) from error
 
 
 def _shown(value: Any) -> str:

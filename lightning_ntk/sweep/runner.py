@@ -1,33 +1,49 @@
 """`Sweep`: an objective, its configurations and their storage; runs them in worker processes."""
 
+import multiprocessing
 import os
+import sys
+import time
+import uuid
 import warnings
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import cached_property, partial
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
+from tqdm import tqdm
+
 from lightning_ntk.sweep.configurations import check_configurations, configuration_key, grid
+from lightning_ntk.sweep.liveness import Observer
 from lightning_ntk.sweep.objective import Objective, objective_identity, require_for_processes
-from lightning_ntk.sweep.processes import ProgressBar, WorkerProcesses, processors
-from lightning_ntk.sweep.queue import Queue
+from lightning_ntk.sweep.queue import Queue, State
 from lightning_ntk.sweep.results import Results
 from lightning_ntk.sweep.storage import open_storage
-from lightning_ntk.sweep.worker import Job, work
+from lightning_ntk.sweep.worker import POLL, work, work_in_process
+from lightning_ntk.utilities.validation import require_integer
+
+# Worker processes that may die in a row before they took a trial: then something is wrong with all of them.
+_EARLY_DEATHS = 2
+# Seconds that a worker gets to put its trial back after an interrupt.
+_GRACE = 10.0
+_THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 
 
 class Sweep:
-    """Runs an objective once for each of many configurations, in as many processes as wanted, and keeps every result.
+    """Runs an objective once for each of many configurations and keeps every result.
 
     The storage is a queue: the same call resumes what was interrupted, runs what was added, and repeats nothing that is
     complete. Any number of processes may work on one storage at once.
 
     Args:
-        objective: Called with a configuration, a dictionary; trains, and returns the `LinearizationMonitor` of the run or a
-            dictionary of scalars. A function at the top level of a file, because worker processes import it.
-        configurations: A list of dictionaries, or one dictionary of lists, of which every combination is run.
+        objective: Called with a configuration, a dictionary; trains, and returns the run's `LinearizationMonitor` or a
+            dictionary of scalars. It must be a function at the top level of a file, because worker processes import it.
+        configurations: Dictionaries, or one dictionary of lists, every combination of which is run.
         storage: Path of a journal file, or an Optuna storage URL such as "sqlite:///sweep.db" or "postgresql://...".
-        name: Of the sweep in its storage, which may hold several.
-        patience: Seconds without a sign of life after which a worker on another machine is taken for dead.
+        name: The sweep's name in its storage, which may hold several.
+        patience: Seconds without a sign of life after which a worker on another machine counts as dead.
         logs: Directory for what the workers print. Default: "{name}.logs".
 
     Raises:
@@ -45,7 +61,7 @@ class Sweep:
     def __init__(
         self,
         objective: Objective,
-        configurations: Sequence[Mapping[str, Any]] | Mapping[str, Sequence[Any]],
+        configurations: Iterable[Mapping[str, Any]] | Mapping[str, Sequence[Any]],
         *,
         storage: str | os.PathLike[str] = "sweep.journal",
         name: str = "sweep",
@@ -57,22 +73,16 @@ class Sweep:
         if not patience > 0:
             raise ValueError(f"Expected argument `patience` to be a positive number of seconds but got {patience!r}.")
         self.objective = objective
-        if isinstance(configurations, Mapping):
-            self.configurations = grid(configurations)
-        else:
-            self.configurations = check_configurations(configurations)
-        self.storage = os.fspath(storage)
-        self.name = name
-        self.patience = patience
+        self.configurations = (
+            grid(configurations) if isinstance(configurations, Mapping) else check_configurations(configurations)
+        )
+        self.storage, self.name, self.patience = os.fspath(storage), name, patience
         self.logs = Path(f"{name}.logs" if logs is None else logs)
-        self._queue: Queue | None = None
 
-    @property
+    @cached_property
     def queue(self) -> Queue:
-        """The study in its storage, opened, or created, when it is first needed."""
-        if self._queue is None:
-            self._queue = Queue(open_storage(self.storage), self.name, objective_identity(self.objective))
-        return self._queue
+        """The study in its storage, opened or created when it is first needed."""
+        return Queue(open_storage(self.storage), self.name, objective_identity(self.objective))
 
     @property
     def results(self) -> Results:
@@ -80,11 +90,7 @@ class Sweep:
         return Results(self.queue.entries(rows=True).values())
 
     def enqueue(self, *, retry_failed: bool = False) -> None:
-        """Puts the configurations that have no result and no trial into the queue, and says what the storage has besides.
-
-        Args:
-            retry_failed: Whether configurations that failed are tried again.
-        """
+        """Enqueues what has no result, with `retry_failed` also what failed; warns if the storage has more."""
         known = self.queue.entries()
         wanted = {configuration_key(configuration) for configuration in self.configurations}
         other = [entry for key, entry in known.items() if key not in wanted]
@@ -92,7 +98,7 @@ class Sweep:
         if other:
             unfinished = sum(entry.state in ("waiting", "missing", "running") for entry in other)
             warnings.warn(
-                f"The sweep {self.name!r} has {len(other)} configurations of earlier calls that are not asked for now, for "
+                f"The sweep {self.name!r} has {len(other)} configurations of earlier calls that are not in this one, for "
                 f"example {other[0].configuration}. They stay in the storage and in its table"
                 + (f", and the {unfinished} unfinished ones are run" if unfinished else "")
                 + ". Give another `name` for a sweep without them.",
@@ -111,30 +117,34 @@ class Sweep:
                 the trials one after another in this process, for a debugger or a notebook.
             threads: Threads of each worker. Default: its share of the processors that this process may use.
             retry_failed: Whether configurations that failed are tried again.
-            progress: Whether to show a bar over all configurations.
+            progress: Whether to show a progress bar over all configurations.
 
         Returns:
-            All results in the storage, also those of earlier calls. Failed configurations are not among them; a warning says
-            how many there are.
+            All results in the storage, including those of earlier calls. Failed configurations are not among them; a warning
+            says how many there are.
 
         Raises:
             RuntimeError: If worker processes die as soon as they are started.
             KeyboardInterrupt: On Ctrl-C, after the trials in flight went back to the queue.
         """
-        if isinstance(workers, bool) or not isinstance(workers, int) or workers < 0:
-            raise ValueError(f"Expected argument `workers` to be a number of processes, or 0, but got {workers!r}.")
-        if threads is not None and (isinstance(threads, bool) or not isinstance(threads, int) or threads < 1):
-            raise ValueError(f"Expected argument `threads` to be a positive integer but got {threads!r}.")
+        require_integer("workers", workers, least=0)
+        if threads is not None:
+            require_integer("threads", threads, least=1)
         if workers:
             require_for_processes(self.objective)
         self.enqueue(retry_failed=retry_failed)
-        with ProgressBar(self.queue, enabled=progress) as bar:
+        counts = self.queue.counts()
+        # Without smoothing: trials end in bursts, and the mean rate since the start is the better guess.
+        with tqdm(
+            total=counts.total(), initial=_ended(counts), desc="sweep", unit="trial", smoothing=0,
+            disable=not progress, dynamic_ncols=True,
+        ) as bar:  # fmt: skip
+            show = partial(_show, bar, self.queue)
             if workers:
-                job = Job(self.objective, self.storage, self.name, self.patience)
-                share = threads or max(1, processors() // workers)
-                WorkerProcesses(self.queue, job, workers, share, self.logs, bar).run()
+                processors = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+                _Workers(self, workers, threads or max(1, processors // workers)).run(show)
             else:
-                work(self.queue, self.objective, patience=self.patience, wait=True, after_trial=bar.update)
+                work(self.queue, self.objective, patience=self.patience, wait=True, after_trial=show)
         entries = self.queue.entries()
         failed = [entry for entry in entries.values() if entry.state == "failed"]
         if failed:
@@ -145,3 +155,104 @@ class Sweep:
                 stacklevel=2,
             )
         return self.results
+
+
+class _Workers:
+    """Worker processes: started while trials wait, replaced when they die."""
+
+    def __init__(self, sweep: Sweep, count: int, threads: int) -> None:
+        self._queue, self._threads = sweep.queue, threads
+        self._observer = Observer(sweep.patience)
+        self._target = partial(work_in_process, sweep.objective, sweep.storage, sweep.name, sweep.patience)
+        self._logs = [sweep.logs / f"worker-{slot}.log" for slot in range(1, count + 1)]
+        self._processes: dict[Path, BaseProcess] = {}  # by log; a process is named by the id of its worker
+        self._ended: dict[str, bool] = {}
+        self._early_deaths: list[Path] = []
+
+    def run(self, show: Callable[[], Counter[State]]) -> None:
+        """Returns when every configuration has ended, wherever it was run."""
+        self._logs[0].parent.mkdir(parents=True, exist_ok=True)
+        try:
+            while True:
+                self._collect()
+                self._queue.recover(self._observer, self._ended)
+                counts = show()
+                if _ended(counts) == counts.total():
+                    break
+                if len(self._early_deaths) >= _EARLY_DEATHS:
+                    log = self._early_deaths[-1]
+                    tail = "\n".join(log.read_text(errors="replace").splitlines()[-15:]) if log.exists() else ""
+                    raise RuntimeError(
+                        f"{len(self._early_deaths)} worker processes in a row ended before they took a trial. The last lines "
+                        f'of {log}:\n{tail}\nA script must call run() under if __name__ == "__main__":, because worker '
+                        "processes import it."
+                    )
+                free = [log for log in self._logs if log not in self._processes]
+                for log in free[: counts["waiting"]]:
+                    self._start(log)
+                time.sleep(POLL)
+        except KeyboardInterrupt:
+            tqdm.write("Interrupted; the same command resumes.", file=sys.stderr)
+            raise
+        finally:
+            self._stop()
+
+    def _start(self, log: Path) -> None:
+        identity = uuid.uuid4().hex
+        process = multiprocessing.get_context("spawn").Process(
+            target=self._target, args=(identity, self._threads, log), name=identity
+        )
+        saved = {name: os.environ[name] for name in _THREAD_VARIABLES if name in os.environ}
+        os.environ.update(dict.fromkeys(_THREAD_VARIABLES, str(self._threads)))
+        try:
+            process.start()
+        finally:
+            for name in _THREAD_VARIABLES:
+                del os.environ[name]
+            os.environ.update(saved)
+        self._processes[log] = process
+
+    def _collect(self) -> None:
+        for log, process in list(self._processes.items()):
+            if process.is_alive():
+                continue
+            del self._processes[log]
+            self._ended[process.name] = False
+            took_a_trial = self._queue.knows(process.name)
+            if took_a_trial:
+                self._early_deaths.clear()
+            elif process.exitcode:
+                self._early_deaths.append(log)
+            if process.exitcode:
+                tqdm.write(
+                    f"A worker process ended with exit code {process.exitcode} (log: {log})"
+                    + ("; its configuration is run again." if took_a_trial else "."),
+                    file=sys.stderr,
+                )
+
+    def _stop(self) -> None:
+        for process in self._processes.values():
+            process.terminate()
+        deadline = time.monotonic() + _GRACE
+        for process in self._processes.values():
+            process.join(max(0.0, deadline - time.monotonic()))
+            if process.is_alive():
+                process.kill()
+                process.join()
+            self._ended[process.name] = True
+        self._queue.recover(self._observer, self._ended)
+
+
+def _show(bar: tqdm, queue: Queue) -> Counter[State]:
+    counts = queue.counts()
+    bar.total = counts.total()
+    bar.set_postfix({state: counts[state] for state in ("running", "failed") if counts[state]}, refresh=False)
+    if _ended(counts) > bar.n or sys.stderr.isatty():
+        # The clock of a terminal goes on; a log file gets a line only when a trial has ended.
+        bar.n = _ended(counts)
+        bar.refresh()
+    return counts
+
+
+def _ended(counts: Counter[State]) -> int:
+    return counts["complete"] + counts["failed"]

@@ -4,17 +4,13 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy
+from scipy.stats import linregress, sem, t
+
 
 @dataclass(frozen=True)
 class Mean:
-    """A mean and its confidence interval.
-
-    Args:
-        mean: Of the values.
-        low: Lower end of the interval; minus infinity for a single value, which says nothing about its spread.
-        high: Upper end.
-        count: Number of values.
-    """
+    """A mean and its confidence interval, which is infinite for a single value."""
 
     mean: float
     low: float
@@ -24,15 +20,15 @@ class Mean:
 
 @dataclass(frozen=True)
 class PowerLaw:
-    """The least-squares line through points in log-log axes: y = factor * x^slope.
+    """The least-squares line in log-log axes: y = factor * x^slope.
 
     Args:
         slope: Exponent of x.
-        low: Lower end of the confidence interval of the slope; minus infinity for points at two abscissas only, one each.
+        low: Lower end of the slope's confidence interval; minus infinity for two points.
         high: Upper end.
-        factor: The value of the line at x = 1.
+        factor: Value of the line at x = 1.
         count: Number of points.
-        confidence: Probability of the interval.
+        confidence: Probability that the interval contains the slope.
     """
 
     slope: float
@@ -51,14 +47,11 @@ class PowerLaw:
 
 
 def mean_interval(values: Sequence[float], confidence: float = 0.95) -> Mean:
-    """Mean of independent values, with Student's t interval: mean ± t s / sqrt(n), s from n - 1 degrees of freedom.
+    """Mean of independent values, with Student's interval, mean ± t s / sqrt(n).
 
     Args:
         values: At least one.
         confidence: Probability that the interval contains the expectation, for normal values.
-
-    Raises:
-        ValueError: If there are no values, or `confidence` is no probability.
 
     Example:
         >>> mean_interval([1.0, 2.0, 3.0]).mean
@@ -66,37 +59,33 @@ def mean_interval(values: Sequence[float], confidence: float = 0.95) -> Mean:
     """
     if not values:
         raise ValueError("Expected at least one value to average but got none.")
-    _require_probability(confidence)
-    count = len(values)
-    mean = math.fsum(values) / count
-    if count == 1:
-        return Mean(mean, -math.inf, math.inf, 1)
-    variance = math.fsum((value - mean) ** 2 for value in values) / (count - 1)
-    half = _t_quantile(confidence, count - 1) * math.sqrt(variance / count)
-    return Mean(mean, mean - half, mean + half, count)
+    mean = math.fsum(values) / len(values)
+    with numpy.errstate(invalid="ignore"):  # the interval of a diverged run is nan
+        error = sem(values) if len(values) > 1 else math.nan
+    half = _half_width(confidence, len(values) - 1, error)
+    return Mean(mean, mean - half, mean + half, len(values))
 
 
 def log_log_slope(x: Sequence[float], y: Sequence[float], confidence: float = 0.95) -> PowerLaw:
-    """Least squares of log y = log factor + slope log x, with Student's t interval from n - 2 degrees of freedom.
+    """Least squares of log y = log factor + slope log x, with Student's interval.
 
     Args:
-        x: Positive abscissas, at least two distinct ones.
-        y: Positive values, one for each.
+        x: Positive numbers, at least two of them distinct.
+        y: One positive number for each x.
         confidence: Probability that the interval contains the slope, for independent log-normal deviations.
 
     Raises:
-        ValueError: If the lengths differ, a number is not positive and finite, all x are the same, or `confidence` is no
+        ValueError: If the lengths differ, a number is not positive and finite, all x are the same, or `confidence` is not a
             probability.
 
     Example:
         >>> str(log_log_slope([1, 10, 100], [5.0, 0.5, 0.05]))
         '-1.000 [-1.000, -1.000]'
     """
-    _require_probability(confidence)
     if len(x) != len(y):
         raise ValueError(f"Expected as many y as x but got {len(y)} and {len(x)}.")
     for axis, numbers in (("x", x), ("y", y)):
-        wrong = [value for value in numbers if not (math.isfinite(value) and value > 0)]
+        wrong = [value for value in numbers if not 0 < value < math.inf]
         if wrong:
             raise ValueError(
                 f"Expected positive, finite numbers for a slope in log-log axes but {len(wrong)} of {len(numbers)} {axis} are "
@@ -104,25 +93,14 @@ def log_log_slope(x: Sequence[float], y: Sequence[float], confidence: float = 0.
             )
     if len(set(x)) < 2:
         raise ValueError(f"Expected points at two or more different x for a slope but got {sorted(set(x))}.")
-    log_x, log_y = [math.log(value) for value in x], [math.log(value) for value in y]
-    count = len(x)
-    mean_x, mean_y = math.fsum(log_x) / count, math.fsum(log_y) / count
-    spread = math.fsum((value - mean_x) ** 2 for value in log_x)
-    slope = math.fsum((a - mean_x) * (b - mean_y) for a, b in zip(log_x, log_y, strict=True)) / spread
-    half = math.inf
-    if count > 2:
-        residuals = [b - mean_y - slope * (a - mean_x) for a, b in zip(log_x, log_y, strict=True)]
-        variance = math.fsum(residual**2 for residual in residuals) / (count - 2)
-        half = _t_quantile(confidence, count - 2) * math.sqrt(variance / spread)
-    return PowerLaw(slope, slope - half, slope + half, math.exp(mean_y - slope * mean_x), count, confidence)
+    line = linregress([math.log(value) for value in x], [math.log(value) for value in y])
+    error = line.stderr if len(set(y)) > 1 else 0.0  # scipy has nan for a constant y
+    slope, half = float(line.slope), _half_width(confidence, len(x) - 2, error)
+    return PowerLaw(slope, slope - half, slope + half, math.exp(line.intercept), len(x), confidence)
 
 
-def _t_quantile(confidence: float, degrees: int) -> float:
-    from scipy.stats import t
-
-    return float(t.ppf(0.5 + confidence / 2, degrees))
-
-
-def _require_probability(confidence: float) -> None:
+def _half_width(confidence: float, degrees: int, standard_error: float) -> float:
     if not 0 < confidence < 1:
         raise ValueError(f"Expected argument `confidence` to be between 0 and 1 but got {confidence!r}.")
+    # Not t.interval, which is nan where the standard error is 0.
+    return float(t.ppf(0.5 + confidence / 2, degrees) * standard_error) if degrees else math.inf

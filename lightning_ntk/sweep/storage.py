@@ -1,38 +1,32 @@
-"""Opening the storage in which a sweep is kept: a journal file, or any URL that Optuna knows."""
+"""Opens what keeps a sweep: a journal file or a database, and a study in it."""
 
-import json
 import os
 import random
 import time
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
+import optuna
 from optuna.storages import BaseStorage, JournalStorage, RDBStorage, get_storage
 from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
 
 # Seconds for which a process waits for another one's transaction on an SQLite file.
 _SQLITE_PATIENCE = 60
-# To open a database in which other processes make the tables.
+# Attempts to open a database in which other processes make the tables.
 _ATTEMPTS = 8
+# User attribute of the study of a sweep.
+_OBJECTIVE = "lightning_ntk sweep"
 
 
 def open_storage(storage: str | os.PathLike[str]) -> BaseStorage:
-    """The storage behind a URL, or the journal file at a path, created if it does not exist.
-
-    Args:
-        storage: A path, for example "sweep.journal", or an Optuna URL such as "sqlite:///sweep.db" or
-            "postgresql://host/database".
-
-    Raises:
-        ValueError: If the file at the path is no journal.
-    """
+    """Opens a journal file at a path, created if it does not exist, or a database at an Optuna URL."""
     url = os.fspath(storage)
     if "://" in url:
         return get_storage(_database(url))
     path = Path(url).expanduser().resolve()
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
-        return JournalStorage(_RepairedJournal(path))
+        return JournalStorage(JournalFileBackend(str(path), lock_obj=_RepairingLock(str(path))))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(
             f"Expected argument `storage` to be a journal file of Optuna, a path that does not exist yet, or a URL but {path} is "
@@ -40,36 +34,65 @@ def open_storage(storage: str | os.PathLike[str]) -> BaseStorage:
         ) from error
 
 
-class _RepairedJournal(JournalFileBackend):
-    """A journal file that survives a writer killed in the middle of a line: the torn line is cut off before the next."""
+def open_study(storage: BaseStorage, name: str, objective: str | None = None) -> int:
+    """The id of a sweep's study, created if it does not exist and `objective`, which made it, is known."""
+    names = sorted(study.study_name for study in storage.get_all_studies())
+    if objective is None and name not in names:
+        raise ValueError(
+            f"Expected a sweep named {name!r} in the storage but it has {names or 'none at all'}. "
+            "Run it first, or give the `name` and `storage` with which it was run."
+        )
+    verbosity = optuna.logging.get_verbosity()
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    try:
+        study = optuna.create_study(storage=storage, study_name=name, load_if_exists=True)
+    finally:
+        optuna.logging.set_verbosity(verbosity)
+    made_with = study.user_attrs.get(_OBJECTIVE)
+    if made_with is None and objective is not None and not study.get_trials(deepcopy=False):
+        study.set_user_attr(_OBJECTIVE, objective)  # new, or its maker has not come this far
+    elif made_with is None or objective not in (None, made_with):
+        raise ValueError(
+            f"Expected the study {name!r} to be a sweep of {objective or 'some objective'} but it is "
+            f"{f'one of {made_with}' if made_with else 'not a sweep'}. Nothing was changed: give another `name` or `storage`."
+        )
+    return study._study_id
 
-    def __init__(self, path: Path) -> None:
-        # Optuna's default lock is a symbolic link, which is broken for relative paths and needs rights on Windows.
-        self._path, self._own_lock = path, JournalFileOpenLock(str(path))
-        super().__init__(str(path), lock_obj=self._own_lock)
 
-    def append_logs(self, logs: list[dict[str, Any]]) -> None:
-        lines = "".join(json.dumps(log, separators=(",", ":")) + "\n" for log in logs)
-        self._own_lock.acquire()
+# Optuna's default lock is a symbolic link, which is broken for relative paths and needs rights on Windows.
+class _RepairingLock(JournalFileOpenLock):
+    """The lock of a journal, whose owner appends to whole lines only.
+
+    A line that a killed writer left unfinished is cut off. Optuna itself appends, so that a writer that stalls until others take
+    its lock cannot overwrite what they wrote.
+    """
+
+    def __init__(self, journal: str) -> None:
+        super().__init__(journal)
+        self._journal = Path(journal)
+
+    def acquire(self) -> bool:
+        acquired = super().acquire()
         try:
-            with self._path.open("r+b") as file:
-                _cut_torn_line(file)
-                file.seek(0, os.SEEK_END)
-                file.write(lines.encode())
-                file.flush()
-                os.fsync(file.fileno())
-        finally:
-            self._own_lock.release()
+            _cut_torn_line(self._journal)
+        except BaseException:
+            self.release()
+            raise
+        return acquired
 
 
-def _cut_torn_line(file: BinaryIO) -> None:
-    size = file.seek(0, os.SEEK_END)
-    if size == 0:
-        return
-    file.seek(size - 1)
-    if file.read(1) != b"\n":
-        file.seek(0)
-        file.truncate(file.read().rfind(b"\n") + 1)
+def _cut_torn_line(journal: Path) -> None:
+    with journal.open("rb") as file:
+        file.seek(max(0, file.seek(0, os.SEEK_END) - 1))
+        if file.read() in (b"", b"\n"):
+            return
+    content = journal.read_bytes()
+    whole = content.rfind(b"\n") + 1
+    if whole == 0 and not content.startswith(b'{"op_code":'):
+        raise ValueError(
+            f"Expected a journal file of Optuna but {journal} is another kind of file. Nothing was changed."
+        )
+    os.truncate(journal, whole)
 
 
 def _database(url: str) -> RDBStorage:
@@ -80,7 +103,7 @@ def _database(url: str) -> RDBStorage:
         try:
             return create(url)
         except DBAPIError:
-            # Of several processes that make the tables of an empty database at once, one succeeds.
+            # When several processes make the tables of an empty database at once, only one succeeds.
             time.sleep(random.uniform(0, 0.2 * attempt))
     return create(url)
 

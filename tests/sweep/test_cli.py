@@ -84,17 +84,17 @@ def test_storage_and_name_may_be_given_instead(file: Path, capsys: pytest.Captur
 def test_a_path_in_the_file_is_relative_to_it(file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
-    content = SweepFile.read("../widths.yaml")
+    content = SweepFile.read("../widths.yaml").sweep
     assert Path(content.storage) == tmp_path / "widths.journal"
     assert content.logs == tmp_path / "widths.logs"
     assert content.objective.load()({"width": 9, "seed": 0}) == {"ntk/distance": 1.0}
-    assert SweepFile.read("../widths.yaml", storage="here.journal").storage == "here.journal"
+    assert SweepFile.read("../widths.yaml", storage="here.journal").sweep.storage == "here.journal"
 
 
 def test_numbers_of_yaml_1_2_are_numbers(tmp_path: Path) -> None:
     path = tmp_path / "s.yaml"
     path.write_text("objective: a:b\ngrid: {lr: [1e-3, 2.5E+2, -1e4, 3, 1.5, .5e0], name: [1e, e3, v1e3, '1e3']}\n")
-    configurations = SweepFile.read(path).configurations
+    configurations = SweepFile.read(path).sweep.configurations
     assert list(dict.fromkeys(c["lr"] for c in configurations)) == [1e-3, 250.0, -1e4, 3, 1.5, 0.5]
     assert list(dict.fromkeys(c["name"] for c in configurations)) == ["1e", "e3", "v1e3", "1e3"]
 
@@ -104,13 +104,13 @@ def test_samples_times_a_grid(tmp_path: Path) -> None:
     path = write(
         tmp_path, objective="a:b", latin_hypercube={"samples": 5, "seed": 2, "ranges": ranges}, grid={"seed": [0, 1]}
     )
-    configurations = SweepFile.read(path).configurations
+    configurations = SweepFile.read(path).sweep.configurations
     assert len(configurations) == 10
     assert len({c["lr"] for c in configurations}) == 5
     path = write(tmp_path, objective="a:b", random={"samples": 4, "ranges": ranges})
-    assert len(SweepFile.read(path).configurations) == 4
+    assert len(SweepFile.read(path).sweep.configurations) == 4
     path = write(tmp_path, objective="a:b", grid=[{"width": 3}, {"depth": 2}])
-    assert SweepFile.read(path).configurations == [{"width": 3}, {"depth": 2}]
+    assert SweepFile.read(path).sweep.configurations == [{"width": 3}, {"depth": 2}]
 
 
 GRID = {"grid": {"a": [1]}}
@@ -122,7 +122,7 @@ GRID = {"grid": {"a": [1]}}
         ({"objective": "a:b"}, "to have configurations under one of ['grid', 'random', 'latin_hypercube']"),
         (GRID, "to have the keys ['objective']"),
         ({"objective": "a:b", "gird": {"a": [1]}}, "but it has ['gird']"),
-        ({"objective": "a:b", "grid": {"a": [1, 1]}}, "Expected distinct values for the parameter 'a'"),
+        ({"objective": "a:b", "grid": {"a": [1, 1]}}, "numbers 0 and 1 are the same: {'a': 1}"),
         ({"objective": "a:b", "grid": {}}, "zero trials"),
         ({"objective": "a:b", "grid": None}, "zero trials"),
         ({"objective": "a:b", "random": {"samples": 0, "ranges": {"x": [1, 2]}}}, "Expected argument `samples`"),
@@ -138,7 +138,8 @@ GRID = {"grid": {"a": [1]}}
             "Expected a configuration file of LightningCLI",
         ),
         ({"objective": "no_such_module:f", **GRID}, "No module named 'no_such_module'"),
-        ({"objective": "train.py:f", **GRID}, "/train.py but there is none"),
+        ({"objective": "train.py:f", **GRID}, "module '_sweep_train_"),
+        ({"objective": "nothing.py:f", **GRID}, "No such file or directory: "),
     ],
 )
 def test_a_wrong_file_is_refused_in_a_sentence(
@@ -156,6 +157,33 @@ def test_a_file_that_is_no_description_is_refused(file: Path, text: str, capsys:
     assert "Expected a YAML file that describes a sweep" in sweep(capsys, "run", file.parent / "no.yaml", status=1)
 
 
+@pytest.mark.parametrize("key", ["grid", "width"])
+def test_a_key_that_occurs_twice_is_refused_by_name(file: Path, key: str, capsys: pytest.CaptureFixture[str]) -> None:
+    again = "grid: {width: [16]}" if key == "grid" else "random: {samples: 1, ranges: {width: [1], width: [2]}}"
+    file.write_text(f"objective: train.py:objective\ngrid: {{seed: [0]}}\n{again}\n")
+    shown = sweep(capsys, "run", file, status=1)
+    assert f"the key '{key}' occurs twice" in shown
+    assert "line 3" in shown
+
+
+@pytest.mark.parametrize("command", [("run", "--quiet"), ("worker",)])
+@pytest.mark.parametrize(
+    ("code", "sentence"),
+    [
+        ("def f(:", r"SyntaxError: .*\(train\.py, line 1\)"),
+        ("import sys; sys.exit(0)", "SystemExit: 0"),
+        ("{}['a']", "KeyError: 'a'"),
+    ],
+)
+def test_an_objective_that_cannot_be_imported_is_said_and_fails_nothing(
+    file: Path, code: str, sentence: str, command: Sequence[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    (file.parent / "train.py").write_text(code)
+    shown = sweep(capsys, command[0], file, *command[1:], status=1)
+    assert re.search(f"lightning-ntk: Expected to import 'train.py:objective', .* but it raised {sentence}", shown)
+    assert not (file.parent / "widths.journal").exists()
+
+
 def test_a_table_of_nothing_says_so(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write(file.parent, objective="train.py:objective", grid={"width": [32], "seed": [0]}, workers=0)
     assert "1 of 1 configurations failed" in sweep(capsys, "run", file, "--quiet", status=1)
@@ -171,7 +199,7 @@ def test_the_command_is_installed_under_its_name() -> None:
 
 
 def test_the_example_is_a_description() -> None:
-    example = SweepFile.read(Path(__file__).parent.parent.parent / "examples" / "sweep.yaml")
+    example = SweepFile.read(Path(__file__).parent.parent.parent / "examples" / "sweep.yaml").sweep
     assert len(example.configurations) == 9
     assert example.objective.load().__name__ == "objective"
 
@@ -187,9 +215,8 @@ def test_the_documented_commands_exist(command: str) -> None:
 def test_the_documented_file_is_the_example(tmp_path: Path) -> None:
     example = Path(__file__).parent.parent.parent / "examples"
     (tmp_path / "widths.yaml").write_text(re.findall(r"```yaml\n(.*?)```", DOCUMENTATION, flags=re.DOTALL)[0])
-    assert (
-        SweepFile.read(tmp_path / "widths.yaml").configurations == SweepFile.read(example / "sweep.yaml").configurations
-    )
+    documented, shipped = (SweepFile.read(d / f).sweep for d, f in ((tmp_path, "widths.yaml"), (example, "sweep.yaml")))
+    assert documented.configurations == shipped.configurations
 
 
 def options(arguments: Sequence[str]) -> int:

@@ -18,7 +18,9 @@ def test_a_grid_is_every_combination_and_the_last_parameter_varies_fastest() -> 
 
 @pytest.mark.parametrize("values", [[64, 64], [64, 64.0], [[1, 2], (1, 2)], [{"a": 1, "b": 2}, {"b": 2, "a": 1}]])
 def test_a_duplicate_value_is_refused(values: list[object]) -> None:
-    with pytest.raises(ValueError, match=r"Expected distinct values for the parameter 'width' but .* occurs twice"):
+    with pytest.raises(
+        ValueError, match=r"Expected distinct configurations but numbers 0 and 1 are the same: {'width':"
+    ):
         grid({"width": values})
 
 
@@ -109,9 +111,14 @@ def test_a_logarithmic_range_that_reaches_zero_is_refused() -> None:
         Range(0, 1, log=True)
 
 
+def test_an_integer_range_between_fractions_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"Expected whole numbers as ends of an integer range but got 0\.2 and 0\.4"):
+        Range(0.2, 0.4, integer=True)
+
+
 @pytest.mark.parametrize("samples", [0, -1, 2.5, True])
 def test_no_samples_are_refused(samples: int) -> None:
-    with pytest.raises(ValueError, match="Expected argument `samples` to be a positive integer"):
+    with pytest.raises(ValueError, match="Expected argument `samples` to be an integer, at least 1"):
         random_sample({"x": Range(0, 1)}, samples=samples)
 
 

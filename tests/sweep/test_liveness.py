@@ -8,12 +8,12 @@ import pytest
 from optuna.exceptions import UpdateFinishedTrialError
 
 from lightning_ntk.sweep import liveness
-from lightning_ntk.sweep.liveness import WORKER, Heartbeat, Observer, worker_identity
+from lightning_ntk.sweep.liveness import WORKER, Observer, heartbeat, worker_identity
 
 
 def test_a_heart_beats_until_its_trial_is_over() -> None:
     beats: list[float] = []
-    with Heartbeat(beats.append, 0.01):
+    with heartbeat(beats.append, 0.01):
         deadline = time.monotonic() + 10
         while len(beats) < 3:
             assert time.monotonic() < deadline
@@ -34,7 +34,7 @@ def test_a_storage_out_of_reach_does_not_stop_a_heart_but_the_end_of_its_trial_d
         beaten.release()
         raise error
 
-    with Heartbeat(beat, 0.01):
+    with heartbeat(beat, 0.01):
         assert beaten.acquire(timeout=10)
         assert beaten.acquire(timeout=10 if goes_on else 0.1) == goes_on
 

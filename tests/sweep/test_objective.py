@@ -46,7 +46,7 @@ def test_a_result_of_nothing_says_so() -> None:
         rows_of(None)
     with pytest.raises(ValueError, match="at least one scalar besides the step"):
         rows_of({"step": 3.0})
-    with pytest.raises(ValueError, match="its history is empty: was it given to the Trainer"):
+    with pytest.raises(ValueError, match="after `fit` of the Trainer to which it was given"):
         rows_of(LinearizationMonitor())
 
 
@@ -85,9 +85,9 @@ def test_an_import_path_of_another_form_is_refused(path: str) -> None:
 
 
 def test_what_is_not_there_is_named(tmp_path: Path) -> None:
-    with pytest.raises(ImportError, match=r"Expected a Python file at .*nothing\.py but there is none"):
+    with pytest.raises(ImportError, match=r"Expected to import 'nothing\.py:f', .*FileNotFoundError: .*/nothing\.py"):
         ImportedObjective("nothing.py:f", str(tmp_path)).load()
-    with pytest.raises(ImportError, match=r"Expected a name 'f' in .*tests/sweep/objectives\.py but there is none"):
+    with pytest.raises(ImportError, match=r"module 'tests\.sweep\.objectives' has no attribute 'f'"):
         ImportedObjective("tests.sweep.objectives:f").load()
     with pytest.raises(ImportError, match="to be a function of a configuration but it is 600"):
         ImportedObjective("tests.sweep.objectives:NEVER").load()

@@ -8,9 +8,8 @@ import optuna
 import pytest
 from optuna.trial import TrialState
 
-from lightning_ntk.sweep.entry import MAX_DEATHS
 from lightning_ntk.sweep.liveness import Observer, worker_identity
-from lightning_ntk.sweep.queue import Queue
+from lightning_ntk.sweep.queue import MAX_DEATHS, Queue
 from lightning_ntk.sweep.storage import open_storage
 
 ME = worker_identity("me")
@@ -87,16 +86,16 @@ def test_a_grid_may_grow_by_values_of_another_type(queue: Queue) -> None:
 def test_the_trial_of_a_dead_process_is_run_again(queue: Queue) -> None:
     queue.enqueue(POINTS)
     assert queue.claim(GONE).configuration == POINTS[0]
-    assert queue.recover(Observer(1e9)) == [POINTS[0]]
-    assert states(queue)[0] == "missing"
-    assert queue.enqueue([]) == 0
+    queue.recover(Observer(1e9))
+    assert states(queue) == ["waiting"] * 4
     assert [queue.claim(ME).configuration for _ in range(4)] == [*POINTS[1:], POINTS[0]]
 
 
 def test_the_trial_of_a_living_process_is_left_alone(queue: Queue) -> None:
     queue.enqueue(POINTS)
     queue.claim(ME)
-    assert queue.recover(Observer(1e-9)) == []
+    queue.recover(Observer(1e-9))
+    assert states(queue) == ["running", "waiting", "waiting", "waiting"]
 
 
 def test_another_machine_is_judged_by_its_heartbeat_on_the_own_clock(
@@ -107,21 +106,22 @@ def test_another_machine_is_judged_by_its_heartbeat_on_the_own_clock(
     now = 1000.0
     monkeypatch.setattr("lightning_ntk.sweep.liveness.time.monotonic", lambda: now)
     observer = Observer(60)
-    assert queue.recover(observer) == []
+    queue.recover(observer)
     now += 59
     queue.beat(task, 5.0)  # the other machine's clock is wrong by years
-    assert queue.recover(observer) == []
+    queue.recover(observer)
     now += 59
-    assert queue.recover(observer) == []
+    queue.recover(observer)
+    assert states(queue) == ["running"]
     now += 2
-    assert queue.recover(observer) == [POINTS[0]]
+    queue.recover(observer)
+    assert states(queue) == ["waiting"]
 
 
 def test_the_late_result_of_a_worker_taken_for_dead_is_refused(queue: Queue) -> None:
     queue.enqueue(POINTS[:1])
     late = queue.claim(GONE)
     queue.recover(Observer(60))
-    queue.enqueue([])
     again = queue.claim(ME)
     assert queue.complete(again, [{"d": 1.0}], "d")
     assert not queue.complete(late, [{"d": 2.0}], "d")
@@ -179,7 +179,6 @@ def test_a_configuration_that_kills_its_workers_is_given_up(queue: Queue) -> Non
     for _ in range(MAX_DEATHS):
         assert queue.claim(GONE) is not None
         queue.recover(Observer(60))
-        queue.enqueue([])
     assert queue.claim(ME) is None
     (entry,) = queue.entries().values()
     assert entry.state == "failed"
@@ -192,7 +191,8 @@ def test_interrupts_do_not_count_as_deaths(queue: Queue) -> None:
     queue.enqueue(POINTS[:1])
     for _ in range(MAX_DEATHS + 2):
         queue.release(queue.claim(ME).trial_id, interrupted=True)
-        queue.enqueue([])
+        assert states(queue) == ["missing"]
+        queue.enqueue()
     assert states(queue) == ["waiting"]
 
 
@@ -223,14 +223,14 @@ def test_a_study_of_something_else_is_refused_untouched(url: str) -> None:
     study = optuna.create_study(study_name="sweep", storage=open_storage(url))
     study.add_trial(optuna.trial.create_trial(value=1.0))
     with pytest.raises(
-        ValueError, match="Expected the study 'sweep' to be a sweep of lightning_ntk but something else made it"
+        ValueError, match="Expected the study 'sweep' to be a sweep of tests:objective but it is not a sweep"
     ):
         Queue(open_storage(url), "sweep", "tests:objective")
     assert study.user_attrs == {}
 
 
 def test_a_sweep_of_another_objective_is_refused(queue: Queue, url: str) -> None:
-    with pytest.raises(ValueError, match="one of the objective other:f but it was made with tests:objective"):
+    with pytest.raises(ValueError, match="to be a sweep of other:f but it is one of tests:objective"):
         Queue(open_storage(url), "sweep", "other:f")
 
 

@@ -9,7 +9,7 @@ import pyarrow.parquet
 import pytest
 
 from lightning_ntk.sweep import Results, plot_scaling
-from lightning_ntk.sweep.entry import Entry
+from lightning_ntk.sweep.queue import Entry
 
 
 def entry(trial: int, configuration: dict[str, Any], rows: list[dict[str, float]], state: Any = "complete") -> Entry:

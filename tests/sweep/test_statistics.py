@@ -4,25 +4,27 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from scipy.stats import linregress, t
+from scipy.stats import t
 
 from lightning_ntk.sweep import log_log_slope
 from lightning_ntk.sweep.statistics import mean_interval
 
 
 @given(st.integers(0, 10_000), st.integers(3, 30), st.sampled_from([0.5, 0.9, 0.99]))
-def test_slope_and_interval_are_those_of_scipy(seed: int, count: int, confidence: float) -> None:
+def test_slope_and_interval_are_those_of_least_squares(seed: int, count: int, confidence: float) -> None:
     generator = np.random.default_rng(seed)
     x = generator.uniform(1, 100, count)
     y = 3 * x**-0.7 * np.exp(generator.normal(0, 0.3, count))
     law = log_log_slope(x.tolist(), y.tolist(), confidence)
-    expected = linregress(np.log(x), np.log(y))
-    half = t.ppf(0.5 + confidence / 2, count - 2) * expected.stderr
-    assert law.slope == pytest.approx(expected.slope, rel=1e-10, abs=1e-12)
+    design = np.stack([np.log(x), np.ones(count)], 1)
+    (slope, intercept), squares, *_ = np.linalg.lstsq(design, np.log(y), rcond=None)
+    error = math.sqrt(squares[0] / (count - 2) * np.linalg.inv(design.T @ design)[0, 0])
+    half = t.ppf(0.5 + confidence / 2, count - 2) * error
+    assert law.slope == pytest.approx(slope, rel=1e-9, abs=1e-11)
     assert law.high - law.slope == pytest.approx(half, rel=1e-6)
     assert law.slope - law.low == pytest.approx(half, rel=1e-6)
-    assert law.factor == pytest.approx(math.exp(expected.intercept), rel=1e-10)
-    assert law.at(7.0) == pytest.approx(math.exp(expected.intercept) * 7**expected.slope, rel=1e-10)
+    assert law.factor == pytest.approx(math.exp(intercept), rel=1e-9)
+    assert law.at(7.0) == pytest.approx(math.exp(intercept) * 7**slope, rel=1e-9)
 
 
 def test_the_interval_covers_as_often_as_it_says() -> None:
@@ -60,6 +62,13 @@ def test_means_and_intervals_are_students(values: list[float]) -> None:
     half = t.ppf(0.95, len(values) - 1) * np.std(values, ddof=1) / math.sqrt(len(values))
     assert mean.high - mean.mean == pytest.approx(half, rel=1e-9, abs=1e-10)
     assert mean.count == len(values)
+
+
+def test_values_without_spread_have_an_interval_without_width() -> None:
+    mean = mean_interval([2.5, 2.5, 2.5])
+    assert (mean.low, mean.mean, mean.high) == (2.5, 2.5, 2.5)
+    flat = log_log_slope([1, 2, 4], [3.0, 3.0, 3.0])
+    assert (flat.low, flat.slope, flat.high) == (0.0, 0.0, 0.0)
 
 
 def test_a_single_value_says_nothing_about_its_spread() -> None:

@@ -1,4 +1,7 @@
+import builtins
+import io
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -32,12 +35,43 @@ def test_a_relative_path_is_one_file_wherever_the_process_goes(tmp_path: Path, m
     assert len(Queue(open_storage(tmp_path / "results" / "sweep.journal"), "sweep").entries()) == 1
 
 
+def test_a_writer_that_loses_its_lock_while_it_stalls_overwrites_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "sweep.journal"
+    ours, theirs = (Queue(open_storage(path), "sweep", "f") for _ in range(2))
+    opened = builtins.open
+
+    def stalling(*arguments: Any, **options: Any) -> Any:
+        file = opened(*arguments, **options)
+        if Path(arguments[0]) != path or not file.writable():
+            return file
+        flush = file.flush
+
+        def late_flush() -> None:
+            monkeypatch.undo()
+            path.with_suffix(".journal.lock").unlink()  # after 30 seconds Optuna takes the lock of a stalled writer
+            theirs.enqueue([{"a": 2}])
+            path.with_suffix(".journal.lock").touch()
+            flush()
+
+        file.flush = late_flush
+        return file
+
+    monkeypatch.setattr(builtins, "open", stalling)
+    monkeypatch.setattr(io, "open", stalling)
+    ours.enqueue([{"a": 1}])
+    configurations = [entry.configuration for entry in Queue(open_storage(path), "sweep").entries().values()]
+    assert sorted(c["a"] for c in configurations) == [1, 2]
+
+
 @pytest.mark.parametrize(
-    "content", [b"SQLite format 3\0\xff\xfe\n\x80\n", b"some notes\nof mine\n", b'{"a": 1}\n{"b": 2}\n']
+    "content",
+    [b"SQLite format 3\0\xff\xfe\n\x80\n", b"some notes\nof mine\n", b'{"a": 1}\n{"b": 2}\n', b"one line", b'{"a": 1}'],
 )
 def test_a_file_that_is_no_journal_is_refused_and_kept(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "notes"
     path.write_bytes(content)
-    with pytest.raises(ValueError, match="Expected argument `storage` to be a journal file of Optuna"):
+    with pytest.raises(ValueError, match=r"Expected .*a journal file of Optuna.* is another kind of file"):
         Queue(open_storage(path), "sweep", "f")
     assert path.read_bytes() == content

@@ -45,7 +45,7 @@ def test_a_grid_that_grows_runs_what_is_new_and_one_that_shrinks_keeps_what_was(
     assert [row["width"] for row in results.rows] == [16, 32, 64]
     sentences = "\n".join(str(warning.message) for warning in said)
     assert "1 new configurations were added to the sweep 'sweep'" in sentences
-    assert "has 1 configurations of earlier calls that are not asked for now, for example {'width': 16}" in sentences
+    assert "has 1 configurations of earlier calls that are not in this one, for example {'width': 16}" in sentences
     assert "They stay in the storage and in its table. Give another `name`" in sentences
 
 
@@ -113,6 +113,25 @@ def test_an_interrupt_puts_the_trial_back(tmp_path: Path, how: str, number: sign
     assert len(sweep.run(workers=0, progress=False)) == 6
 
 
+def test_an_interrupt_that_nobody_sent_is_a_failure_like_any_other(tmp_path: Path) -> None:
+    def objective(config: dict[str, Any]) -> dict[str, float]:
+        raise KeyboardInterrupt
+
+    with pytest.warns(UserWarning, match="6 of 6 configurations failed, .* with: KeyboardInterrupt"):
+        make(tmp_path, objective).run(workers=0, progress=False)
+
+
+def test_configurations_may_be_generated(tmp_path: Path) -> None:
+    results = make(tmp_path, points=({"width": w} for w in (16, 64))).run(workers=0, progress=False)
+    assert [row["width"] for row in results.rows] == [16, 64]
+
+
+def test_a_directory_for_logs_that_cannot_be_made_is_named(tmp_path: Path) -> None:
+    (tmp_path / "logs").touch()
+    with pytest.raises(FileExistsError, match=r"/logs'$"):
+        make(tmp_path, logs=tmp_path / "logs").run(workers=1, progress=False)
+
+
 def test_the_objective_cannot_change_what_is_stored(tmp_path: Path) -> None:
     def objective(config: dict[str, Any]) -> dict[str, float]:
         config.clear()
@@ -134,9 +153,9 @@ def test_progress_is_over_all_configurations(tmp_path: Path, capfd: pytest.Captu
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"workers": -1}, "Expected argument `workers` to be a number of processes"),
+        ({"workers": -1}, "Expected argument `workers` to be an integer, at least 0"),
         ({"workers": 1.5}, "Expected argument `workers`"),
-        ({"threads": 0}, "Expected argument `threads` to be a positive integer"),
+        ({"threads": 0}, "Expected argument `threads` to be an integer, at least 1"),
     ],
 )
 def test_wrong_numbers_of_processes_are_refused(tmp_path: Path, options: dict[str, Any], message: str) -> None:

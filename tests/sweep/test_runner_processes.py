@@ -49,7 +49,7 @@ def starts(directory: Path, index: int) -> list[int]:
 def wait_for(condition: Any, seconds: float = 90.0) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
-        assert time.monotonic() < deadline, "waited in vain"
+        assert time.monotonic() < deadline, "it did not happen in time"
         time.sleep(0.05)
 
 
