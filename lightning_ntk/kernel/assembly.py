@@ -90,12 +90,21 @@ def assemble(
             advance(cost.total(len(part), 0))
         return cat_factors(parts)
 
+    def write(tile: Tile, matrix: Tensor) -> None:
+        rows, columns = tile.place(outputs)
+        kernel[rows, columns] = matrix
+        if symmetric:  # now, as the tile is in the cache
+            kernel[columns, rows] = matrix.T
+
     def fill(tiles: list[Tile], left: Factors, right: Factors) -> None:
         for tile in tiles:
             shape = len(tile.rows), outputs, len(tile.columns), outputs
             block = scratch[: tile.pairs * outputs**2].view(shape).zero_()
             add_block(block, *tile.narrow(left, right))
-            kernel[tile.place(outputs)] = block.flatten(2).flatten(0, 1)
+            matrix = block.flatten(2).flatten(0, 1)
+            if symmetric and tile.rows.start == tile.columns.start:
+                mirror_upper_(matrix[:, : len(matrix)])
+            write(tile, matrix)
             advance(cost.total(0, tile.pairs))
 
     with track_operations("kernel", total=_operations(work, cost, symmetric), enabled=progress) as advance:
@@ -106,8 +115,8 @@ def assemble(
             del left  # before the next one is made
     if processes.size > 1:
         for owner, tile in zip(owners, tiles, strict=True):
-            processes.broadcast_(kernel[tile.place(outputs)], owner)
-    return mirror_upper_(kernel) if symmetric else kernel
+            write(tile, processes.broadcast_(kernel[tile.place(outputs)].contiguous(), owner))
+    return kernel
 
 
 def _tiles(plan: Plan, factor_bytes: int, dtype: torch.dtype) -> list[Tile]:

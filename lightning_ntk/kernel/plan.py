@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -64,7 +64,7 @@ class Plan:
     columns: Reference | None
     roots: Mapping[str, float]
     outputs: int
-    layouts: Mapping[str, Layout] = field(default_factory=dict)
+    layouts: Mapping[str, Layout]
     units: tuple[Unit, ...] = ()
 
     @property
@@ -122,10 +122,9 @@ def make_plan(
 
     def cotangents(outputs: Tensor) -> list[Tensor]:
         # One row for all samples, as the one-hot cotangents are: what a last layer makes of it is seen.
-        return [
-            outputs.new_ones(1, 1, 1).expand(1, *outputs.shape),
-            _one_sample_each(random_cotangent(outputs.shape, outputs)),
-        ]
+        together = outputs.new_ones(1, 1, 1).expand(1, *outputs.shape)
+        one_sample_each = torch.eye(len(outputs)).unsqueeze(2).to(outputs) * random_cotangent(outputs.shape, outputs)
+        return [together, one_sample_each]
 
     params = set(linearization.params)
     usage = (
@@ -271,11 +270,6 @@ def _probe_inputs(rows: Reference) -> tuple[Any, int]:
         return inputs, min(_PROBE_SAMPLES, len(rows))
     # One sample alone would not show which axis is the samples'.
     return pytree.tree_map_only(Tensor, lambda tensor: torch.cat([tensor, tensor]), inputs), 2
-
-
-def _one_sample_each(cotangent: Tensor) -> Tensor:
-    """A stack of `(N, K)` for every sample, zero for the others."""
-    return torch.eye(len(cotangent), dtype=cotangent.dtype, device=cotangent.device).unsqueeze(2) * cotangent
 
 
 def _agrees(part: Factors, cotangent: Tensor, expected: Sequence[Tensor]) -> bool:

@@ -11,11 +11,12 @@ from torch import nn
 
 from lightning_ntk.data.reference import Reference
 from lightning_ntk.kernel import compute_kernel
+from lightning_ntk.kernel.plan import make_plan
 from lightning_ntk.linearization import Linearization
 from tests.kernel.agreement import relative_error
 from tests.kernel.test_networks import LanguageModel, ResidualNetwork
 
-SAMPLES = 13
+SAMPLES = 9
 NETWORKS = {
     "mlp": (nn.Sequential(nn.Linear(6, 24), nn.Tanh(), nn.Linear(24, 3)), torch.randn(SAMPLES, 6)),
     "convolutions": (ResidualNetwork(), torch.randn(SAMPLES, 1, 6, 6)),
@@ -23,8 +24,8 @@ NETWORKS = {
 }
 
 
-@pytest.mark.parametrize("tile", [(1, 1), (9, 20), (512, 2560)], ids=str)
-@pytest.mark.parametrize("memory_limit", [1, 1 << 18, 1 << 32])
+@pytest.mark.parametrize("tile", [(1, 1), (512, 2560)], ids=str)
+@pytest.mark.parametrize("memory_limit", [1, 1 << 16, 1 << 32])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("method", ["structured", "contraction"])
 @pytest.mark.parametrize("network", NETWORKS)
@@ -42,10 +43,10 @@ def test_symmetric_to_the_last_bit(monkeypatch, network, method, dtype, memory_l
 def test_symmetric_to_the_last_bit_on_other_processors(kernels):
     """MKL reads the variable once, when it is loaded."""
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--numprocesses=0", __file__]
-    command += ["-k", "test_symmetric_to_the_last_bit and float32 and not processors"]
+    command += ["-k", "test_symmetric_to_the_last_bit and float32 and (mlp or convolutions) and not processors"]
     result = subprocess.run(command, env=os.environ | {"MKL_CBWR": kernels}, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout
-    assert "54 passed" in result.stdout
+    assert "24 passed" in result.stdout
 
 
 @pytest.fixture
@@ -92,7 +93,9 @@ def test_no_memory_is_read_where_the_outputs_are_detached_from_layers(poisoned):
 
     torch.manual_seed(0)
     network, inputs = Network().double(), torch.randn(5, 4).double()
-    kernel = compute_kernel(Linearization(network), Reference(inputs))
+    linearization, rows = Linearization(network), Reference(inputs)
+    assert make_plan(linearization, rows).contracted == ("scale",)  # and not, for its NaN, the layer
+    kernel = compute_kernel(linearization, rows)
     outputs = network.layer(inputs).detach() * torch.cos(network.scale).detach()
     jacobian = torch.diag_embed(outputs).flatten(0, 1)
     torch.testing.assert_close(kernel, jacobian @ jacobian.T)
