@@ -2,17 +2,18 @@
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
 
 import torch
 
 from lightning_ntk.dynamics.closed_form import ClosedForm, Dynamics, is_infinite
-from lightning_ntk.dynamics.error_bounds import combined_bound, gradient_flow_bound
 from lightning_ntk.dynamics.filters import Filters
 from lightning_ntk.dynamics.sgd import Hyperparameters
 from lightning_ntk.dynamics.stability import max_learning_rate, ridge
-from lightning_ntk.solvers.base import ErrorBound, ModalSolver, Modes, Solved
+from lightning_ntk.linearization.rounding import Rounding
+from lightning_ntk.solvers.base import ErrorBound, ModalSolver, Solved
 from lightning_ntk.solvers.eigh import CompleteModes
-from lightning_ntk.solvers.lanczos import LanczosModes
 from lightning_ntk.training.carried import CarriedVector
 from lightning_ntk.training.readout import LinearizedState, Readout
 from lightning_ntk.training.run import Run
@@ -29,6 +30,7 @@ class ModalTraining:
         carried: The vectors that the weights carry along.
         readout: Turns filters into states.
         dtype: Type of the passes.
+        rounding: Their errors.
 
     Raises:
         ValueError: If gradient flow cannot have these hyperparameters.
@@ -43,6 +45,7 @@ class ModalTraining:
         carried: Sequence[CarriedVector],
         readout: Readout,
         dtype: torch.dtype,
+        rounding: Rounding,
     ) -> None:
         self.solver = solver
         self.dynamics = dynamics
@@ -57,6 +60,7 @@ class ModalTraining:
             ridge=ridge(hyperparameters.template, factor),
             limits=tuple(c.limit for c in carried),
             norms=tuple(c.norm for c in carried),
+            rounding=rounding,
         )
         self._run: Run | None = None
 
@@ -127,13 +131,9 @@ class ModalTraining:
         steps = int(min(_whole(t), self.hyperparameters.steps))
         rates = sum(self.hyperparameters.settings(step).lr for step in range(steps))
         time = rates * self._factor * settings.gain / max(1 - settings.momentum, 1e-3)
-
-        def solve(modes: Sequence[Modes]) -> Solved[None]:
-            return Solved(
-                None, combined_bound([gradient_flow_bound(m, time) for m in modes if isinstance(m, LanczosModes)])
-            )
-
-        self.solver.refine(solve)
+        flow = replace(self._form, dynamics="gradient_flow", rate=1.0, ridge=0.0, limits=(), norms=())
+        for index in range(len(self.solver.modes)):
+            self.solver.refine(partial(lambda own, modes: flow.solve(modes[own : own + 1], time), index))
 
     def has_closed_form(self, t: float | None) -> bool:
         """Whether the state at this time takes no recurrence."""

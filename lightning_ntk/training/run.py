@@ -6,9 +6,10 @@ from dataclasses import replace
 from itertools import repeat
 
 from lightning_ntk.dynamics.closed_form import ClosedForm
-from lightning_ntk.dynamics.error_bounds import RunningBound
+from lightning_ntk.dynamics.error_bounds import error_bound
 from lightning_ntk.dynamics.filters import Filters, Start
 from lightning_ntk.dynamics.sgd import ModalSGD, SGDSettings
+from lightning_ntk.dynamics.truncation import RunningTruncation
 from lightning_ntk.solvers.base import ErrorBound, ModalSolver, Modes, Solved
 from lightning_ntk.solvers.lanczos import LanczosModes
 from lightning_ntk.training.readout import LinearizedState
@@ -50,7 +51,7 @@ class Run:
         self._flow = replace(form, rate=1.0) if form.dynamics == "gradient_flow" else None
         self._factor = factor
         self._starts = starts
-        self._norms = form.norms
+        self._form = form
         self._read = read
         self._decays = decays
         self.history: list[tuple[SGDSettings, int]] = []
@@ -123,8 +124,20 @@ class Run:
             return self._flow.solve(modes, self._time)
         self._follow(modes)
         filters = self._sgd.filters
-        bound = ErrorBound(0.0, 0.0, 0.0) if self._running is None else self._running.result(filters)
-        return Solved(filters, bound)
+        return Solved(filters, lambda: self._estimate(modes, filters))
+
+    def _estimate(self, modes: Sequence[Modes], filters: Filters) -> ErrorBound:
+        if self._running is None:
+            # The slopes of all modes would double the cost of a step, and few ask for them.
+            sgd = self._make_sgd(modes, with_slopes=True)
+            for settings, count in self.history:
+                for same in repeat(settings, count):
+                    sgd.step(same)
+            truncations, slopes = [0.0] * len(modes), sgd.slopes
+        else:
+            truncations, slopes = self._running.truncations, self._sgd.slopes
+        rounding, norms = self._form.rounding, self._form.norms
+        return error_bound(modes, filters, slopes, truncations, rounding, norms, steps=self.steps)
 
     def _follow(self, modes: Sequence[Modes]) -> None:
         if modes is not self._modes:
@@ -134,10 +147,13 @@ class Run:
                     self._advance(same)
 
     def _start(self, modes: Sequence[Modes]) -> None:
-        self._modes = modes
-        self._sgd = ModalSGD([m.eigenvalues for m in modes], self._factor, self._starts)
         ritz = [m for m in modes if isinstance(m, LanczosModes)]
-        self._running = RunningBound(ritz, self._factor, self._norms) if ritz else None
+        self._modes = modes
+        self._sgd = self._make_sgd(modes, with_slopes=bool(ritz))
+        self._running = RunningTruncation(ritz, self._factor) if ritz else None
+
+    def _make_sgd(self, modes: Sequence[Modes], *, with_slopes: bool) -> ModalSGD:
+        return ModalSGD([m.eigenvalues for m in modes], self._factor, self._starts, with_slopes=with_slopes)
 
     def _advance(self, settings: SGDSettings) -> None:
         if self._running is not None:

@@ -47,6 +47,7 @@ class Scaling:
 
     Attributes:
         capture: The same network in the scaled coordinates.
+        roots: By parameter, the square root of its multiple.
 
     Raises:
         ValueError: If a name is not of a trainable parameter, or a multiple is negative or not finite, or all are 0.
@@ -67,13 +68,13 @@ class Scaling:
         self.multiples = {name: float(multiples.get(name, 1.0)) for name in names}
         if not any(self.multiples.values()):
             raise ValueError("Expected argument `lr_scales` to leave a parameter to train but all multiples are 0.")
-        self._roots = {name: math.sqrt(value) for name, value in self.multiples.items()}
+        self.roots = {name: math.sqrt(value) for name, value in self.multiples.items()}
         self._original = capture
         self.capture = copy.copy(capture)
         self.capture.jacobian = (
-            StoredJacobian({name: self._roots[name] * block for name, block in capture.jacobian.blocks.items()})
+            StoredJacobian({name: self.roots[name] * block for name, block in capture.jacobian.blocks.items()})
             if isinstance(capture.jacobian, StoredJacobian)
-            else ScaledJacobian(capture.jacobian, self._roots)
+            else ScaledJacobian(capture.jacobian, self.roots)
         )
 
     @property
@@ -117,4 +118,4 @@ class Scaling:
 
     def to_weights(self, coordinates: Mapping[str, Tensor]) -> Tensors:
         """D^(1/2) u, the displacement of the weights."""
-        return {name: self._roots[name] * value for name, value in coordinates.items()}
+        return {name: self.roots[name] * value for name, value in coordinates.items()}

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from lightning_ntk.kernel import count_operations
-from lightning_ntk.linearization.jacobian import StoredJacobian, wide_dtype
+from lightning_ntk.linearization.jacobian import StoredJacobian
+from lightning_ntk.linearization.rounding import Rounding, measure_rounding
 from lightning_ntk.solvers.base import ModalSolver
 from lightning_ntk.solvers.eigh import CompleteModes
 from lightning_ntk.solvers.lanczos import Lanczos, solve_by_lanczos
@@ -26,11 +27,13 @@ class Solution(NamedTuple):
         solver: Of the residual and of the carried vectors.
         kernel: `(N K, N K)`, or None where it was not formed.
         reason: Why this solver, a sentence.
+        rounding: The errors of the passes and of the kernel.
     """
 
     solver: ModalSolver
     kernel: Tensor | None
     reason: str
+    rounding: Rounding
 
 
 def solve(
@@ -61,7 +64,7 @@ def solve(
         samples=len(capture.reference),
         outputs=outputs.shape[1],
         parameters=linearization.num_parameters,
-        itemsize=linearization.dtype.itemsize,
+        dtype=linearization.dtype,
         horizon=lanczos.horizon,
         kernel_given=ntk is not None,
         jacobian_stored=isinstance(capture.jacobian, StoredJacobian),
@@ -73,20 +76,20 @@ def solve(
     free = capture.processes.free_memory("cpu", capture.device)
     choice = choose_solver(sizes, solver=solver, matrix_free=lanczos.matrix_free, free_memory=free)
     _log.info("%s", choice.reason)
-    kernel: Tensor | None = None
-    if not choice.matrix_free:
-        # Summed in float32, the kernel puts the weights off by 2e-5 at eta * t * lambda_max = 1e4; in float64 by 3e-6.
-        # Lanczos is for kernels whose size matters more than that.
-        summed = wide_dtype(capture.device) if choice.solver == "eigh" else linearization.dtype
-        kernel = _kernel(capture, scaling, ntk, summed)
-        if choice.solver == "eigh":
-            return Solution(CompleteModes(kernel, vectors), kernel, choice.reason)
+    kernel = None if choice.matrix_free else _kernel(capture, scaling, ntk, choice.kernel_dtype)
+    own_errors = kernel is not None and (ntk is not None or kernel.dtype != torch.float64)
+    rounding = measure_rounding(
+        linearization, capture.reference, outputs, capture.objective.targets,
+        kernel=kernel if own_errors else None, roots=None if scaling is None else scaling.roots,
+    )._replace(independent=choice.matrix_free)  # fmt: skip
+    if kernel is not None and choice.solver == "eigh":
+        return Solution(CompleteModes(kernel, vectors), kernel, choice.reason, rounding)
     jacobian = capture.jacobian if scaling is None else scaling.capture.jacobian
     modes = solve_by_lanczos(
         jacobian, kernel, vectors, tolerance=lanczos.tolerance, max_products=choice.max_products,
         expected=expected_products(sizes.rows, lanczos.horizon) if capture.progress else None, processes=capture.processes,
     )  # fmt: skip
-    return Solution(modes, kernel, choice.reason)
+    return Solution(modes, kernel, choice.reason, rounding)
 
 
 def _kernel(capture: Capture, scaling: Scaling | None, given: Tensor | None, dtype: torch.dtype) -> Tensor:
