@@ -92,7 +92,7 @@ def replay(samples: tuple[int, ...] = (500, 1797), repeats: int = 40) -> Iterato
             outputs = module(inputs)
         kernel = empirical_ntk(module, inputs)
         replayed = Replay(kernel, outputs, Objective(nn.CrossEntropyLoss(), outputs, labels))
-        index = SampleIndex(Reference((inputs, labels)))
+        index = SampleIndex(Reference((inputs, labels)).batches())
         gradient = torch.randn(BATCH * OUTPUTS)
         functions: dict[str, Callable[[], object]] = {
             "replay": partial(_replayed, replayed, index, inputs, labels),

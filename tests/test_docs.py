@@ -82,6 +82,7 @@ def test_it_builds_without_a_warning_and_names_everything_public(tmp_path: Path)
     documented = {line.split()[0].split(".")[-1] for line in zlib.decompress(packed).decode().splitlines()}
     for package in (
         "lightning_ntk",
+        "lightning_ntk.functional",
         "lightning_ntk.metrics",
         "lightning_ntk.plots",
         "lightning_ntk.kernel",

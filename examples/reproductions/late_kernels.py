@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_ntk import LinearizationMonitor, empirical_ntk
-from lightning_ntk.functional.kernels import kernel_distance
+from lightning_ntk.functional import kernel_distance
 
 PROBE = 24  # test images whose kernel is followed
 TEST = 500  # images after those of training

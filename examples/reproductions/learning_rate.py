@@ -58,7 +58,7 @@ def objective(config: dict[str, Any]) -> LinearizationMonitor:
     last["highest_loss"] = max(row["loss"] for row in monitor.history) / monitor.history[0]["loss"]
     if math.isfinite(last["loss"]):
         probe = KernelProbe(training.linearization, training.reference, samples=PROBE)
-        last.update(probe.compare(dict(module.named_parameters())))
+        last.update(probe.compare(probe.kernel(dict(module.named_parameters()))))
         last["rate_over_final_limit"] = module.lr / max_learning_rate(network, data)
     return monitor
 

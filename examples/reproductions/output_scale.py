@@ -74,7 +74,7 @@ def objective(config: dict[str, Any]) -> LinearizationMonitor:
     assert training is not None
     probe = KernelProbe(training.linearization, training.reference, samples=PROBE)
     last = monitor.history[-1]
-    last.update(probe.compare({name: w for name, w in module.named_parameters() if w.requires_grad}))
+    last.update(probe.compare(probe.kernel({name: w for name, w in module.named_parameters() if w.requires_grad})))
     size = sum(float(weight.square().sum()) for weight in training.initial_weights.values()) ** 0.5
     last["relative_displacement"] = last["displacement"] / size
     return monitor

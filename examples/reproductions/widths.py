@@ -85,7 +85,7 @@ def objective(config: dict[str, Any]) -> LinearizationMonitor:
     training = monitor.training
     assert training is not None
     probe = KernelProbe(training.linearization, training.reference, samples=PROBE)
-    monitor.history[-1].update(probe.compare(dict(module.named_parameters())))
+    monitor.history[-1].update(probe.compare(probe.kernel(dict(module.named_parameters()))))
     monitor.history[-1].update(relative_changes(network, training.initial_weights))
     return monitor
 

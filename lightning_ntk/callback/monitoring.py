@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 
 from lightning_ntk.callback import trainer as view
 from lightning_ntk.callback.differences import forward_differences, run_differences
-from lightning_ntk.callback.loggers import COMPARED, announce, describe_run, figures_of, log_figures
+from lightning_ntk.callback.loggers import figures_of, log_charts, log_figures, log_hparams
 from lightning_ntk.callback.progress_bars import nested_bars, shows_progress
 from lightning_ntk.comparison.options import FollowedDynamics, Options
 from lightning_ntk.comparison.run_comparison import Observation
@@ -94,12 +94,6 @@ class Monitoring(Callback):
         view.require_available(self.device)
         view.require_supported_strategy(trainer)
 
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Tells TensorBoard how to show what is to come, once for all monitors."""
-        monitors = [c for c in view.callbacks_of(trainer) if isinstance(c, Monitoring)]
-        if monitors[0] is self:
-            announce(trainer, {monitor.name: monitor._absent for monitor in monitors})
-
     def state_dict(self) -> dict[str, Any]:
         """What was measured so far; nothing before the run has begun."""
         if not self._started:
@@ -158,6 +152,7 @@ class Monitoring(Callback):
             raise MisconfigurationException(f"LinearizationMonitor cannot capture this run. {error}") from error
         if self._observation is not None and resumed is None:
             self._measure(trainer, pl_module)
+        log_charts(trainer.loggers, _histories(trainer))
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Looks at the first batch, whether the training set holds it."""
@@ -230,20 +225,18 @@ class Monitoring(Callback):
         averaged = view.ends_with_averaged_weights(trainer, self) or view.has_averaged_weights(trainer)
         if self.history and self.history[-1]["step"] != self._step and not averaged and not self._lost:
             self._measure(trainer, pl_module)
-        describe_run(trainer, [f"{self.name}/{tag}" for tag in COMPARED if self.history and tag in self.history[-1]])
-        if self.figures:
-            drawn = figures_of(self.history, self._observation)
-            log_figures(trainer.loggers, drawn, name=self.name, step=self._step)
-
-    @property
-    def _absent(self) -> list[str]:
-        """Beginnings of the tags that this monitor does not log."""
-        functions = ["prediction_rmse", "loss", "linearized_loss", "accuracy", "taylor_"]
-        return (
-            (functions if self.reference is None else [])
-            + (["evaluation/"] if self.evaluation is None else [])
-            + ([] if self.kernel_probe else ["kernel_"])
-        )
+        histories = _histories(trainer)
+        if list(histories)[-1] == self.name:  # all monitors have measured the last step
+            log_hparams(trainer.loggers, histories, step=self._step)
+        if self.figures and self._observation is not None:
+            training = self._observation.training
+            figures = figures_of(
+                self.history,
+                spectrum=None if training is None else (training.modes.eigenvalues, training.modes.coordinates),
+                kernel_time=self._observation.kernel_time,
+                outputs=self._observation.outputs,
+            )
+            log_figures(trainer.loggers, figures, name=self.name, step=self._step)
 
     def _capture(
         self, trainer: Trainer, module: LightningModule, optimizer: Optimizer, state: dict[str, Any] | None = None
@@ -304,6 +297,7 @@ class Monitoring(Callback):
             self._lost = True
             return
         self._measure(trainer, module)
+        log_charts(trainer.loggers, _histories(trainer))
 
     def _follow_step(self, trainer: Trainer, module: LightningModule) -> None:
         assert self._observation is not None
@@ -352,6 +346,10 @@ class Monitoring(Callback):
         if kind not in self._reported:
             self._reported.add(kind)
             rank_zero_warn(message)
+
+
+def _histories(trainer: Trainer) -> dict[str, list[dict[str, float]]]:
+    return {c.name: c.history for c in view.callbacks_of(trainer) if isinstance(c, Monitoring)}
 
 
 def _some(names: Sequence[str]) -> str:

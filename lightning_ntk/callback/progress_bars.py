@@ -1,56 +1,49 @@
-"""Progress bars below those of a Trainer, as the Trainer's own are made."""
+"""Progress bars below the Trainer's own, TQDM or Rich."""
 
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
-from weakref import WeakKeyDictionary
+from typing import TYPE_CHECKING
 
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import RichProgressBar, TQDMProgressBar
 from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
 
-from lightning_ntk.utilities.progress import DELAY_SECONDS, Bar, Work, bars_made_by, tqdm_bar
+from lightning_ntk.utilities.progress import DELAY_SECONDS, Work, bars_made_by, tqdm_bar
 
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
 
-# A terminal cannot be read faster, and drawing it takes a millisecond.
+# Nobody reads faster, and drawing takes a millisecond.
 _SECONDS_BETWEEN_DRAWINGS = 0.1
-# Rich shows the units done and all of them, which for what nobody counts is better in percent.
 _PERCENT = 100
 
 
 def shows_progress(trainer: Trainer) -> bool:
-    """Whether this process shows a TQDM or a Rich bar, below which others have a place."""
+    """Whether this process shows a TQDM or Rich bar, below which others fit."""
     bar = trainer.progress_bar_callback
     return trainer.is_global_zero and isinstance(bar, TQDMProgressBar | RichProgressBar) and bar.is_enabled
 
 
 @contextmanager
 def nested_bars(trainer: Trainer) -> Iterator[None]:
-    """Within, bars of the package are drawn below the Trainer's, of the same kind."""
+    """Draws the package's bars below the Trainer's, of the same kind."""
     bar = trainer.progress_bar_callback
     if isinstance(bar, RichProgressBar):
         with _rich_display(bar) as display, bars_made_by(lambda work: RichBar(display, work)):
             yield
     elif isinstance(bar, TQDMProgressBar):
-        with bars_made_by(_tqdm_maker(bar)):
+        place, options = 2 * bar.process_position + 1, {"file": sys.stdout, "disable": bar.is_disabled}
+        with bars_made_by(lambda work: tqdm_bar(work, Tqdm, position=place + work.depth, **options)):
             yield
     else:
         yield
 
 
-def _tqdm_maker(bar: TQDMProgressBar) -> Callable[[Work], Bar]:
-    return lambda work: tqdm_bar(
-        work, Tqdm, position=2 * bar.process_position + 1 + work.depth, file=sys.stdout, disable=bar.is_disabled
-    )
-
-
 @contextmanager
 def _rich_display(bar: RichProgressBar) -> Iterator["Progress"]:
-    """The Trainer's. Before training has begun there is none, or before a second fit one that is over: then one for now."""
+    """The Trainer's display, or one of its own before training has begun and before a second fit."""
     if bar.progress is not None and bar.progress.live.is_started:
         yield bar.progress
         return
@@ -64,59 +57,53 @@ def _rich_display(bar: RichProgressBar) -> Iterator["Progress"]:
             display.stop()
 
 
-# Tasks of a Progress, one for every depth. They are hidden and used again: the Trainer finds its own by their place.
-_tasks: "WeakKeyDictionary[Progress, list[TaskID]]" = WeakKeyDictionary()
-
-
 class RichBar:
-    """One task of a Rich display, shown if it takes long enough and hidden again.
+    """One task of a Rich display, shown only if the work takes long enough.
+
+    The display keeps one task for each depth, hidden until it is needed again. Removing a task would shift the others, and
+    `RichProgressBar.train_progress_bar` finds the Trainer's by their place.
 
     Args:
-        progress: The display, which is started if it is not.
-        work: What to show.
+        progress: The display, started if it is not.
+        work: The work to show.
     """
 
     def __init__(self, progress: "Progress", work: Work) -> None:
         self._progress = progress
         self._work = work
+        # Rich shows completed/total: uncounted work is scaled to percent.
+        self._scale = 1 if work.counted or not work.total else _PERCENT / work.total
         self._task: TaskID | None = None
         self._done = 0.0
         self._started = self._drawn = time.monotonic()
 
     def update(self, n: float) -> None:
-        """So many units more are done."""
+        """Adds finished units."""
         self._done += n
         now = time.monotonic()
         if now - self._started < DELAY_SECONDS or now - self._drawn < _SECONDS_BETWEEN_DRAWINGS:
             return
         self._drawn = now
         if self._task is None:
-            self._show()
-        assert self._task is not None
+            self._task = self._show()
         if self._work.total:
             self._progress.update(self._task, completed=self._scale * self._done)
         self._progress.refresh()
 
     def close(self) -> None:
         """Hides the task."""
-        if self._task is None:
-            return
-        self._progress.update(self._task, visible=False)
-        self._progress.refresh()
-        self._task = None
+        if self._task is not None:
+            self._progress.update(self._task, visible=False)
+            self._progress.refresh()
 
-    @property
-    def _scale(self) -> float:
-        return 1 if self._work.counted or not self._work.total else _PERCENT / self._work.total
-
-    def _show(self) -> None:
+    def _show(self) -> "TaskID":
         if not self._progress.live.is_started:
             self._progress.start()
-        description, total = self._work.description, self._work.total
-        # Displays of Trainers have no place for work of unknown length: it stays at its beginning.
-        arguments: dict[str, Any] = {"total": self._scale * total if total else 1}
-        tasks = _tasks.setdefault(self._progress, [])
+        tasks = [task.id for task in self._progress.tasks if "lightning_ntk" in task.fields]
         while len(tasks) <= self._work.depth:
-            tasks.append(self._progress.add_task(description, visible=False, **arguments))
-        self._task = tasks[self._work.depth]
-        self._progress.reset(self._task, description=description, visible=True, **arguments)
+            tasks.append(self._progress.add_task("", visible=False, lightning_ntk=True))
+        task = tasks[self._work.depth]
+        # Displays of Trainers need a total. Work of unknown length stays at 0 of 1.
+        total = self._scale * (self._work.total or 1)
+        self._progress.reset(task, description=self._work.description, total=total, visible=True)
+        return task

@@ -1,4 +1,4 @@
-"""Whether a run trains on the loss that is linearized: its gradient against that of `loss(predict(module, inputs), target)`."""
+"""Whether a run trains on the loss that is linearized, judged by its first gradient."""
 
 import math
 from collections.abc import Mapping
@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_ntk.functional.weights import difference, inner_product, norm, ratio
+from lightning_ntk.functional.weights import difference, parameter_distances, ratio, weight_sums
 
 _EXPECTED = "loss(predict(module, inputs), target)"
 
@@ -18,10 +18,10 @@ class GradientMismatch(NamedTuple):
     Attributes:
         relative: :math:`|g - \bar g| / |\bar g|`; infinite if only :math:`\bar g` is zero.
         factor: The c that brings :math:`c \bar g` closest to g.
-        remainder: :math:`|g - c \bar g| / |c \bar g|`, what a factor does not explain; infinite where c is zero.
-        tolerance: What rounding explains.
-        parameters: Parameters with their own :math:`|g_p - \bar g_p| / |\bar g_p|`, of those that hold most of the
-            difference that the factor does not explain, largest first; at most three.
+        remainder: :math:`|g - c \bar g| / |c \bar g|`, which no factor explains; infinite if c is zero.
+        tolerance: The part that rounding explains.
+        parameters: The three parameters at most that hold most of the remainder, largest first, each with its own
+            :math:`|g_p - \bar g_p| / |\bar g_p|`.
     """
 
     relative: float
@@ -32,11 +32,11 @@ class GradientMismatch(NamedTuple):
 
     @property
     def is_factor(self) -> bool:
-        """Whether a positive or negative factor explains the difference."""
+        """Whether a factor, positive or negative, explains the difference."""
         return self.factor != 0 and self.remainder <= self.tolerance
 
     def describe(self) -> str:
-        """One or two sentences: how large the mismatch is, and what it looks like."""
+        """Says in one or two sentences how large the mismatch is and what it looks like."""
         if not math.isfinite(self.factor):
             return f"The gradient of the run's step, or that of {_EXPECTED}, holds NaN or infinity."
         if math.isinf(self.relative):
@@ -61,41 +61,27 @@ def check_gradient(
     Args:
         actual: Gradients of the run's step before clipping, None for parameters without one.
         expected: The gradient of the loss at the same weights, with the same names and shapes.
-        dtype: The least precise type of the run's forward and backward pass, as that of autocast.
+        dtype: The least precise type of the run's forward and backward pass, such as that of autocast.
 
     Returns:
-        None if they agree, or the mismatch.
+        None if they agree, or else the mismatch.
 
     Raises:
         ValueError: If names or shapes differ.
     """
-    differing = sorted(actual.keys() ^ expected.keys())
-    if differing:
-        raise ValueError(f"Expected gradients of the same parameters but these names differ: {differing[:6]}.")
-    own: dict[str, Tensor] = {}
-    for name, reference in expected.items():
-        gradient = actual[name]
-        own[name] = torch.zeros_like(reference) if gradient is None else gradient.detach().to(reference.device)
-        if own[name].shape != reference.shape:
-            raise ValueError(
-                f"Expected a gradient of `{name}` of shape {tuple(reference.shape)} but got {tuple(own[name].shape)}."
-            )
+    given = {name: gradient for name, gradient in actual.items() if gradient is not None}
+    own = {name: torch.zeros_like(value) for name, value in expected.items() if name in actual} | given
+    sums = weight_sums(expected, own)
     tolerance = math.sqrt(torch.finfo(dtype).eps)
-    size = norm(expected)
-    if not math.isfinite(size + norm(own)):
+    if not (sums.displacement + sums.linearized).isfinite():
         return GradientMismatch(math.nan, math.nan, math.nan, tolerance, ())
-    relative = ratio(norm(difference(own, expected)), size)
+    relative = sums.relative_distance.item()
     if relative <= tolerance:
         return None
-    factor = ratio(inner_product(own, expected), size**2) if size else 0.0
-    explained = {name: factor * reference.double() for name, reference in expected.items()}
-    rest = difference(own, explained)
-    largest = sorted(rest, key=lambda name: rest[name].norm().item(), reverse=True)[:3]
-    parameters = tuple(
-        (
-            name,
-            ratio((own[name].double() - expected[name].double()).norm().item(), expected[name].double().norm().item()),
-        )
-        for name in largest
-    )
-    return GradientMismatch(relative, factor, ratio(norm(rest), norm(explained)), tolerance, parameters)
+    factor = ratio(sums.product, sums.displacement).item()
+    explained = {name: factor * value.double() for name, value in expected.items()}
+    remainder = weight_sums(explained, own).relative_distance.item()
+    unexplained = difference(own, explained)
+    largest = sorted(unexplained, key=lambda name: unexplained[name].norm().item(), reverse=True)[:3]
+    mismatches = parameter_distances(expected, own)
+    return GradientMismatch(relative, factor, remainder, tolerance, tuple((name, mismatches[name]) for name in largest))

@@ -27,7 +27,7 @@ from lightning_ntk.linearization.objective import Objective
 from lightning_ntk.linearization.parameters import Tensors, trainable_parameters
 from lightning_ntk.training.base import Follower, ModesFollower, ReplayFollower, StepSettings, TwinFollower
 from lightning_ntk.training.linearized_training import LinearizedTraining
-from lightning_ntk.training.problem import Capture, share_buffers
+from lightning_ntk.training.problem import Capture
 from lightning_ntk.utilities.contexts import preserved_rng
 from lightning_ntk.utilities.distributed import ALONE, Processes, mean_over
 
@@ -232,7 +232,9 @@ class Observation:
                 compared = compare_functions(self._evaluation, *there, pushed)
                 scalars |= {f"evaluation/{name}": value for name, value in compared.items()}
             if self._probe is not None:
-                scalars |= self._probe.compare(weights, step=self.steps)
+                kernel = self._probe.kernel(weights)
+                scalars |= self._probe.compare(kernel, step=self.steps)
+                self._probe.advance(kernel, step=self.steps)
         if options.twin_every > 1 and self.dynamics == "twin":
             scalars["twin_coverage"] = 1 / options.twin_every
         return scalars
@@ -266,7 +268,7 @@ class Observation:
         linearization = Linearization(module, predict=self._options.predict, dtype=self._options.dtype)
         if self._start is not None:
             linearization.load_state_dict(self._start)
-        share_buffers(linearization, self._processes)
+        linearization.share_buffers(self._processes)
         return linearization
 
     def _capture(self, module: nn.Module, data: Data) -> Capture:

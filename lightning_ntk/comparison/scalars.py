@@ -1,10 +1,10 @@
-"""The scalars that compare a trained network with its linearized one at one time."""
+"""The scalars that compare a trained network with its linearization."""
 
 from collections.abc import Mapping
 
 from torch import Tensor
 
-from lightning_ntk.functional.weights import norm, parameter_distances, ratio, root_mean_square, weight_distances
+from lightning_ntk.functional import norm, parameter_distances, prediction_rmse, taylor_gap, weight_distances
 from lightning_ntk.linearization.parameters import Tensors, plain_name
 from lightning_ntk.training.base import LinearizedNetwork
 from lightning_ntk.training.linearized_training import LinearizedTraining
@@ -12,20 +12,16 @@ from lightning_ntk.training.problem import Capture
 
 
 def compare_weights(displacement: Tensors, linearized: Tensors, *, per_parameter: bool = False) -> dict[str, float]:
-    r"""Distances in weight space.
+    r"""Compares both networks in weight space.
 
-    The linearized weights are formed, by one pass :math:`J^\top a`, and subtracted in float64. The shortcut
-    :math:`|w_\text{lin} - w_t|^2 = \sum_i \lambda_i a_i^2 - 2 a^\top J \Delta + |\Delta|^2` cancels: at a relative distance of
-    1e-3 float32 leaves no correct digit of it.
+    The linearized weights are formed by one pass :math:`J^\top a` and subtracted in float64. The shortcut
+    :math:`|w_\text{lin} - w_t|^2 = \sum_i \lambda_i a_i^2 - 2 a^\top J \Delta + |\Delta|^2` cancels: in float32 it has no correct
+    digit at a relative distance of 1e-3.
 
     Args:
-        displacement: w_t - w_0 of the trained network, by parameter name, in float64.
+        displacement: w_t - w_0, by parameter name, in float64.
         linearized: w_lin(t) - w_0.
-        per_parameter: Whether to add `parameter/<name>`, the relative distance of each tensor, under its name without
-            `torch.compile`.
-
-    Returns:
-        The scalars of `weight_distances`, and those of each parameter.
+        per_parameter: Whether to add `parameter/<name>`, the relative distance of each tensor.
     """
     scalars = weight_distances(displacement, linearized)
     if per_parameter:
@@ -35,12 +31,9 @@ def compare_weights(displacement: Tensors, linearized: Tensors, *, per_parameter
 
 
 def outputs_of(data: Capture, weights: Mapping[str, Tensor], network: LinearizedNetwork) -> tuple[Tensor, Tensor]:
-    """Outputs of the trained and of the linearized network, `(N, K)` each in float64 on the CPU.
+    """Computes the outputs of the trained and the linearized network, `(N, K)` each in float64 on the CPU.
 
-    Args:
-        data: The data set, captured at w_0.
-        weights: The trained weights w_t.
-        network: The linearized network. Its predictions, if it has any, must be those on this data set.
+    Predictions that the linearized network already has must be those on this data set.
     """
     linearized = network.predictions
     if linearized is None:
@@ -49,49 +42,48 @@ def outputs_of(data: Capture, weights: Mapping[str, Tensor], network: Linearized
 
 
 def compare_functions(data: Capture, trained: Tensor, linearized: Tensor, pushed: Tensor | None) -> dict[str, float]:
-    r"""Distances in function space, on one data set.
+    r"""Compares three networks in function space, on one data set.
 
-    Three networks are compared: the trained one, f_t; the one whose training was linearized, f_lin; and the first-order
-    expansion of the trained one after the fact, :math:`f_0 + J (w_t - w_0)`. All at the buffers of the capture.
+    They are the trained network f_t, the linearized network f_lin, and the first-order expansion of the trained network,
+    :math:`f_0 + J (w_t - w_0)`, all with the buffers of the capture.
 
     Args:
         data: The data set, captured at w_0.
-        trained: f_t on it, `(N, K)` in float64 on the CPU.
-        linearized: f_lin(t) on it, likewise.
-        pushed: J (w_t - w_0), `(N, K)`, or None to leave the expansion out.
+        trained: f_t on this data set, `(N, K)` in float64 on the CPU.
+        linearized: f_lin(t) on this data set, `(N, K)` in float64 on the CPU.
+        pushed: J (w_t - w_0), `(N, K)`, or None to leave out the expansion.
 
     Returns:
-        `prediction_rmse`, the root mean square of :math:`f_t - f_\text{lin}`; `loss` and `linearized_loss`;
-        `taylor_gap` :math:`|f_t - f_0 - J (w_t - w_0)| / |f_t - f_0|`; for classes `accuracy`, `linearized_accuracy` and
+        `prediction_rmse`, `loss`, `linearized_loss` and `taylor_gap`; for classes also `accuracy`, `linearized_accuracy` and
         `taylor_accuracy`.
     """
     start = data.predictions.cpu().double()
     outputs = {"": trained, "linearized_": linearized}
     scalars = {
-        "prediction_rmse": root_mean_square(trained - linearized),
+        "prediction_rmse": prediction_rmse(trained, linearized),
         "loss": data.loss_of(trained),
         "linearized_loss": data.loss_of(linearized),
     }
     if pushed is not None:
         outputs["taylor_"] = start + pushed
-        scalars["taylor_gap"] = ratio((trained - outputs["taylor_"]).norm().item(), (trained - start).norm().item())
+        scalars["taylor_gap"] = taylor_gap(trained, outputs["taylor_"], start)
     if data.classes is not None:
         scalars |= {f"{kind}accuracy": data.classes.accuracy(values) for kind, values in outputs.items()}
     return scalars
 
 
 def compare_modes(training: LinearizedTraining, trained: Tensor, linearized: Tensor, count: int) -> dict[str, float]:
-    r"""The residuals of both networks along the leading eigenvectors u_i of the kernel.
+    r"""Compares the residuals of both networks along the leading eigenvectors u_i of the kernel.
 
     Args:
-        training: The captured problem.
+        training: The linearized training.
         trained: Outputs of the trained network on the training set, `(N, K)` in float64 on the CPU.
-        linearized: Those of the linearized network.
+        linearized: Outputs of the linearized network, likewise.
         count: How many modes.
 
     Returns:
-        For i = 1, 2, ..., the largest eigenvalue first, `mode/i/residual` :math:`u_i^\top (f_t - Y)` and
-        `mode/i/linearized_residual` :math:`u_i^\top (f_\text{lin} - Y)`.
+        `mode/i/residual` :math:`u_i^\top (f_t - Y)` and `mode/i/linearized_residual` :math:`u_i^\top (f_\text{lin} - Y)` for
+        i = 1, 2, ..., with the largest eigenvalue first.
     """
     basis = training.modes.basis[:, -count:].flip(1).cpu()
     scalars: dict[str, float] = {}
@@ -102,17 +94,17 @@ def compare_modes(training: LinearizedTraining, trained: Tensor, linearized: Ten
 
 
 def compare_closest(training: LinearizedTraining, displacement: Tensors, steps: int) -> dict[str, float]:
-    r"""How near the whole linearized trajectory comes to the trained weights, whatever the time.
+    r"""Finds how close the linearized trajectory comes to the trained weights, at any time.
 
     Args:
-        training: The captured problem.
+        training: The linearized training.
         displacement: w_t - w_0.
-        steps: t, which sets how far to look where there are no closed forms for all times: to 4 t.
+        steps: t. Without closed forms for all times, the search ends at 4 t.
 
     Returns:
-        `closest_time`, in optimizer steps at the learning rate of the capture, infinite for the limit; `closest_distance`, then,
-        relative to :math:`|w_t - w_0|`; and, with all modes, `distance_floor` :math:`\sqrt{1 - s^2}`, under which no
-        time can go, with s the share of :math:`w_t - w_0` in the span of :math:`J^\top`.
+        `closest_time` in optimizer steps at the learning rate of the capture, infinite for the limit; `closest_distance` at
+        that time, relative to :math:`|w_t - w_0|`; and, with all modes, `distance_floor` :math:`\sqrt{1 - s^2}`, the lower
+        bound at any time, where s is the share of :math:`w_t - w_0` in the span of :math:`J^\top`.
     """
     moved = norm(displacement)
     if moved == 0:

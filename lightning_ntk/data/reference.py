@@ -1,8 +1,10 @@
-"""A data set as batches in a fixed order, whatever it came as."""
+"""A data set as batches in a fixed order."""
 
+import operator
 from collections.abc import Callable, Iterator, Sequence, Sized
 from copy import copy
-from typing import Any, NamedTuple, TypeAlias, cast
+from dataclasses import dataclass
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -15,15 +17,23 @@ from torch.utils.data import (
     SequentialSampler,
     Subset,
     TensorDataset,
+    default_collate,
 )
-from torch.utils.data import default_collate as _default_collate
 
 Data: TypeAlias = Dataset[Any] | DataLoader[Any] | Tensor | tuple[Any, Tensor]
 Unpack: TypeAlias = Callable[[Any], tuple[Any, Tensor | None]]
 
+# Options of the user's DataLoader that are kept: all but those of order and batches.
+_LOADER_OPTIONS = (
+    "collate_fn", "num_workers", "pin_memory", "timeout", "worker_init_fn", "multiprocessing_context",
+    "prefetch_factor", "persistent_workers",
+)  # fmt: skip
+# Those that a DataLoader without workers takes too.
+_IN_PROCESS = ("collate_fn", "pin_memory")
+
 
 class NoFixedOrderError(ValueError):
-    """The data cannot be read again and again in one order with one content."""
+    """The data cannot be read repeatedly in one order with one content."""
 
 
 class Batch(NamedTuple):
@@ -34,15 +44,73 @@ class Batch(NamedTuple):
     target: Tensor | None
 
 
+@dataclass(frozen=True)
+class _Tensors:
+    """Samples in tensors, read as slices: the default collate function would take thousands of Python calls for them."""
+
+    tree: Any
+    indices: Tensor | None = None
+
+    def __len__(self) -> int:
+        if self.indices is not None:
+            return len(self.indices)
+        sizes = {leaf.shape[0] if leaf.dim() else None for leaf in _tensor_leaves(self.tree)}
+        if len(sizes) != 1 or None in sizes:
+            raise ValueError(
+                f"Expected tensors with the same number of samples but their first dimensions are {sizes}."
+            )
+        return sizes.pop() or 0
+
+    def read(self, parts: Sequence[range], *, workers: bool = True) -> Iterator[Any]:
+        for part in parts:
+            rows = slice(part.start, part.stop)
+            index = rows if self.indices is None else self.indices[rows]
+            yield pytree.tree_map_only(Tensor, operator.itemgetter(index), self.tree)
+
+    def subset(self, rows: Sequence[int]) -> "_Tensors":
+        index = torch.as_tensor(list(rows), dtype=torch.long)
+        return _Tensors(self.tree, index if self.indices is None else self.indices[index])
+
+
+class _Samples:
+    """Samples of a data set, read by a DataLoader with the user's options."""
+
+    def __init__(self, dataset: Any, options: dict[str, Any]) -> None:
+        self._dataset, self._options = dataset, options
+        self._kept: tuple[DataLoader[Any], list[list[int]]] | None = None
+
+    def __len__(self) -> int:
+        return len(self._dataset)
+
+    def read(self, parts: Sequence[range], *, workers: bool = True) -> Iterator[Any]:
+        order = [list(part) for part in parts]
+        if workers and self._kept is not None:
+            loader, kept_order = self._kept
+            kept_order[:] = order
+            return iter(loader)
+        options = {name: value for name, value in self._options.items() if workers or name in _IN_PROCESS}
+        # With its own generator: a DataLoader draws the seed of its workers from the global one otherwise.
+        loader = DataLoader(self._dataset, batch_sampler=order, generator=torch.Generator(), **options)
+        if loader.persistent_workers:
+            self._kept = loader, order
+        return iter(loader)
+
+    def subset(self, rows: Sequence[int]) -> "_Samples":
+        return _Samples(Subset(self._dataset, rows), self._options)
+
+
 class Reference:
-    """Reads a data set in its own order, in batches of a fixed size, the last one possibly smaller.
+    """Reads a data set in its own order, in batches of a fixed size; the last one may be smaller.
 
     Args:
-        data: A map-style `Dataset`; a `DataLoader`, of which the data set, the collate function and the number of workers
-            are used and never the sampler; a tuple `(inputs, target)`, where `inputs` is a tensor or a tuple or dict of
-            tensors; or a single tensor of inputs.
-        batch_size: Samples in a batch.
-        unpack: Maps one batch of the data set to `(inputs, target)`. Default: batches that are such pairs already.
+        data: A map-style `Dataset`; a `DataLoader`, whose sampler and batch size are ignored; a tuple `(inputs, target)`, where
+            `inputs` is a tensor or a tuple or dict of tensors; or a single tensor of inputs. The workers of a loader with
+            `persistent_workers=True` live as long as the reference, others for one pass.
+        batch_size: Samples per batch.
+        unpack: Maps one batch of the data set to `(inputs, target)`. Default: batches are such pairs already.
+
+    Attributes:
+        num_samples: N.
 
     Raises:
         ValueError: If the data is empty or has no fixed order.
@@ -54,100 +122,29 @@ class Reference:
             raise ValueError(f"Expected argument `batch_size` to be a positive integer but got {batch_size!r}.")
         self.batch_size = batch_size
         self._unpack = unpack or unpack_pair
-        self._tensors: Any = None
-        self._indices: Tensor | None = None
-        if isinstance(data, Tensor) or (isinstance(data, tuple) and len(data) == 2):
-            self._tensors = data
-        elif isinstance(data, DataLoader):
-            self._read_dataset(data.dataset, data.collate_fn, data.num_workers, ready_made=data.batch_size is None)
-        elif _is_map_style(data):
-            self._read_dataset(data, _default_collate, 0)
-        else:
-            raise TypeError(
-                "Expected argument `data` to be a Dataset, a DataLoader, a tuple (inputs, target) or a tensor "
-                f"but got {type(data).__name__}."
-            )
-        self.num_samples = self._count()
+        self._source = _source_of(data)
+        self.num_samples = len(self._source)
         if self.num_samples == 0:
             raise ValueError("Expected argument `data` to hold at least one sample but it is empty.")
-
-    def _read_dataset(
-        self, dataset: Any, collate: Callable[[Any], Any], workers: int, *, ready_made: bool = False
-    ) -> None:
-        if isinstance(dataset, IterableDataset) or not isinstance(dataset, Sized):
-            raise NoFixedOrderError(
-                f"Expected a data set in a fixed order but {type(dataset).__name__} can only be iterated. "
-                "Give a map-style data set, with __getitem__ and __len__, as the reference."
-            )
-        if ready_made:
-            raise NoFixedOrderError(
-                "Expected a DataLoader that batches samples but got one with batch_size=None, whose data set makes the "
-                "batches itself. Give a data set of single samples as the reference."
-            )
-        tensors, indices = _tensors_of(dataset)
-        if tensors is not None and collate is _default_collate:
-            # Slices of the tensors are what the collate function would give, thousands of Python calls later.
-            self._tensors, self._indices = tensors, indices
-        else:
-            self._dataset, self._collate, self._workers = dataset, collate, workers
-
-    def _count(self) -> int:
-        if self._indices is not None:
-            return len(self._indices)
-        if self._tensors is None:
-            return len(self._dataset)
-        sizes = {leaf.shape[0] if leaf.dim() else None for leaf in _tensor_leaves(self._tensors)}
-        if len(sizes) != 1 or None in sizes:
-            raise ValueError(
-                f"Expected tensors with the same number of samples but their first dimensions are {sizes}."
-            )
-        return next(iter(sizes)) or 0
 
     def __len__(self) -> int:
         return self.num_samples
 
-    def batches(self, rows: range | None = None) -> Iterator[Batch]:
-        """All batches in order, or those of consecutive rows. The global random state is not touched by the reading itself."""
-        rows = range(self.num_samples) if rows is None else rows
-        if rows:
-            yield from self._iterate(rows, self._workers if self._tensors is None else 0)
+    def batches(self, *ranges: range) -> Iterator[Batch]:
+        """Batches of all samples in order, or of the rows in some ranges; no batch crosses the end of a range.
+
+        Reading leaves the global random state alone, unless the data set itself draws from it.
+        """
+        size, whole = self.batch_size, range(self.num_samples)
+        parts = [part[start : start + size] for part in ranges or (whole,) for start in range(0, len(part), size)]
+        if parts:
+            yield from self._unpacked(parts, self._source.read(parts))
 
     def read(self, start: int, stop: int) -> Batch:
-        """The samples `start` to `stop` as one batch."""
-        stop = min(stop, self.num_samples)
-        (batch,) = self._iterate(range(start, stop), 0, batch_size=stop - start)
-        return batch
-
-    def _iterate(self, rows: range, workers: int, batch_size: int | None = None) -> Iterator[Batch]:
-        size = batch_size or self.batch_size
-        starts = range(rows.start, rows.stop, size)
-        raw: Any
-        if self._tensors is not None:
-            raw = (self._slice(slice(start, min(start + size, rows.stop))) for start in starts)
-        else:
-            # Its own generator: a DataLoader draws its workers' seed from the global one otherwise.
-            raw = DataLoader(
-                cast("Dataset[Any]", self._dataset),
-                batch_size=size,
-                sampler=rows,
-                collate_fn=self._collate,
-                num_workers=workers,
-                generator=torch.Generator(),
-            )
-        for start, batch in zip(starts, raw, strict=True):
-            inputs, target = self._unpack(batch)
-            count = min(size, rows.stop - start)
-            for leaf in _tensor_leaves((inputs, target)):
-                if leaf.dim() == 0 or leaf.shape[0] != count:
-                    raise ValueError(
-                        f"Expected {count} samples in a batch but a tensor of shape {tuple(leaf.shape)} came. "
-                        "The first dimension of inputs and targets must be the sample."
-                    )
-            yield Batch(slice(start, start + count), inputs, target)
-
-    def _slice(self, rows: slice) -> Any:
-        index = rows if self._indices is None else self._indices[rows]
-        return pytree.tree_map_only(Tensor, lambda tensor: tensor[index], self._tensors)
+        """The samples `start` to `stop` as one batch, read in this process."""
+        part = range(start, min(stop, self.num_samples))
+        raw = self._source.read([part], workers=False)
+        return next(self._unpacked([part], raw))
 
     def subset(self, rows: Sequence[int]) -> "Reference":
         """The samples `rows` alone, in that order, read as they are here.
@@ -158,28 +155,26 @@ class Reference:
         if not rows or not all(0 <= row < self.num_samples for row in rows):
             raise ValueError(f"Expected rows from 0 to {self.num_samples - 1} but got {list(rows)}.")
         other = copy(self)
-        other.num_samples = len(rows)
-        if self._tensors is not None:
-            index = torch.as_tensor(list(rows), dtype=torch.long)
-            other._indices = index if self._indices is None else self._indices[index]
-        else:
-            other._dataset = Subset(cast("Dataset[Any]", self._dataset), rows)
+        other._source, other.num_samples = self._source.subset(rows), len(rows)
         return other
 
-    @property
-    def num_batches(self) -> int:
-        """Batches in one pass."""
-        return self.count_batches(range(self.num_samples))
-
-    def count_batches(self, rows: range) -> int:
-        """Batches of consecutive rows."""
-        return -(-len(rows) // self.batch_size)
+    def _unpacked(self, parts: Sequence[range], raw: Iterator[Any]) -> Iterator[Batch]:
+        for part, batch in zip(parts, raw, strict=True):
+            inputs, target = self._unpack(batch)
+            for leaf in _tensor_leaves((inputs, target)):
+                if leaf.dim() == 0 or leaf.shape[0] != len(part):
+                    raise ValueError(
+                        f"Expected {len(part)} samples in a batch but a tensor of shape {tuple(leaf.shape)} came. "
+                        "The first dimension of inputs and targets must be the sample."
+                    )
+            yield Batch(slice(part.start, part.stop), inputs, target)
 
 
 def seen_samples(loader: DataLoader[Any], batches: float) -> int | None:
-    """How many samples of its data set a DataLoader gives in epochs of a number of batches; None if it has no known size.
+    """How many samples of its data set a DataLoader gives in epochs of `batches` batches; None if its size is unknown.
 
-    All of them, unless the order is fixed and the epoch ends early: `drop_last` and limits leave out the same ones every time.
+    All of them, unless the order is fixed and the epoch ends early: `drop_last` and limits then leave out the same samples
+    every time.
     """
     dataset = loader.dataset
     if isinstance(dataset, IterableDataset) or not isinstance(dataset, Sized):
@@ -209,25 +204,38 @@ def unpack_pair(batch: Any) -> tuple[Any, Tensor | None]:
     )
 
 
-def _tensors_of(dataset: Any) -> tuple[tuple[Tensor, ...] | None, Tensor | None]:
-    """The tensors of a TensorDataset, and the rows that (nested) subsets take of it."""
-    if isinstance(dataset, TensorDataset):
-        return dataset.tensors, None
-    if type(dataset) is Subset:
-        tensors, indices = _tensors_of(dataset.dataset)
-        if tensors is not None:
-            own = torch.as_tensor(list(dataset.indices), dtype=torch.long)
-            return tensors, own if indices is None else indices[own]
-    return None, None
-
-
-def _is_map_style(data: Any) -> bool:
+def _source_of(data: Any) -> _Tensors | _Samples:
+    if isinstance(data, Tensor) or (isinstance(data, tuple) and len(data) == 2):
+        return _Tensors(data)
+    loader, dataset = (data, data.dataset) if isinstance(data, DataLoader) else (None, data)
     # Any sequence of samples is a data set to a DataLoader too, a list for example.
-    if isinstance(data, type):
-        return False
-    return isinstance(data, Dataset) or (
-        hasattr(data, "__getitem__") and hasattr(data, "__len__") and not isinstance(data, tuple)
-    )
+    indexed = hasattr(dataset, "__getitem__") and not isinstance(dataset, tuple | dict)
+    if isinstance(dataset, type) or not (indexed or isinstance(dataset, Dataset)):
+        raise TypeError(
+            "Expected argument `data` to be a Dataset, a DataLoader, a tuple (inputs, target) or a tensor "
+            f"but got {type(data).__name__}."
+        )
+    if isinstance(dataset, IterableDataset) or not isinstance(dataset, Sized):
+        raise NoFixedOrderError(
+            f"Expected a data set in a fixed order but {type(dataset).__name__} can only be iterated. "
+            "Give a map-style data set, with __getitem__ and __len__, as the reference."
+        )
+    if loader is not None and loader.batch_sampler is None:
+        raise NoFixedOrderError(
+            "Expected a DataLoader that batches samples but got one with batch_size=None, whose data set makes the "
+            "batches itself. Give a data set of single samples as the reference."
+        )
+    options = {} if loader is None else {name: getattr(loader, name) for name in _LOADER_OPTIONS}
+    tensors = _tensors_of(dataset) if options.get("collate_fn", default_collate) is default_collate else None
+    return _Samples(dataset, options) if tensors is None else tensors
+
+
+def _tensors_of(dataset: Any) -> _Tensors | None:
+    """The tensors of a TensorDataset or of nested subsets of one; a subclass may read its samples in another way."""
+    if type(dataset) is TensorDataset:
+        return _Tensors(dataset.tensors)
+    inner = _tensors_of(dataset.dataset) if type(dataset) is Subset else None
+    return None if inner is None else inner.subset(dataset.indices)
 
 
 def _tensor_leaves(tree: Any) -> list[Tensor]:

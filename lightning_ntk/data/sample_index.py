@@ -1,66 +1,66 @@
-"""Which samples of the reference set a training batch holds, recognized by their content."""
+"""The samples of a data set by their content, to find those of a training batch."""
 
 import hashlib
 import math
+from collections.abc import Iterable
+from functools import cached_property
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from lightning_ntk.data.reference import Reference
+from lightning_ntk.data.reference import Batch
 
-Digest: TypeAlias = bytes
+Layout: TypeAlias = dict[str, tuple[torch.dtype, tuple[int, ...]]]  # path of a leaf -> type and shape of one sample
+
+_DIGEST_BYTES = 16
 
 
 class UnknownSamplesError(ValueError):
-    """A batch holds samples that are not in the reference set.
-
-    Attributes:
-        positions: Where in the batch they are.
-    """
-
-    def __init__(self, message: str, positions: list[int]) -> None:
-        super().__init__(message)
-        self.positions = positions
+    """A batch holds samples that are not in the reference set."""
 
 
 class SampleIndex:
-    """Finds samples of the reference set by the values of their inputs and targets, in whatever order they come.
+    """Finds samples of a data set by the values of their inputs and targets, in any order.
 
-    Each sample is known by a 128-bit BLAKE2b digest of its tensors: that any two of a million different ones share theirs has a
-    probability below 1e-26. Equal values are equal samples: -0.0 is 0.0, and a batch whose floating-point type is not that of the
-    reference is compared after a conversion, where that loses nothing (`precision="64-true"` makes such batches). Leaves that are
-    no tensors are not compared.
+    A sample is known by a 128-bit BLAKE2b digest of its tensors; two of a million different samples share theirs with a
+    probability below 1e-26. Equal values are equal samples: -0.0 is 0.0, and floating-point values of another type than the
+    data set's are converted if that loses nothing (`precision="64-true"` makes such batches). Leaves that are not tensors are
+    not compared. A sample that repeats an earlier one is found as that one, whose kernel rows are the same.
 
     Args:
-        reference: The reference set, read once.
+        batches: The data set in order; `add` adds more.
 
-    Attributes:
-        num_samples: N, samples of the reference set.
-        num_duplicates: Samples that repeat an earlier one; they are found as that one, whose kernel rows are the same.
+    Example:
+        >>> inputs = torch.tensor([[1.0], [2.0], [3.0]])
+        >>> index = SampleIndex([Batch(slice(0, 3), inputs, None)])
+        >>> index.rows(inputs[[2, 0]], None)
+        tensor([2, 0])
     """
 
-    def __init__(self, reference: Reference) -> None:
-        self._rows: dict[Digest, int] = {}
-        self._layout: Layout | None = None
-        for batch in reference.batches():
-            leaves = _leaves(batch.inputs, batch.target)
-            layout = _layout(leaves)
-            if self._layout is None:
-                self._layout = layout
-            elif layout != self._layout:
-                raise ValueError(
-                    f"Expected batches of tensors that differ in their values only but got {_describe(layout)} after "
-                    f"{_describe(self._layout)}."
-                )
-            for row, digest in enumerate(_digests(list(leaves.values())), start=batch.rows.start):
-                self._rows.setdefault(digest, row)
-        self.num_samples = len(reference)
-        self.num_duplicates = self.num_samples - len(self._rows)
+    def __init__(self, batches: Iterable[Batch] = ()) -> None:
+        self._digests = bytearray()
+        self._layouts: list[Layout] = []
+        for batch in batches:
+            self.add(batch)
+
+    def add(self, batch: Batch) -> None:
+        """Adds the next samples of the data set."""
+        leaves = _leaves(batch.inputs, batch.target)
+        layout = _layout(leaves)
+        if layout not in self._layouts:
+            self._layouts.append(layout)
+        self._digests += b"".join(_digest(list(leaves.values())))
+        self.__dict__.pop("_rows", None)  # made again when it is needed
+
+    @property
+    def fingerprint(self) -> str:
+        """A hexadecimal digest of the content and order of all samples."""
+        return hashlib.blake2b(self._digests, digest_size=_DIGEST_BYTES).hexdigest()
 
     def rows(self, inputs: Any, target: Tensor | None) -> Tensor:
-        """The row of each sample of a batch in the reference set.
+        """The row of each sample of a batch in the data set.
 
         Args:
             inputs: A tensor, or tensors in tuples, lists and dicts, each `(b, ...)`, on any device.
@@ -70,33 +70,45 @@ class SampleIndex:
             Rows `(b,)`, int64 on the CPU.
 
         Raises:
-            UnknownSamplesError: If samples are not in the reference set.
-            ValueError: If the tensors differ in their number of samples.
+            UnknownSamplesError: If samples are not in the data set.
+            ValueError: If tensors differ in their number of samples, or samples of the data set in their shapes.
         """
+        if len(self._layouts) > 1:
+            first, second = map(_describe, self._layouts[:2])
+            raise ValueError(
+                f"Expected batches of tensors that differ in their values only but got {second} after {first}."
+            )
+        (expected,) = self._layouts
         leaves = _leaves(inputs, target)
         layout = _layout(leaves)
-        assert self._layout is not None
-        count = len(next(iter(leaves.values()))) if leaves else 0
-        if not _comparable(layout, self._layout):
+        if not _comparable(layout, expected):
             raise UnknownSamplesError(
-                f"Expected samples like those of the reference set, {_describe(self._layout)}, but got {_describe(layout)}. "
-                "Training seems to read another data set, or the same one through other transforms.",
-                list(range(count)),
+                f"Expected samples like those of the reference set, {_describe(expected)}, but got {_describe(layout)}. "
+                "Training seems to read another data set, or the same one through other transforms."
             )
         values = list(leaves.values())
-        converted = [value.to(kind[0]) for value, kind in zip(values, self._layout.values(), strict=True)]
-        found = [self._rows.get(digest, -1) for digest in _digests(converted)]
+        converted = [value.to(kind[0]) for value, kind in zip(values, expected.values(), strict=True)]
+        found = [self._rows.get(digest, -1) for digest in _digest(converted)]
         for value, same in zip(values, converted, strict=True):
             if value.dtype != same.dtype:
                 kept = _bytes(same.to(value.dtype)).eq(_bytes(value)).all(1).tolist()
                 found = [row if equal else -1 for row, equal in zip(found, kept, strict=True)]
         unknown = [position for position, row in enumerate(found) if row < 0]
         if unknown:
-            raise UnknownSamplesError(_unknown(unknown, count), unknown)
+            named = ", ".join(map(str, unknown[:8])) + (", ..." if len(unknown) > 8 else "")
+            raise UnknownSamplesError(
+                f"Expected a batch of samples of the reference set but {len(unknown)} of its {len(found)} samples are not in it, "
+                f"at the positions {named}. Most likely the data set augments at random or adds noise, training reads another "
+                "data set or split, or its transforms differ from those of the reference. Give the data set that training "
+                "reads as the reference, without augmentation, or use dynamics that take any stream of data."
+            )
         return torch.tensor(found)
 
-
-Layout: TypeAlias = dict[str, tuple[torch.dtype, tuple[int, ...]]]  # path of a leaf -> type and shape of one sample
+    @cached_property
+    def _rows(self) -> dict[bytes, int]:
+        digests = bytes(self._digests)
+        starts = reversed(range(0, len(digests), _DIGEST_BYTES))  # the first of equal samples stays
+        return {digests[start : start + _DIGEST_BYTES]: start // _DIGEST_BYTES for start in starts}
 
 
 def _leaves(inputs: Any, target: Tensor | None) -> dict[str, Tensor]:
@@ -135,27 +147,13 @@ def _bytes(leaf: Tensor) -> Tensor:
     return leaf.reshape(len(leaf), math.prod(leaf.shape[1:])).contiguous().view(torch.uint8)
 
 
-def sample_digests(inputs: Any, target: Tensor | None) -> list[Digest]:
-    """A digest of the content of each sample of a batch."""
-    return _digests(list(_leaves(inputs, target).values()))
-
-
-def _digests(leaves: list[Tensor]) -> list[Digest]:
+def _digest(leaves: list[Tensor]) -> list[bytes]:
+    """A digest of each sample."""
     # A loop over samples: 0.7 us each, against 0.5 us for a vectorized hash that mixes as well (64 samples of 64 numbers).
     samples = torch.cat([_bytes(leaf) for leaf in leaves], 1).numpy()
-    return [hashlib.blake2b(sample, digest_size=16).digest() for sample in samples]
+    return [hashlib.blake2b(sample, digest_size=_DIGEST_BYTES).digest() for sample in samples]
 
 
 def _describe(layout: Layout) -> str:
     parts = (f"{name} {str(dtype).removeprefix('torch.')} of shape {shape}" for name, (dtype, shape) in layout.items())
     return " and ".join(parts) or "no tensors"
-
-
-def _unknown(positions: list[int], count: int) -> str:
-    named = ", ".join(map(str, positions[:8])) + (", ..." if len(positions) > 8 else "")
-    return (
-        f"Expected a batch of samples of the reference set but {len(positions)} of its {count} samples are not in it, at the "
-        f"positions {named}. Most likely the data set augments at random or adds noise, training reads another data set or "
-        "split, or its transforms differ from those of the reference. Give the data set that training reads as the reference, "
-        "without augmentation, or use dynamics that take any stream of data."
-    )

@@ -1,40 +1,78 @@
-"""Classes of samples, where targets stand for classes, and the accuracy of outputs."""
+"""What targets mean: numbers beside the outputs, or classes of samples."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+# Distances from a threshold at which a loss is tested for symmetry about it, in units of the distance of the two targets.
+_OFFSETS = (-0.3, 0.1, 0.4)
+
+
+def match_targets(targets: Tensor, outputs: Tensor, *, flat: bool) -> Tensor:
+    """Targets in the shape of the outputs in float64, with class labels as one-hot rows.
+
+    Args:
+        targets: `(N, K)`; `(N,)` if the network returns `(N,)`; or integer class labels `(N,)`.
+        outputs: Predictions `(N, K)`.
+        flat: Whether the network returns `(N,)`, so that `K = 1`.
+
+    Returns:
+        The targets, `(N, K)`.
+
+    Raises:
+        ValueError: If a label is not below K, or if shapes differ: subtracting `(N,)` from `(N, 1)` would broadcast.
+    """
+    count, classes = outputs.shape
+    targets = targets.to(outputs.device)
+    if not flat and classes > 1 and targets.shape == (count,) and not targets.is_floating_point():
+        if targets.min() < 0 or targets.max() >= classes:
+            raise ValueError(
+                f"Expected class labels from 0 to {classes - 1}, as the network has {classes} outputs, "
+                f"but got labels from {int(targets.min())} to {int(targets.max())}."
+            )
+        return torch.nn.functional.one_hot(targets.long(), classes).double()
+    expected = (count,) if flat else (count, classes)
+    if tuple(targets.shape) != expected:
+        raise ValueError(
+            f"Expected targets of the shape of the outputs, {expected}, but got {tuple(targets.shape)}. "
+            "Reshape the targets, or the outputs with `predict`; only integer class labels are converted."
+        )
+    return targets.double().reshape(count, classes)
+
 
 @dataclass(frozen=True)
 class Classes:
-    """What the targets of a classification say.
+    """The class of every sample.
 
     Attributes:
-        labels: The class of every sample, `(N,)`.
-        threshold: For a single output, the value above which it means class 1; None where the largest output decides.
+        labels: Classes, `(N,)`.
+        threshold: The value above which a single output means class 1; None if the largest output decides.
     """
 
     labels: Tensor
     threshold: float | None = None
 
     @classmethod
-    def of(cls, targets: Tensor, outputs: int, *, squared: bool) -> "Classes | None":
-        """The classes that targets stand for, or None where they are no classes.
+    def of(cls, targets: Tensor, outputs: int, gradient: Callable[[Tensor, Tensor], Tensor]) -> "Classes | None":
+        r"""The classes that targets stand for, or None if they are no classes.
 
-        Classes are integer labels `(N,)` or one-hot rows of at least two outputs; and, of a single output, targets with two
-        values. The threshold between these is half way for a squared loss, and 0 for losses of logits.
+        Classes are integer labels `(N,)`, one-hot rows for several outputs, and two target values :math:`y_0 < y_1` for a single
+        one. There the threshold is the :math:`\theta` about which the loss is symmetric,
+        :math:`\ell'(\theta + d, y_1) = -c\,\ell'(\theta - d, y_0)` for all d: midway between the targets for squared losses and
+        losses of probabilities, 0 for losses of logits and margins, whatever the weights c of the classes are.
 
         Args:
             targets: `(N, K)`, `(N, 1)` or `(N,)`.
             outputs: K.
-            squared: Whether the loss is a squared one.
+            gradient: Maps outputs `(N, K)` and targets to the gradient of the loss in the outputs.
 
         Example:
-            >>> Classes.of(torch.tensor([[0.0, 1.0], [1.0, 0.0]]), 2, squared=True).labels
+            >>> Classes.of(torch.tensor([[0.0, 1.0], [1.0, 0.0]]), 2, lambda f, y: f - y).labels
             tensor([1, 0])
-            >>> Classes.of(torch.tensor([[0.3, 0.7], [1.0, 0.0]]), 2, squared=True) is None
-            True
+            >>> Classes.of(torch.tensor([3.0, 1.0]), 1, lambda f, y: f.flatten() - y).threshold
+            2.0
         """
         if outputs > 1:
             if targets.dim() == 1 and not targets.is_floating_point():
@@ -46,10 +84,25 @@ class Classes:
         values: Tensor = torch.unique(targets)
         if targets.numel() != len(targets) or len(values) != 2:
             return None
-        threshold = values.double().mean().item() if squared else 0.0
-        return cls((targets.flatten() == values[1]).long(), threshold)
+        low, high = values.tolist()
+
+        def slope(output: float, target: float) -> Tensor:
+            point = torch.full((len(targets), 1), output, dtype=torch.float64, device=targets.device)
+            return gradient(point, torch.full_like(targets, target)).sum()
+
+        def is_symmetric(center: float) -> bool:
+            offsets = [(high - low) * offset for offset in _OFFSETS]
+            try:
+                ratios = torch.stack([slope(center + d, high) / slope(center - d, low) for d in offsets])
+            except (RuntimeError, ValueError):  # a loss of probabilities, outside of [0, 1]
+                return False
+            return torch.allclose(ratios, ratios[0], rtol=1e-4)
+
+        middle = (low + high) / 2
+        threshold = middle if is_symmetric(middle) and not is_symmetric(0.0) else 0.0
+        return cls((targets.flatten() == high).long(), threshold)
 
     def accuracy(self, outputs: Tensor) -> float:
-        """The share of samples whose outputs `(N, K)` mean their class."""
+        """The share of samples whose outputs `(N, K)` predict their class."""
         predicted = outputs.argmax(1) if self.threshold is None else (outputs.flatten() > self.threshold).long()
         return (predicted.cpu() == self.labels).double().mean().item()

@@ -1,1 +1,18 @@
-"""The distances as pure functions."""
+"""The distances as pure functions of tensors."""
+
+from lightning_ntk.functional.kernels import kernel_change, kernel_distance, kernel_target_alignment
+from lightning_ntk.functional.predictions import prediction_rmse, taylor_gap
+from lightning_ntk.functional.weights import difference, inner_product, norm, parameter_distances, weight_distances
+
+__all__ = [
+    "difference",
+    "inner_product",
+    "kernel_change",
+    "kernel_distance",
+    "kernel_target_alignment",
+    "norm",
+    "parameter_distances",
+    "prediction_rmse",
+    "taylor_gap",
+    "weight_distances",
+]

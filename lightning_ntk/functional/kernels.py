@@ -1,58 +1,15 @@
-"""Distances between two kernels, and between a kernel and the targets: pure functions."""
+"""Distances between two kernels, and between a kernel and the targets."""
 
-import math
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from lightning_ntk.functional.weights import ratio, require_same_shape
-
-
-class KernelSums(NamedTuple):
-    r"""The sums over kernel entries from which every distance between two kernels follows.
-
-    They add up over blocks of the kernels, and a common factor cancels from the distances.
-    """
-
-    difference: float
-    r""":math:`\|\Theta_t - \Theta_0\|^2`, squared Frobenius norms like the others."""
-    initial: float
-    r""":math:`\|\Theta_0\|^2`."""
-    current: float
-    r""":math:`\|\Theta_t\|^2`."""
-
-    @property
-    def distance(self) -> float:
-        r""":math:`1 - \langle\Theta_0, \Theta_t\rangle / (\|\Theta_0\| \|\Theta_t\|)`, between 0 and 2."""
-        initial, current = math.sqrt(self.initial), math.sqrt(self.current)
-        # The textbook form leaves no digit below 1e-16; here what is subtracted is of the order of the result.
-        return ratio(max(self.difference - (current - initial) ** 2, 0.0), 2 * initial * current)
-
-    @property
-    def change(self) -> float:
-        r""":math:`\|\Theta_t - \Theta_0\| / \|\Theta_0\|`."""
-        return ratio(math.sqrt(self.difference), math.sqrt(self.initial))
-
-
-def kernel_sums(initial: Tensor, kernel: Tensor) -> KernelSums:
-    """The sums of two kernels, or of the same block of both, in float64.
-
-    Args:
-        initial: The kernel to compare with, `(N1 K, N2 K)`.
-        kernel: The kernel now, of the same shape.
-
-    Raises:
-        ValueError: If the shapes differ.
-    """
-    require_same_shape(initial=initial, kernel=kernel)
-    initial, kernel = initial.double(), kernel.double()
-    difference, first, second = (x.square().sum().item() for x in (kernel - initial, initial, kernel))
-    return KernelSums(difference, first, second)
+from lightning_ntk.functional.weights import ratio, ratio_of_norms, require_same_shape
 
 
 def kernel_distance(initial: Tensor, kernel: Tensor) -> float:
-    r"""How far a kernel has turned away from another one (Fort et al., 2020).
+    r"""Measures how far a kernel has turned away from another (Fort et al., 2020).
 
     .. math:: 1 - \frac{\langle\Theta_0, \Theta_t\rangle}{\|\Theta_0\| \, \|\Theta_t\|}
 
@@ -72,18 +29,18 @@ def kernel_distance(initial: Tensor, kernel: Tensor) -> float:
         >>> round(kernel_distance(torch.eye(2), torch.tensor([[0.0, 1.0], [1.0, 0.0]])), 12)
         1.0
     """
-    return kernel_sums(initial, kernel).distance
+    return kernel_sums(initial, kernel).distance.item()
 
 
 def kernel_change(initial: Tensor, kernel: Tensor) -> float:
-    r"""The change of a kernel relative to what it was, :math:`\|\Theta_t - \Theta_0\| / \|\Theta_0\|`.
+    r"""Computes the relative change of a kernel, :math:`\|\Theta_t - \Theta_0\| / \|\Theta_0\|`.
 
     Args:
         initial: The kernel to compare with, `(N1 K, N2 K)`.
         kernel: The kernel now, of the same shape.
 
     Returns:
-        The change, which unlike `kernel_distance` sees a change of scale.
+        The change. Unlike `kernel_distance`, it sees a change of scale.
 
     Raises:
         ValueError: If the shapes differ.
@@ -92,53 +49,73 @@ def kernel_change(initial: Tensor, kernel: Tensor) -> float:
         >>> kernel_change(torch.eye(2), 5 * torch.eye(2))
         4.0
     """
-    return kernel_sums(initial, kernel).change
+    return kernel_sums(initial, kernel).change.item()
 
 
 def kernel_target_alignment(kernel: Tensor, targets: Tensor) -> float:
-    r"""The cosine between a kernel and the one that the targets themselves would make (Cristianini et al., 2001).
+    r"""Computes the cosine between a kernel and the ideal kernel of the targets (Cristianini et al., 2001).
 
     .. math:: \frac{y^\top \Theta y}{\|\Theta\| \, \|y\|^2}
 
     Args:
-        kernel: `(N K, N K)`, rows in sample-major order.
-        targets: `(N, K)` or `(N K,)`; center them first where a constant should not count.
+        kernel: The kernel, `(N K, N K)`, with rows in sample-major order.
+        targets: The targets, `(N, K)` or `(N K,)`. Center them first if a constant should not count.
 
     Returns:
-        The alignment: 1 for :math:`\Theta \propto y y^\top`, which is learned in one step, near 0 for a kernel that knows
-        nothing of the targets.
+        The alignment: 1 for :math:`\Theta \propto y y^\top`, which is learned in one step, and near 0 for a kernel unrelated
+        to the targets.
 
     Raises:
-        ValueError: If the kernel is not square or has not one row for each target.
+        ValueError: If the kernel is not square or does not have one row for each target.
 
     Example:
         >>> kernel_target_alignment(torch.tensor([[1.0, -1.0], [-1.0, 1.0]]), torch.tensor([[1.0], [-1.0]]))
         1.0
     """
-    product, kernel_square, target_square = alignment_sums(kernel, targets, targets)
-    return ratio(product, math.sqrt(kernel_square * target_square))
+    return alignment(*alignment_sums(kernel, targets, targets)).item()
 
 
-def alignment_sums(kernel: Tensor, row_targets: Tensor, column_targets: Tensor) -> tuple[float, float, float]:
-    r"""The sums of `kernel_target_alignment` over one block of the kernel, in float64.
+class KernelSums(NamedTuple):
+    """Squared Frobenius norms of Theta_t - Theta_0, Theta_0 and Theta_t, which add up over blocks."""
 
-    Args:
-        kernel: `(N1 K, N2 K)`.
-        row_targets: y of its rows, `(N1, K)` or `(N1 K,)`.
-        column_targets: z of its columns, `(N2, K)` or `(N2 K,)`.
+    difference: Tensor
+    initial: Tensor
+    current: Tensor
 
-    Returns:
-        :math:`y^\top \Theta z`, :math:`\|\Theta\|^2` and :math:`\|y z^\top\|^2`.
+    @property
+    def distance(self) -> Tensor:
+        r""":math:`1 - \langle\Theta_0, \Theta_t\rangle / (\|\Theta_0\| \|\Theta_t\|)`, from 0 to 2."""
+        initial, current = self.initial.sqrt(), self.current.sqrt()
+        # The textbook form cancels: it leaves no digit of a distance below 1e-16.
+        turned = self.difference - (current - initial).square()
+        return ratio(turned.clamp_min(0), 2 * initial * current)
 
-    Raises:
-        ValueError: If the kernel has not one row and one column for each target.
-    """
+    @property
+    def change(self) -> Tensor:
+        r""":math:`\|\Theta_t - \Theta_0\| / \|\Theta_0\|`."""
+        return ratio_of_norms(self.difference, self.initial)
+
+
+def kernel_sums(initial: Tensor, kernel: Tensor) -> KernelSums:
+    """Sums the squared entries of two kernels, or of the same block of both, in float64."""
+    require_same_shape(initial=initial, kernel=kernel)
+    initial, kernel = initial.double(), kernel.double()
+    return KernelSums(*(x.square().sum() for x in (kernel - initial, initial, kernel)))
+
+
+def alignment_sums(kernel: Tensor, row_targets: Tensor, column_targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    r""":math:`y^\top \Theta z`, :math:`\|\Theta\|^2` and :math:`\|y z^\top\|^2` over one block of a kernel, in float64."""
     rows, columns = (targets.double().flatten() for targets in (row_targets, column_targets))
     if kernel.shape != (len(rows), len(columns)):
         raise ValueError(
             f"Expected a kernel of shape {(len(rows), len(columns))}, one row and one column for each target of each sample, "
-            f"but got {tuple(kernel.shape)}. Targets of classes must be one-hot."
+            f"but got {tuple(kernel.shape)}. Make class labels one-hot."
         )
     kernel = kernel.double()
-    product = torch.dot(rows, kernel @ columns).item()
-    return product, kernel.square().sum().item(), (rows.square().sum() * columns.square().sum()).item()
+    product = torch.dot(rows, kernel @ columns)
+    return product, kernel.square().sum(), rows.square().sum() * columns.square().sum()
+
+
+def alignment(product: Tensor, kernel_square: Tensor, target_square: Tensor) -> Tensor:
+    r""":math:`y^\top \Theta z / (\|\Theta\| \|y z^\top\|)` from the sums over all blocks."""
+    return ratio(product, kernel_square.sqrt() * target_square.sqrt())

@@ -1,93 +1,109 @@
-"""Which method computes a part of the kernel in the fewest operations, and how many these are."""
+"""What a part of the kernel costs, and which method computes it in the fewest operations."""
 
-from collections.abc import Iterable, Sequence
-from typing import Literal, NamedTuple, TypeAlias
+from collections.abc import Sequence
+from dataclasses import astuple, dataclass
+from typing import Literal, TypeAlias
 
-from lightning_ntk.kernel.factors import Factor, Outer
+from torch import Tensor
 
-Method: TypeAlias = Literal["gram", "shared", "dense"]
+from lightning_ntk.kernel.factors import Factor, Outer, gradients_of
+
+Method: TypeAlias = Literal["gram", "shared", "dense", "vmap"]
 
 # An elementwise product, and an operation of the short products over positions, in operations of a long matrix product.
 _ELEMENTWISE_COST = 16
 _POSITIONS_COST = 3
 # An operation of the passes through the network, which have elementwise functions in between.
-PASS_COST = 2
+_PASS_COST = 2
+# One element of a Jacobian made by vmap.
+_VMAP_COST = 400
 
 
-class Cost(NamedTuple):
-    """Multiply-adds for each sample, before the products of the kernel, and for each pair of samples, in these.
+@dataclass(frozen=True)
+class Cost:
+    """The cost of a part of the kernel; those of several parts add up.
+
+    Attributes:
+        per_sample: Multiply-adds per sample, in the passes and up to the factors.
+        per_pair: Multiply-adds per pair of samples.
+        forward: Multiply-adds of a forward pass, per sample.
+        factor_bytes: Memory for the factors, per sample.
+        pass_bytes: Memory for the passes that make them, per sample.
 
     Example:
-        >>> Cost(2.0, 3.0) + Cost(1.0, 0.0)
-        Cost(per_sample=3.0, per_pair=3.0)
-        >>> Cost(2.0, 3.0).total(samples=4, pairs=10)
-        38.0
+        >>> cost = Cost(per_sample=2, per_pair=3) + Cost(per_sample=1)
+        >>> cost.total(samples=4, pairs=10)
+        42.0
     """
 
-    per_sample: float = 0.0
-    per_pair: float = 0.0
+    per_sample: float = 0
+    per_pair: float = 0
+    forward: float = 0
+    factor_bytes: int = 0
+    pass_bytes: int = 0
 
-    def __add__(self, other: tuple[object, ...]) -> "Cost":
+    def __add__(self, other: "Cost") -> "Cost":
         """The cost of both."""
-        assert isinstance(other, Cost)
-        return Cost(self.per_sample + other.per_sample, self.per_pair + other.per_pair)
+        return Cost(*(one + another for one, another in zip(astuple(self), astuple(other), strict=True)))
 
     def total(self, samples: float, pairs: float) -> float:
-        """Multiply-adds for so many samples and pairs."""
-        return self.per_sample * samples + self.per_pair * pairs
+        """Multiply-adds for these numbers of samples and pairs."""
+        return float(self.per_sample * samples + self.per_pair * pairs)
 
 
 def cheapest_method(
-    factors: Sequence[Factor], outputs: int, rows: int, columns: int, *, symmetric: bool
+    factors: Sequence[Factor], outputs: int, forward: float, size: tuple[float, float]
 ) -> tuple[Method, Cost]:
     """The method with the fewest operations for parameters that share their output gradients.
 
     Args:
-        factors: Their Jacobians, rows being samples.
+        factors: Their Jacobians, one row per sample, for any number of cotangents.
         outputs: K.
-        rows: Samples of the first data set.
-        columns: Samples of the second one.
-        symmetric: Whether it is the first one again, so that half of the pairs are enough.
+        forward: Multiply-adds of their layers in a forward pass, per sample.
+        size: Samples of the kernel, and pairs of samples.
     """
+    passes = _PASS_COST * (1 + 2 * outputs) * forward
+    numel = sum(factor.shape.numel() for factor in factors)
+    jacobian = numel * outputs * gradients_of(factors[0]).element_size()
     outers = [factor for factor in factors if isinstance(factor, Outer)]
     if not outers:
-        return "dense", Cost(0.0, outputs**2 * sum(factor.shape.numel() for factor in factors))
-    _, _, groups, positions, size = outers[0].gradients.shape
-    width = sum(factor.width for factor in outers)
+        return "dense", Cost(passes, outputs**2 * numel, forward, jacobian, 3 * jacobian)
+    gradients = outers[0].gradients
+    samples, cotangents, groups, positions, length = gradients.shape
+    inputs = sum(factor.inputs.nbytes for factor in outers) // samples
+    recorded = inputs + gradients.nbytes * outputs // cotangents // samples
     gram_width = sum(1 if factor.one_hot else factor.width for factor in outers)
     if same_for_all_samples(outers[0]):
-        return "shared", Cost(0.0, gram_width + outputs**2 * _ELEMENTWISE_COST)
-    numel = groups * size * width
+        pair = gram_width + outputs**2 * _ELEMENTWISE_COST
+        return "shared", Cost(passes, pair, forward, inputs, 3 * inputs)
+    if positions == 1:
+        pair = groups * (gram_width + outputs**2 * (length + _ELEMENTWISE_COST))
+    else:
+        mixed = positions**2 * outputs * length + outputs**2 * positions * length
+        pair = groups * (positions**2 * gram_width + _POSITIONS_COST * mixed)
+    gram = Cost(passes, pair, forward, recorded, 3 * recorded)
     # One-hot inputs are scattered.
     making = sum(_ELEMENTWISE_COST if factor.one_hot else factor.width for factor in outers)
-    dense = Cost(outputs * positions * groups * size * making, outputs**2 * numel)
-    if positions == 1:
-        gram = Cost(0.0, groups * (gram_width + outputs**2 * (size + _ELEMENTWISE_COST)))
-    else:
-        mixed = positions**2 * outputs * size + outputs**2 * positions * size
-        gram = Cost(0.0, groups * (positions**2 * gram_width + _POSITIONS_COST * mixed))
-    samples, pairs = kernel_size(rows, columns, symmetric=symmetric)
-    return ("gram", gram) if gram.total(samples, pairs) < dense.total(samples, pairs) else ("dense", dense)
+    making *= outputs * positions * groups * length
+    dense = Cost(passes + making, outputs**2 * numel, forward, jacobian, jacobian + 2 * recorded)
+    return ("gram", gram) if gram.total(*size) < dense.total(*size) else ("dense", dense)
 
 
-def kernel_size(rows: int, columns: int, *, symmetric: bool) -> tuple[float, float]:
-    """Samples and pairs of samples of a kernel, half of the pairs if it is symmetric."""
-    return (rows, rows**2 / 2) if symmetric else (rows + columns, rows * columns)
+def vmap_cost(parameter: Tensor, outputs: int) -> Cost:
+    """The cost of a parameter whose per-sample Jacobians are made by vmap."""
+    numel, jacobian = parameter.numel(), outputs * parameter.nbytes
+    return Cost(_VMAP_COST * outputs * numel, outputs**2 * numel, numel, jacobian, 2 * jacobian)
 
 
-def forward_cost(factors: Iterable[Factor], samples: int) -> float:
-    """Multiply-adds of the layers behind `factors` in the forward pass of one sample."""
-    total = 0
-    for factor in factors:
-        if isinstance(factor, Outer):
-            rows, _, groups, positions, size = factor.gradients.shape
-            total += 0 if factor.one_hot else rows * groups * positions * size * factor.width
-        else:
-            total += len(factor.jacobian) * factor.shape.numel()
-    return total / samples
+def forward_cost(factor: Factor) -> float:
+    """Multiply-adds of the call behind a factor in the forward pass, over all rows."""
+    if isinstance(factor, Outer):
+        rows, _, groups, positions, size = factor.gradients.shape
+        return 0 if factor.one_hot else rows * groups * positions * size * factor.width
+    return len(factor.jacobian) * factor.shape.numel()
 
 
 def same_for_all_samples(factor: Outer) -> bool:
-    """Whether the gradients are one tensor repeated without copies: those at the outputs of the network itself."""
+    """Whether all samples have one and the same tensor of gradients, as at the outputs of the network itself."""
     samples, _, groups, positions, _ = factor.gradients.shape
     return groups == positions == 1 and (samples == 1 or factor.gradients.stride(0) == 0)

@@ -12,7 +12,7 @@ needs Gram matrices and no Jacobian (Novak et al., 2022, "Fast finite width neur
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeAlias
 
 import torch
@@ -82,6 +82,24 @@ class Dense:
 
 
 Factor: TypeAlias = Outer | Dense
+Use: TypeAlias = tuple[str, Factor]
+"""A parameter, and its Jacobian through one call."""
+
+
+def gradients_of(factor: Factor) -> Tensor:
+    """The output gradients `(R, K, ...)`, or the Jacobian where they are not kept apart."""
+    return factor.gradients if isinstance(factor, Outer) else factor.jacobian
+
+
+def scaled(factor: Factor, scale: float) -> Factor:
+    """The Jacobian times a number; its output gradients are kept where they may be shared with other factors."""
+    if scale == 1:
+        return factor
+    if isinstance(factor, Dense):
+        return Dense(scale * factor.jacobian)
+    if factor.one_hot:
+        return replace(factor, gradients=scale * factor.gradients)
+    return replace(factor, inputs=scale * factor.inputs)
 
 
 @dataclass(frozen=True, eq=False)
@@ -95,11 +113,6 @@ class Gram:
 
     inputs: tuple[Tensor, ...]
     gradients: Tensor
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all factors."""
-        return sum(tensor.nbytes for tensor in (*self.inputs, self.gradients))
 
     def narrow(self, start: int, stop: int) -> "Gram":
         """The samples `start` to `stop`."""
@@ -158,25 +171,6 @@ class Factors:
 
     grams: tuple[Gram, ...]
     jacobians: tuple[Tensor, ...]
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all factors."""
-        return sum(gram.nbytes for gram in self.grams) + sum(jacobian.nbytes for jacobian in self.jacobians)
-
-    def tensors(self) -> list[tuple[Tensor, bool]]:
-        """All tensors, and whether their first dimension is that of the samples."""
-        grams = [(t, True) for gram in self.grams for t in gram.inputs]
-        gradients = [(gram.gradients, gram.gradients.dim() > 2) for gram in self.grams]
-        return grams + gradients + [(jacobian, True) for jacobian in self.jacobians]
-
-    def with_tensors(self, values: Sequence[Tensor]) -> "Factors":
-        """The factors with others in the place of the tensors that have samples, in the order of `tensors`."""
-        left = iter(values)
-        inputs = [tuple(next(left) for _ in gram.inputs) for gram in self.grams]
-        gradients = [next(left) if gram.gradients.dim() > 2 else gram.gradients for gram in self.grams]
-        grams = tuple(Gram(x, g) for x, g in zip(inputs, gradients, strict=True))
-        return Factors(grams, tuple(next(left) for _ in self.jacobians))
 
     def narrow(self, start: int, stop: int) -> "Factors":
         """The samples `start` to `stop`."""

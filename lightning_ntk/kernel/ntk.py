@@ -1,14 +1,17 @@
 """The empirical neural tangent kernel between two data sets."""
 
-from collections.abc import Mapping
-from typing import Literal
+import math
+import warnings
+from collections.abc import Iterable, Mapping
+from functools import partial
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from lightning_ntk.data.reference import Data, Reference, Unpack
-from lightning_ntk.kernel.assembly import structured_kernel
-from lightning_ntk.kernel.per_sample import contraction_kernel
+from lightning_ntk.kernel.assembly import assemble
+from lightning_ntk.kernel.plan import PlanChangedError, make_plan, verify
 from lightning_ntk.linearization.linearization import Linearization, Predict
 from lightning_ntk.utilities.distributed import ALONE, Processes
 from lightning_ntk.utilities.memory import format_bytes
@@ -68,38 +71,157 @@ def empirical_ntk(
     return compute_kernel(linearization, rows, columns, method=method, memory_limit=memory_limit, progress=progress)
 
 
+class Operations(NamedTuple):
+    """Floating-point operations, two for a multiply-add of a long matrix product.
+
+    Attributes:
+        kernel: The kernel, from the passes to its last product.
+        forward: One forward pass over its data.
+    """
+
+    kernel: float
+    forward: float
+
+
+class PlannedKernel:
+    r"""A kernel :math:`J(x_1) D J(x_2)^\top` that knows what it costs before it is computed.
+
+    Args:
+        linearization: The network.
+        rows: The first data set.
+        columns: The second one. Default: the first one again, with half of the work.
+        method: As for `empirical_ntk`.
+        lr_scales: The diagonal matrix D: a factor for each parameter, by name, for learning rates that differ. Parameters
+            without one have 1; 0 leaves a parameter out, without any work for it.
+
+    Raises:
+        ValueError: If an argument cannot be used, or if the outputs depend on no parameter that is left.
+
+    Example:
+        >>> linearization = Linearization(torch.nn.Linear(3, 2))
+        >>> planned = PlannedKernel(linearization, Reference(torch.ones(10, 3)), lr_scales={"bias": 0.0})
+        >>> planned.operations.forward  # two per weight and sample
+        120.0
+        >>> planned.compute()[0, :2]
+        tensor([3., 0.])
+    """
+
+    def __init__(
+        self,
+        linearization: Linearization,
+        rows: Reference,
+        columns: Reference | None = None,
+        *,
+        method: str = "auto",
+        lr_scales: Mapping[str, float] | None = None,
+    ) -> None:
+        if method not in ("auto", "structured", "contraction"):
+            raise ValueError(
+                f'Expected argument `method` to be "auto", "structured" or "contraction" but got {method!r}.'
+            )
+        scales = _positive(lr_scales or {}, linearization.params)
+        roots = {name: math.sqrt(scale) for name, scale in scales.items()}
+        linearization = linearization.restricted(list(scales))
+        self._plan = make_plan(linearization, rows, columns, structured=method != "contraction", roots=roots)
+
+    @property
+    def operations(self) -> Operations:
+        """Floating-point operations of the kernel, and of a forward pass over its data."""
+        samples, pairs = self._plan.size
+        return Operations(2 * self._plan.cost.total(samples, pairs), 2 * samples * self._plan.cost.forward)
+
+    def compute(
+        self,
+        *,
+        memory_limit: int | None = None,
+        dtype: torch.dtype | None = None,
+        device: torch.device | None = None,
+        progress: bool = False,
+        processes: Processes = ALONE,
+    ) -> Tensor:
+        """The kernel `(N1 K, N2 K)`.
+
+        Args:
+            memory_limit: As for `empirical_ntk`.
+            dtype: Type in which the products are summed. Default: that of the passes.
+            device: Where the kernel is kept. Default: with the passes.
+            progress: Whether to show a progress bar.
+            processes: The processes that share the work; each one holds the whole kernel in the end.
+
+        Raises:
+            MemoryError: If the kernel does not fit into memory.
+
+        Warns:
+            UserWarning: If a rule disagrees with plain autograd; its parameters are then contracted.
+        """
+        plan, linearization = self._plan, self._plan.linearization
+        dtype, device = dtype or linearization.dtype, device or linearization.device
+        rows, columns = len(plan.rows), len(plan.columns or plan.rows)
+        size = rows * columns * plan.outputs**2 * dtype.itemsize
+        free = processes.free_memory(device)
+        if size > free:
+            raise MemoryError(
+                f"The kernel of {rows} x {columns} samples with {plan.outputs} outputs needs {format_bytes(size)} "
+                f"but {format_bytes(free)} are free. Use fewer samples."
+            )
+        if memory_limit is None:
+            spare = free - size if device == linearization.device else processes.free_memory(linearization.device)
+            memory_limit = int(_DEFAULT_MEMORY_SHARE * spare)
+        assembled = partial(
+            assemble, memory_limit=memory_limit, dtype=dtype, device=device, progress=progress, processes=processes
+        )
+        try:
+            with processes.agreement():
+                return assembled(verify(plan))
+        except PlanChangedError as reason:
+            warnings.warn(f"{reason} The whole kernel is computed by contraction instead.", stacklevel=3)
+        with processes.agreement():
+            return assembled(plan.contract(linearization.params))
+
+
 def compute_kernel(
     linearization: Linearization,
     rows: Reference,
     columns: Reference | None = None,
     *,
     method: str = "auto",
+    lr_scales: Mapping[str, float] | None = None,
     memory_limit: int | None = None,
     dtype: torch.dtype | None = None,
     device: torch.device | None = None,
     progress: bool = False,
     processes: Processes = ALONE,
 ) -> Tensor:
-    """`empirical_ntk` of a linearization, `(N1 K, N2 K)`, its products summed in `dtype` and kept on `device`.
+    r"""The kernel :math:`J(x_1) D J(x_2)^\top` of a linearization, `(N1 K, N2 K)`.
 
-    Several processes share the work, and each holds the whole kernel.
+    The arguments are those of `PlannedKernel` and of its method `compute`.
+
+    Example:
+        >>> linearization, data = Linearization(torch.nn.Linear(2, 1)), Reference(torch.eye(2))
+        >>> compute_kernel(linearization, data, lr_scales={"bias": 0.5})
+        tensor([[1.5000, 0.5000],
+                [0.5000, 1.5000]])
     """
-    if method not in ("auto", "structured", "contraction"):
-        raise ValueError(f'Expected argument `method` to be "auto", "structured" or "contraction" but got {method!r}.')
-    num_outputs = linearization.predict(rows.read(0, 1).inputs).shape[1]
-    size = len(rows) * len(columns or rows) * num_outputs**2 * (dtype or linearization.dtype).itemsize
-    free = processes.free_memory(device or linearization.device)
-    if size > free:
-        raise MemoryError(
-            f"The kernel of {len(rows)} x {len(columns or rows)} samples with {num_outputs} outputs needs {format_bytes(size)} "
-            f"but {format_bytes(free)} are free. Use fewer samples."
-        )
-    if memory_limit is None:
-        elsewhere = device is not None and device != linearization.device
-        spare = processes.free_memory(linearization.device) if elsewhere else free - size
-        memory_limit = int(_DEFAULT_MEMORY_SHARE * spare)
-    kernel = contraction_kernel if method == "contraction" else structured_kernel
-    return kernel(
-        linearization, rows, columns, num_outputs=num_outputs, memory_limit=memory_limit, dtype=dtype, device=device,
-        progress=progress, processes=processes,
-    )  # fmt: skip
+    planned = PlannedKernel(linearization, rows, columns, method=method, lr_scales=lr_scales)
+    return planned.compute(
+        memory_limit=memory_limit, dtype=dtype, device=device, progress=progress, processes=processes
+    )
+
+
+def count_operations(linearization: Linearization, reference: Reference) -> Operations:
+    """The operations of the kernel of a data set with itself, as its plan counts them; the kernel is not computed."""
+    return PlannedKernel(linearization, reference).operations
+
+
+def _positive(lr_scales: Mapping[str, float], names: Iterable[str]) -> dict[str, float]:
+    """The factor of every parameter that is not left out."""
+    scales = dict.fromkeys(names, 1.0)
+    if unknown := sorted(lr_scales.keys() - scales.keys()):
+        raise ValueError(f"Expected argument `lr_scales` to name parameters of {sorted(scales)} but got {unknown}.")
+    scales.update(lr_scales)
+    for name, scale in scales.items():
+        if not 0 <= scale < math.inf:
+            raise ValueError(f"Expected argument `lr_scales` to be finite and at least 0 but got {scale} for {name!r}.")
+    if not any(scales.values()):
+        raise ValueError("Expected argument `lr_scales` to leave a parameter but all factors are 0.")
+    return {name: scale for name, scale in scales.items() if scale}

@@ -1,7 +1,4 @@
-"""The kernel of any module: per-sample Jacobians by vmap over vector-Jacobian products, contracted block by block.
-
-This is the plain reference for every faster rule. Its cost is that of the products J1 J2^T, 2 (N1 K) (N2 K) P operations.
-"""
+"""Per-sample Jacobians of any module, by vmap over vector-Jacobian products."""
 
 import warnings
 from collections.abc import Sequence
@@ -12,18 +9,12 @@ from torch.func import jacrev, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils import _pytree as pytree
 
-from lightning_ntk.data.reference import Reference
 from lightning_ntk.linearization.linearization import Linearization
 from lightning_ntk.linearization.parameters import Tensors
 from lightning_ntk.utilities.contexts import isolated_pass
-from lightning_ntk.utilities.distributed import ALONE, Processes
-from lightning_ntk.utilities.memory import empty_matrix, mirror_upper_
-from lightning_ntk.utilities.progress import track_operations
 
 # Samples whose activations, K times each, are held at once while their Jacobians are made.
 _VMAP_CHUNK = 32
-# Making one element of a Jacobian, in multiply-adds of a long matrix product.
-_JACOBIAN_COST = 400
 
 
 def sample_jacobians(linearization: Linearization, inputs: object, names: Sequence[str] | None = None) -> Tensors:
@@ -64,11 +55,15 @@ def sample_jacobians(linearization: Linearization, inputs: object, names: Sequen
     return _row_by_row(linearization, leaves, structure, list(variables))
 
 
+def random_cotangent(shape: torch.Size, like: Tensor) -> Tensor:
+    """Normal numbers, the same on every device, in the type and on the device of another tensor."""
+    return torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(like)
+
+
 def _match_autograd(linearization: Linearization, inputs: object, jacobians: Tensors) -> bool:
     """Whether J^T u, for a random u and every parameter, is what a plain backward pass gives."""
     first = next(iter(jacobians.values()))
-    generator = torch.Generator().manual_seed(0)
-    cotangent = torch.randn(first.shape[:2], generator=generator, dtype=torch.float64).to(first)
+    cotangent = random_cotangent(first.shape[:2], like=first)
     expected = linearization.predict_and_vjp([cotangent], inputs)[1][0]
     tolerance = 1e4 * torch.finfo(first.dtype).eps
     close = []
@@ -104,83 +99,3 @@ def contract(first: Tensors, second: Tensors, dtype: torch.dtype | None = None) 
         total = rows @ columns.T if total is None else total.addmm_(rows, columns.T)
     assert total is not None
     return total
-
-
-def contraction_kernel(
-    linearization: Linearization,
-    rows: Reference,
-    columns: Reference | None,
-    *,
-    num_outputs: int,
-    memory_limit: int,
-    dtype: torch.dtype | None = None,
-    device: torch.device | None = None,
-    progress: bool = False,
-    processes: Processes = ALONE,
-) -> Tensor:
-    """The kernel between two data sets, or of one with itself (half of the blocks computed, the others mirrored).
-
-    Args:
-        linearization: The network.
-        rows: The first data set, N1 samples.
-        columns: The second one, N2 samples, or None for the first one again.
-        num_outputs: K.
-        memory_limit: Bytes for the Jacobians of two blocks of samples.
-        dtype: Type in which the products are summed. Default: that of the passes.
-        device: Where the kernel is kept, tile by tile as it is made. Default: with the passes.
-        progress: Whether to show a progress bar.
-        processes: The processes that share the blocks; each one holds the whole kernel in the end.
-
-    Returns:
-        The kernel `(N1 K, N2 K)`, in `dtype`.
-    """
-    symmetric = columns is None
-    columns = rows if columns is None else columns
-    jacobian_size = num_outputs * linearization.num_parameters * linearization.dtype.itemsize
-    # Blocks enough that every process has some.
-    longest = max(1, min(len(rows), len(columns)) // processes.size)
-    size = max(1, min(memory_limit // (2 * jacobian_size), longest))
-    dtype = dtype or linearization.dtype
-    device = device or linearization.device
-    kernel = empty_matrix(len(rows) * num_outputs, len(columns) * num_outputs, dtype=dtype, device=device)
-    blocks = [
-        (i, j) for i in range(0, len(rows), size) for j in range(0, len(columns), size) if not symmetric or i <= j
-    ]
-    # Exact zeros where the blocks of other processes are, so that the sum is their copy.
-    if processes.size > 1:
-        kernel.zero_()
-    own = processes.rows(len(blocks))
-    blocks = blocks[own.start : own.stop]
-    operations = _operations(
-        blocks, size, (len(rows), len(columns)), symmetric, num_outputs, linearization.num_parameters
-    )
-    held: tuple[int, Tensors] | None = None
-    with track_operations("kernel by contraction", total=sum(operations), enabled=progress) as advance:
-        for (i, j), cost in zip(blocks, operations, strict=True):
-            if held is None or held[0] != i:
-                held = None  # freed before the next block is made
-                held = (i, sample_jacobians(linearization, rows.read(i, i + size).inputs))
-            first = held[1]
-            same = symmetric and i == j
-            second = first if same else sample_jacobians(linearization, columns.read(j, j + size).inputs)
-            block = contract(first, second, dtype)
-            block = mirror_upper_(block) if same else block
-            at_row, at_column = i * num_outputs, j * num_outputs
-            kernel[at_row : at_row + block.shape[0], at_column : at_column + block.shape[1]] = block
-            if symmetric and i != j:
-                kernel[at_column : at_column + block.shape[1], at_row : at_row + block.shape[0]] = block.T
-            advance(cost)
-    return processes.sum_(kernel)
-
-
-def _operations(
-    blocks: list[tuple[int, int]], size: int, samples: tuple[int, int], symmetric: bool, outputs: int, parameters: int
-) -> list[float]:
-    """Multiply-adds of every block: of its product, and of the Jacobians made for it."""
-    operations, held = [], None
-    for i, j in blocks:
-        height, width = min(size, samples[0] - i), min(size, samples[1] - j)
-        made = (height if held != i else 0) + (0 if symmetric and i == j else width)
-        operations.append(float(outputs * parameters * (made * _JACOBIAN_COST + height * width * outputs)))
-        held = i
-    return operations

@@ -1,8 +1,8 @@
-"""How the kernel of a network is computed: which rule for which parameters, verified on a few samples."""
+"""How the kernel of a network is computed: which method for which parameters, decided and verified on a few samples."""
 
 import warnings
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -10,27 +10,11 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from lightning_ntk.data.reference import Reference
-from lightning_ntk.kernel.costs import (
-    PASS_COST,
-    Cost,
-    Method,
-    cheapest_method,
-    forward_cost,
-    kernel_size,
-    same_for_all_samples,
-)
-from lightning_ntk.kernel.factors import Dense, Factor, Factors, Gram, Outer, add_block, gram_of
-from lightning_ntk.kernel.per_sample import sample_jacobians
-from lightning_ntk.kernel.recorder import (
-    Layout,
-    Usage,
-    UsedParameter,
-    by_sample,
-    find_layout,
-    gradient_support,
-    one_hot_cotangents,
-    record_usage,
-)
+from lightning_ntk.kernel.costs import Cost, Method, cheapest_method, forward_cost, same_for_all_samples, vmap_cost
+from lightning_ntk.kernel.factors import Dense, Factor, Factors, Gram, Outer, add_block, gradients_of, gram_of, scaled
+from lightning_ntk.kernel.layouts import Layout, arrange_by_sample, find_layouts
+from lightning_ntk.kernel.per_sample import random_cotangent, sample_jacobians
+from lightning_ntk.kernel.recorder import Usage, one_hot_cotangents, record_usage
 from lightning_ntk.linearization.linearization import Linearization
 from lightning_ntk.linearization.parameters import Tensors
 
@@ -51,265 +35,225 @@ class Unit(NamedTuple):
 
     Attributes:
         names: Several only where they share their output gradients.
-        method: "gram" of positions; "shared" Gram, where all samples have the same output gradients; "dense" Jacobians.
+        method: "gram" matrices of inputs and output gradients; "shared" where all samples have the same output
+            gradients; "dense" Jacobians made from these; Jacobians by "vmap" where no rule applies.
+        cost: The unit's part of the kernel's cost.
     """
 
     names: tuple[str, ...]
     method: Method
-
-
-class Operations(NamedTuple):
-    """Floating-point operations, two for a multiply-add of a long matrix product.
-
-    Attributes:
-        kernel: Of the kernel of a data set with itself.
-        forward: Of one forward pass over the data set.
-    """
-
-    kernel: float
-    forward: float
+    cost: Cost
 
 
 @dataclass(frozen=True)
 class Plan:
-    """How the kernel of a network is computed.
+    """What is to be computed, J D J^T between two data sets, and how.
 
     Attributes:
+        linearization: The network, with the parameters of which D is not zero as its variables.
+        rows: The first data set.
+        columns: The second one, or None for the first one again, with half of the work.
+        roots: Square roots of the elements of D, by parameter.
+        outputs: K.
         layouts: For every parameter with a rule, where the samples are in its rows.
-        units: Parameters computed by rules.
-        contracted: Parameters whose Jacobians are made by vmap.
-        cost: Operations, from the passes to the kernel.
-        factor_bytes: Memory for the factors of one sample.
-        pass_bytes: Memory for one sample during the passes that make them.
+        units: The parameters by method.
     """
 
-    layouts: dict[str, Layout]
-    units: tuple[Unit, ...]
-    contracted: tuple[str, ...]
-    cost: Cost
-    factor_bytes: int
-    pass_bytes: int
+    linearization: Linearization
+    rows: Reference
+    columns: Reference | None
+    roots: Mapping[str, float]
+    outputs: int
+    layouts: Mapping[str, Layout] = field(default_factory=dict)
+    units: tuple[Unit, ...] = ()
+
+    @property
+    def size(self) -> tuple[float, float]:
+        """Samples, and pairs of samples of which the kernel is computed."""
+        samples = len(self.rows)
+        if self.columns is None:
+            return samples, samples**2 / 2
+        return samples + len(self.columns), samples * len(self.columns)
+
+    @property
+    def cost(self) -> Cost:
+        """The cost of all units."""
+        return sum((unit.cost for unit in self.units), Cost())
+
+    @property
+    def contracted(self) -> tuple[str, ...]:
+        """Parameters without a rule, whose Jacobians are made by vmap."""
+        return tuple(name for unit in self.units if unit.method == "vmap" for name in unit.names)
+
+    def contract(self, names: Iterable[str]) -> "Plan":
+        """The plan in which these parameters, and those of units that hold one of them, go through vmap."""
+        chosen = set(names)
+        split = {name for unit in self.units if chosen.intersection(unit.names) for name in unit.names}
+        contracted = tuple(
+            Unit((name,), "vmap", vmap_cost(parameter, self.outputs))
+            for name, parameter in self.linearization.params.items()
+            if name in chosen | split
+        )
+        kept = tuple(unit for unit in self.units if not split.intersection(unit.names))
+        return replace(self, units=kept + contracted)
 
 
-def make_plan(linearization: Linearization, rows: Reference, columns: Reference | None) -> Plan:
-    """Decides, for every parameter, how its part of the kernel between two data sets is computed.
+def make_plan(
+    linearization: Linearization,
+    rows: Reference,
+    columns: Reference | None = None,
+    *,
+    structured: bool = True,
+    roots: Mapping[str, float] | None = None,
+) -> Plan:
+    """Decides how each parameter's part of the kernel is computed, from four backward passes over three samples.
 
-    Each part is verified on the first samples: u^T Theta_p u = |J_p^T u|^2 for a random u, the right-hand side by plain
-    autograd.
+    Args:
+        linearization: The network.
+        rows: The first data set.
+        columns: The second one, or None for the first one again.
+        structured: Whether to use rules; otherwise all Jacobians are made by vmap.
+        roots: Square roots of the elements of D, by parameter. Default: 1.
 
-    Warns:
-        UserWarning: If they disagree, with the names of the parameters, which are then contracted.
+    Raises:
+        ValueError: If the outputs are not one row per sample, or depend on no trainable parameter.
     """
     inputs, samples = _probe_inputs(rows)
-    cotangent: list[Tensor] = []
-
-    def cotangents(outputs: Tensor) -> list[Tensor]:
-        cotangent.append(_random_cotangent(outputs))
-        return [one_hot_cotangents(outputs), _one_sample_each(cotangent[0])]
-
-    usage = record_usage(linearization, inputs, cotangents)
-    if len(usage.outputs) != samples:
-        raise PlanChangedError(f"Expected outputs for {samples} samples but got {len(usage.outputs)}.")
-    layouts, coupled = _find_layouts(usage.factors[1])
-    used = {name for name, _ in usage.factors[0]}
-    merged = _merge(_by_parameter(usage.factors[0], layouts, samples, usage.uncovered | coupled))
-    outputs = usage.outputs.shape[1]
-    sizes = len(rows), len(columns or rows)
-    choices = {
-        names: cheapest_method(factors, outputs, *sizes, symmetric=columns is None) for names, factors in merged.items()
-    }
-    units = tuple(Unit(names, method) for names, (method, _) in choices.items())
-
-    expected = linearization.predict_and_vjp([cotangent[0]], inputs)[1][0]
-    parts = [pack([unit], merged, {}) for unit in units]
-    unused = linearization.params.keys() - used - usage.uncovered
-    culprits = {name for name in unused if expected[name].any()}
-    for unit, part in zip(units, parts, strict=True):
-        if not _agrees(part, cotangent[0], [expected[name] for name in unit.names]):
-            culprits |= set(unit.names)
-    if culprits:
-        warnings.warn(
-            f"The rules for {', '.join(f'`{name}`' for name in sorted(culprits))} disagree with plain autograd: the network "
-            "uses these parameters in a way that its layers do not show. They are computed by contraction instead.",
-            stacklevel=4,
-        )
-    contracted = usage.uncovered | coupled | culprits
-    kept = [not contracted.intersection(unit.names) for unit in units]
-    itemsize = linearization.dtype.itemsize
-    direct = sum(linearization.params[name].numel() for name in contracted) * outputs * itemsize
-    factor_bytes = direct + sum(part.nbytes for part, keep in zip(parts, kept, strict=True) if keep) // samples
-    tensors = {id(t): t for _, factor in usage.factors[0] for t in _tensors(factor)}
-    return Plan(
-        layouts,
-        tuple(unit for unit, keep in zip(units, kept, strict=True) if keep),
-        tuple(name for name in linearization.params if name in contracted),
-        _total_cost(
-            linearization,
-            usage,
-            [cost for names, (_, cost) in choices.items() if not contracted.intersection(names)],
-            contracted,
-        ),
-        factor_bytes,
-        factor_bytes + 2 * sum(t.numel() * t.element_size() for t in tensors.values()) // samples,
-    )
-
-
-def count_operations(linearization: Linearization, reference: Reference) -> Operations:
-    """What the kernel of a data set with itself and a pass over it would cost, from two backward passes over few samples.
-
-    The plan is made as for the kernel, but not verified.
-    """
-    inputs, samples = _probe_inputs(reference)
 
     def cotangents(outputs: Tensor) -> list[Tensor]:
         # One row for all samples, as the one-hot cotangents are: what a last layer makes of it is seen.
-        return [outputs.new_ones(1, 1, 1).expand(1, *outputs.shape), _one_sample_each(_random_cotangent(outputs))]
+        return [
+            outputs.new_ones(1, 1, 1).expand(1, *outputs.shape),
+            _one_sample_each(random_cotangent(outputs.shape, outputs)),
+        ]
 
-    usage = record_usage(linearization, inputs, cotangents)
-    size = len(reference)
-    if len(usage.outputs) != samples:  # for the first pass over the data to complain about
-        return Operations(float(size) ** 2 * linearization.num_parameters, float(size) * linearization.num_parameters)
-    layouts, coupled = _find_layouts(usage.factors[1])
-    contracted = usage.uncovered | coupled
-    merged = _merge(_by_parameter(usage.factors[0], layouts, samples, contracted))
-    outputs = usage.outputs.shape[1]
-    costs = [cheapest_method(factors, outputs, size, size, symmetric=True)[1] for factors in merged.values()]
-    total = _total_cost(linearization, usage, costs, contracted)
-    return Operations(
-        2 * total.total(*kernel_size(size, size, symmetric=True)),
-        2 * size * _forward_cost(linearization, usage, contracted),
+    params = set(linearization.params)
+    usage = (
+        record_usage(linearization, inputs, cotangents)
+        if structured
+        else Usage([[], []], params, linearization.predict(inputs))
     )
+    if len(usage.outputs) != samples:
+        raise ValueError(
+            f"Expected one row of outputs per sample but got {len(usage.outputs)} rows for {samples} samples. "
+            "Give `predict=lambda module, inputs: ...` that returns outputs (batch, outputs)."
+        )
+    uses, of_each_sample = usage.factors
+    seen = any(gradients_of(factor).any() for _, factor in of_each_sample)
+    if not seen and linearization.unused(inputs) == params:
+        raise ValueError(
+            f"Expected outputs that depend on a trainable parameter but they depend on none of {sorted(params)}. "
+            "Return outputs that are not detached, and not computed under `torch.no_grad`."
+        )
+    layouts, coupled = find_layouts(of_each_sample)
+    contracted = usage.uncovered | coupled
+    layouts = {name: layout for name, layout in layouts.items() if name not in contracted}
+    forward = dict.fromkeys(params, 0.0)
+    for name, factor in uses:
+        forward[name] += forward_cost(factor) / samples
+    roots = roots or dict.fromkeys(params, 1.0)
+    plan = Plan(linearization, rows, columns, roots, usage.outputs.shape[1], layouts)
+    merged = _merge(arrange_by_sample(uses, layouts, samples), plan.roots)
+    units = []
+    for names, factors in merged.items():
+        method, cost = cheapest_method(factors, plan.outputs, sum(forward[name] for name in names), plan.size)
+        units.append(Unit(names, method, cost))
+    return replace(plan, units=tuple(units)).contract(contracted)
 
 
-def _forward_cost(linearization: Linearization, usage: Usage, contracted: set[str]) -> float:
-    """Multiply-adds of a forward pass of one sample, as far as they are with parameters."""
-    covered = [factor for name, factor in usage.factors[0] if name not in contracted]
-    rest = sum(linearization.params[name].numel() for name in contracted)
-    return forward_cost(covered, len(usage.outputs)) + rest
+def verify(plan: Plan) -> Plan:
+    """Compares each unit with plain autograd, |D^(1/2) J^T u|^2 = u^T J D J^T u for a random u on three samples.
+
+    Warns:
+        UserWarning: If they disagree. The parameters are named, and go through vmap in the plan that is returned.
+    """
+    if all(unit.method == "vmap" for unit in plan.units):
+        return plan
+    inputs, _ = _probe_inputs(plan.rows)
+    merged, outputs = _record(plan, inputs)
+    cotangent = random_cotangent(outputs.shape, outputs)
+    expected = plan.linearization.predict_and_vjp([cotangent], inputs)[1][0]
+    planned = {name for unit in plan.units for name in unit.names}
+    culprits = {name for name, value in expected.items() if name not in planned and value.any()}
+    for unit in plan.units:
+        scaled_back = [plan.roots[name] * expected[name] for name in unit.names]
+        if unit.method != "vmap" and not _agrees(_pack([unit], merged, {}), cotangent, scaled_back):
+            culprits.update(unit.names)
+    if culprits:
+        warnings.warn(
+            f"The rules for {', '.join(f'`{name}`' for name in sorted(culprits))} disagree with plain autograd: the network "
+            "uses these parameters outside the operations that have rules. Their Jacobians are computed by vmap instead.",
+            stacklevel=4,
+        )
+    return plan.contract(culprits)
 
 
-def _total_cost(linearization: Linearization, usage: Usage, costs: Sequence[Cost], contracted: set[str]) -> Cost:
-    """That of the passes, of all units, and of the parameters without a rule."""
-    outputs = usage.outputs.shape[1]
-    passes = PASS_COST * (1 + 2 * outputs) * _forward_cost(linearization, usage, contracted)
-    direct = sum(linearization.params[name].numel() for name in contracted)
-    return sum(costs, Cost((2 if contracted else 1) * passes, outputs**2 * direct))
-
-
-def collect(linearization: Linearization, inputs: Any, plan: Plan) -> Factors:
-    """The factors of a batch, from K backward passes and, for parameters without a rule, their Jacobians.
+def collect(plan: Plan, inputs: Any) -> Factors:
+    """The factors of a batch, from K backward passes and the Jacobians of parameters without a rule.
 
     Raises:
         PlanChangedError: If the batch uses parameters in another way than the plan foresees.
     """
-    usage = record_usage(linearization, inputs, lambda outputs: [one_hot_cotangents(outputs)])
+    contracted = plan.contracted
+    merged = _record(plan, inputs)[0] if len(contracted) < len(plan.units) else {}
+    jacobians = sample_jacobians(plan.linearization, inputs, contracted) if contracted else {}
+    return _pack(plan.units, merged, {name: plan.roots[name] * value for name, value in jacobians.items()})
+
+
+def _record(plan: Plan, inputs: Any) -> tuple[dict[tuple[str, ...], list[Factor]], Tensor]:
+    """The factors of every unit that has a rule, and the outputs."""
+    usage = record_usage(plan.linearization, inputs, lambda outputs: [one_hot_cotangents(outputs)])
     skipped = set(plan.contracted)
-    if usage.uncovered - skipped:
-        raise PlanChangedError(
-            f"Some samples use the parameters {sorted(usage.uncovered - skipped)} differently from others."
-        )
-    merged = _merge(_by_parameter(usage.factors[0], plan.layouts, len(usage.outputs), skipped))
-    if merged.keys() != {unit.names for unit in plan.units}:
+    if changed := {name for name, _ in usage.factors[0]} - plan.layouts.keys() - skipped:
+        raise PlanChangedError(f"Some samples use the parameters {sorted(changed)} and others do not.")
+    if changed := usage.uncovered - skipped:
+        raise PlanChangedError(f"Some samples use the parameters {sorted(changed)} differently from others.")
+    layouts = {name: layout for name, layout in plan.layouts.items() if name not in skipped}
+    merged = _merge(arrange_by_sample(usage.factors[0], layouts, len(usage.outputs)), plan.roots)
+    if merged.keys() != {unit.names for unit in plan.units if unit.method != "vmap"}:
         raise PlanChangedError("Some samples use the parameters differently from others.")
-    jacobians = sample_jacobians(linearization, inputs, plan.contracted) if plan.contracted else {}
-    return pack(plan.units, merged, jacobians)
+    return merged, usage.outputs
 
 
-def pack(units: Sequence[Unit], merged: dict[tuple[str, ...], list[Factor]], jacobians: Tensors) -> Factors:
+def _pack(units: Sequence[Unit], merged: Mapping[tuple[str, ...], list[Factor]], jacobians: Tensors) -> Factors:
     """The factors laid out for products: a Gram for each unit that has one, and the dense Jacobians."""
     grams: list[Gram] = []
-    dense: list[Tensor] = [_by_row(jacobian) for jacobian in jacobians.values()]
+    dense = list(jacobians.values())
     for unit in units:
-        factors = merged[unit.names]
+        factors = merged.get(unit.names, [])
         if unit.method == "dense":
-            dense += [_by_row(factor.dense()) for factor in factors]
-            continue
-        outers = [factor for factor in factors if isinstance(factor, Outer)]
-        shared = unit.method == "shared"
-        if len(outers) < len(factors) or (shared and not same_for_all_samples(outers[0])):
-            raise PlanChangedError(f"Some samples use the parameters {sorted(unit.names)} differently from others.")
-        grams.append(gram_of(outers, shared=shared))
-    small = [jacobian for jacobian in dense if jacobian.shape[2] < _SMALL]
+            dense += [factor.dense() for factor in factors]
+        elif unit.method != "vmap":
+            outers = [factor for factor in factors if isinstance(factor, Outer)]
+            shared = unit.method == "shared"
+            if len(outers) < len(factors) or (shared and not same_for_all_samples(outers[0])):
+                raise PlanChangedError(f"Some samples use the parameters {sorted(unit.names)} differently from others.")
+            grams.append(gram_of(outers, shared=shared))
+    flat = [jacobian.reshape(*jacobian.shape[:2], -1) for jacobian in dense]  # also of a parameter without axes
+    small = [jacobian for jacobian in flat if jacobian.shape[2] < _SMALL]
     # Many short products cost more than one long one; copies of large Jacobians cost more than they save.
     joined = [torch.cat(small, 2)] if small else []
-    return Factors(tuple(grams), (*joined, *(jacobian for jacobian in dense if jacobian.shape[2] >= _SMALL)))
+    return Factors(tuple(grams), (*joined, *(jacobian for jacobian in flat if jacobian.shape[2] >= _SMALL)))
 
 
-def _by_row(jacobian: Tensor) -> Tensor:
-    """`(N, K, P)`, also for a parameter without axes."""
-    return jacobian.reshape(*jacobian.shape[:2], -1)
-
-
-def _probe_inputs(rows: Reference) -> tuple[Any, int]:
-    inputs = rows.read(0, _PROBE_SAMPLES).inputs
-    if len(rows) > 1:
-        return inputs, min(_PROBE_SAMPLES, len(rows))
-    # One sample alone would not show which axis is the samples'.
-    return pytree.tree_map_only(Tensor, lambda tensor: torch.cat([tensor, tensor]), inputs), 2
-
-
-def _random_cotangent(outputs: Tensor) -> Tensor:
-    generator = torch.Generator().manual_seed(0)
-    # Drawn on the CPU, so that the numbers are the same on every device.
-    return torch.randn(outputs.shape, generator=generator, dtype=torch.float64).to(outputs)
-
-
-def _one_sample_each(cotangent: Tensor) -> Tensor:
-    """A stack of `(N, K)` for every sample, zero for the others."""
-    return torch.eye(len(cotangent), dtype=cotangent.dtype, device=cotangent.device).unsqueeze(2) * cotangent
-
-
-def _find_layouts(factors: Iterable[UsedParameter]) -> tuple[dict[str, Layout], set[str]]:
-    """Where the samples are in the rows of every parameter, and the parameters for which there is no answer."""
-    layouts: dict[str, Layout] = {}
-    without: set[str] = set()
-    known: dict[int, Layout | None] = {}
-    for name, factor in factors:
-        gradients = factor.gradients if isinstance(factor, Outer) else factor.jacobian
-        if id(gradients) not in known:
-            known[id(gradients)] = find_layout(gradient_support(factor))
-        layout = known[id(gradients)]
-        if layout is None or layouts.setdefault(name, layout) != layout:
-            without.add(name)
-    return layouts, without
-
-
-def _by_parameter(
-    factors: Iterable[UsedParameter], layouts: dict[str, Layout], samples: int, skipped: set[str]
-) -> dict[str, list[Factor]]:
-    regrouped: dict[tuple[int, Layout], Tensor] = {}
-    uses: dict[str, list[Factor]] = {}
-    for name, factor in factors:
-        if name in skipped:
-            continue
-        if name not in layouts:
-            raise PlanChangedError(f"Some samples use the parameter `{name}` and others do not.")
-        uses.setdefault(name, []).append(by_sample(factor, layouts[name], samples, regrouped))
-    return uses
-
-
-def _merge(uses: dict[str, list[Factor]]) -> dict[tuple[str, ...], list[Factor]]:
-    """One factor a parameter: several uses become positions of one, and parameters with the same gradients one group."""
+def _merge(uses: Mapping[str, list[Factor]], roots: Mapping[str, float]) -> dict[tuple[str, ...], list[Factor]]:
+    """One factor per parameter: several uses become positions of one, and parameters with the same gradients one group."""
     joined: dict[tuple[int, ...], Tensor] = {}
     groups: dict[int, dict[str, Factor]] = {}
     for name, factors in uses.items():
         outers = [factor for factor in factors if isinstance(factor, Outer)]
         kinds = {(f.one_hot, f.input_first, f.gradients.shape[2], f.gradients.shape[4]) for f in outers}
-        factor: Factor
+        factor = factors[0]
         if len(outers) < len(factors) or len(kinds) > 1:
-            factor = factors[0] if len(factors) == 1 else _sum_of(factors)
-            groups[id(factor)] = {name: factor}
-            continue
-        key = tuple(id(f.gradients) for f in outers)
-        if len(outers) == 1:
-            factor = outers[0]
-            gradients = factor.gradients
-        else:
+            if len(factors) > 1:
+                factor = _sum_of(factors)
+        elif len(outers) > 1:
+            key = tuple(id(f.gradients) for f in outers)
             if key not in joined:
                 joined[key] = torch.cat([f.gradients for f in outers], 3)
-            gradients = joined[key]
-            factor = Outer(torch.cat([f.inputs for f in outers], 2), gradients, outers[0].shape, outers[0].input_first)
-        groups.setdefault(id(gradients), {})[name] = factor
+            factor = replace(outers[0], inputs=torch.cat([f.inputs for f in outers], 2), gradients=joined[key])
+        factor = scaled(factor, roots[name])
+        groups.setdefault(id(gradients_of(factor)), {})[name] = factor
     return {tuple(group): list(group.values()) for group in groups.values()}
 
 
@@ -321,16 +265,24 @@ def _sum_of(factors: Sequence[Factor]) -> Dense:
     return Dense(total)
 
 
+def _probe_inputs(rows: Reference) -> tuple[Any, int]:
+    inputs = rows.read(0, _PROBE_SAMPLES).inputs
+    if len(rows) > 1:
+        return inputs, min(_PROBE_SAMPLES, len(rows))
+    # One sample alone would not show which axis is the samples'.
+    return pytree.tree_map_only(Tensor, lambda tensor: torch.cat([tensor, tensor]), inputs), 2
+
+
+def _one_sample_each(cotangent: Tensor) -> Tensor:
+    """A stack of `(N, K)` for every sample, zero for the others."""
+    return torch.eye(len(cotangent), dtype=cotangent.dtype, device=cotangent.device).unsqueeze(2) * cotangent
+
+
 def _agrees(part: Factors, cotangent: Tensor, expected: Sequence[Tensor]) -> bool:
+    square = torch.stack([value.square().sum() for value in expected]).sum()
     kernel = cotangent.new_zeros(*cotangent.shape, *cotangent.shape)
     add_block(kernel, part, part)
     kernel, u = kernel.flatten(2).flatten(0, 1), cotangent.flatten()
-    quadratic = u @ kernel @ u
-    squares = torch.stack([value.square().sum() for value in expected]).sum()
     scale = u.abs() @ kernel.abs() @ u.abs()
     tolerance = _PROBE_ROUNDINGS * torch.finfo(cotangent.dtype).eps
-    return bool((quadratic - squares).abs() <= tolerance * torch.maximum(scale, squares))
-
-
-def _tensors(factor: Factor) -> tuple[Tensor, ...]:
-    return (factor.inputs, factor.gradients) if isinstance(factor, Outer) else (factor.jacobian,)
+    return bool((u @ kernel @ u - square).abs() <= tolerance * torch.maximum(scale, square))

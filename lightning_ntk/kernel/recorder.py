@@ -1,7 +1,8 @@
 """The factors of a batch: which calls use which parameters, and the gradients of the outputs where they do."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from types import FunctionType
 from typing import Any, NamedTuple
 
@@ -11,7 +12,7 @@ from torch.nn import functional as F  # noqa: N812
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
-from lightning_ntk.kernel.factors import Dense, Factor, Outer
+from lightning_ntk.kernel.factors import Use
 from lightning_ntk.kernel.rules.layers import RULES, Rule
 from lightning_ntk.kernel.rules.recurrent import UNROLLED
 from lightning_ntk.kernel.views import (
@@ -42,13 +43,6 @@ class Call:
     """What the network went on with: a copy of the output, so that an operation in place spares the output."""
 
 
-class UsedParameter(NamedTuple):
-    """The Jacobian of a parameter through one call, R rows."""
-
-    name: str
-    factor: Factor
-
-
 class Usage(NamedTuple):
     """How a forward pass used the parameters.
 
@@ -58,7 +52,7 @@ class Usage(NamedTuple):
         outputs: `(N, K)`.
     """
 
-    factors: list[list[UsedParameter]]
+    factors: list[list[Use]]
     uncovered: set[str]
     outputs: Tensor
 
@@ -80,7 +74,7 @@ class _Recorder(TorchFunctionMode):
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        leaves = list(_leaves((args, kwargs)))
+        leaves = _leaves((args, kwargs))
         names = frozenset(self.names[id(x)] for x in leaves if id(x) in self.names)
         result = self._run(func, names, args, kwargs) if names else func(*args, **kwargs)
         if any(depends_on_batch(x) for x in leaves):
@@ -104,7 +98,7 @@ class _Recorder(TorchFunctionMode):
                 with self:
                     return _body(func)(*args, **kwargs)
         result = func(*args, **kwargs)
-        if torch.is_grad_enabled() and self._select(func, names, args, kwargs, list(_leaves(result))):
+        if torch.is_grad_enabled() and self._select(func, names, args, kwargs, _leaves(result)):
             return result
         # Questions about a parameter, such as its shape, and conversions that return it as it is are no uses.
         if self.recording and any(isinstance(x, Tensor) and id(x) not in self.names for x in _leaves(result)):
@@ -126,8 +120,8 @@ class _Recorder(TorchFunctionMode):
         selections: list[Selection | None] = []
         if func in VIEWS:
             selections = [view_of(name, self.params[name], result) for result in results]
-        elif func is F.embedding and args[1] is self.params[name] and not depends_on_batch(args[0]):
-            selections = [looked_up(name, *args, **kwargs)]
+        elif func is F.embedding:
+            selections = [looked_up(name, self.params[name], *args, **kwargs)]
         found = [selection for selection in selections if selection is not None]
         if not found or len(found) < len(results):
             return False
@@ -161,7 +155,7 @@ def record_usage(linearization: Linearization, inputs: Any, cotangents: Callable
     Returns:
         The factors for every stack, with C in the place of K.
     """
-    params = {name: p.detach() for name, p in linearization.params.items()}
+    params = linearization.spare({name: p.detach() for name, p in linearization.params.items()})
     recorder = _Recorder(params)
 
     def differentiate(outputs: Tensor) -> Usage:
@@ -173,7 +167,7 @@ def record_usage(linearization: Linearization, inputs: Any, cotangents: Callable
                 stacks.append(list(_apply_rules(recorder, gradients)))
         return Usage(stacks, recorder.uncovered, outputs.detach())
 
-    inputs = mark_batch(linearization.convert(inputs))
+    inputs = mark_batch(linearization.spare(linearization.convert(inputs)))
     isolated = isolated_pass(linearization.module, linearization.device.type)
     with isolated, torch.enable_grad(), torch.compiler.set_stance("force_eager"), recorder:
         return linearization.apply(params, inputs, differentiate)
@@ -189,7 +183,7 @@ def _output_gradients(outputs: Tensor, calls: list[Call], cotangents: Tensor) ->
     """The gradients `(C, *shape)` at the output of every call."""
     # Those at the outputs of the network are known: the structured head of Novak et al., 2022.
     inner = [call.output for call in calls if call.result is not outputs]
-    stacks = [x.new_empty((len(cotangents), *x.shape)) for x in inner]
+    stacks = [x.new_zeros((len(cotangents), *x.shape)) for x in inner]
     if inner and outputs.requires_grad:
         # The recorder stays on: activation checkpointing recomputes what was saved while it was.
         gradient_of = _body(torch.autograd.grad)
@@ -203,7 +197,7 @@ def _output_gradients(outputs: Tensor, calls: list[Call], cotangents: Tensor) ->
     return [cotangents if call.result is outputs else next(remaining) for call in calls]
 
 
-def _apply_rules(recorder: _Recorder, gradients: list[Tensor]) -> Iterator[UsedParameter]:
+def _apply_rules(recorder: _Recorder, gradients: list[Tensor]) -> Iterator[Use]:
     for call, gradient in zip(recorder.calls, gradients, strict=True):
         covered = set()
         args, kwargs = pytree.tree_map_only(Tensor, _detached, (call.args, call.kwargs))
@@ -214,7 +208,7 @@ def _apply_rules(recorder: _Recorder, gradients: list[Tensor]) -> Iterator[UsedP
                 covered.add(name)
                 if id(tensor) in recorder.selections:
                     factor = of_parameter(factor, recorder.selections[id(tensor)][0], enlarged)
-                yield UsedParameter(name, factor)
+                yield name, factor
         recorder.uncovered |= call.names - covered
 
 
@@ -223,95 +217,21 @@ def _detached(tensor: Tensor) -> Tensor:
     return tensor.detach() if tensor.requires_grad else tensor
 
 
-def _leaves(tree: Any) -> Iterator[Any]:
+def _leaves(tree: Any) -> list[Any]:
+    if isinstance(tree, dict):
+        tree = list(tree.values())
     if isinstance(tree, tuple | list):
-        for branch in tree:
-            yield from _leaves(branch)
-    elif isinstance(tree, Mapping):
-        for branch in tree.values():
-            yield from _leaves(branch)
-    else:
-        yield tree
+        return [leaf for branch in tree for leaf in _leaves(branch)]
+    return [tree]
 
 
-_bodies: dict[Any, FunctionType] = {}
-
-
+@cache
 def _body(func: Any) -> Any:
     """A function of PyTorch written in Python that does not ask for overrides of itself, so that those of its parts are seen."""
-    if func not in _bodies:
-        names = ("has_torch_function", "has_torch_function_unary", "has_torch_function_variadic")
-        scope = {**func.__globals__, **dict.fromkeys(names, lambda *_: False)}
-        body = FunctionType(func.__code__, scope, func.__name__, func.__defaults__, func.__closure__)
-        body.__kwdefaults__ = func.__kwdefaults__
-        _bodies[func] = body
-    return _bodies[func]
-
-
-class Layout(NamedTuple):
-    """Where the samples are in rows `(before, samples, after)`; None stands for as many as there are."""
-
-    before: int | None
-    after: int | None
-
-
-def find_layout(support: Tensor) -> Layout | None:
-    """Which rows belong to which sample.
-
-    Args:
-        support: `(R, N)`, the size of the gradient in a row of the outputs of a sample.
-
-    Returns:
-        The layout, or None if rows belong to several samples or to none.
-    """
-    rows, samples = support.shape
-    if rows % samples:
-        return None
-    repeats = rows // samples
-    layouts = [Layout(1, None), Layout(None, 1)]
-    layouts += [Layout(before, repeats // before) for before in range(2, repeats) if repeats % before == 0]
-    threshold = 1e3 * torch.finfo(support.dtype).eps * support.max()
-    for layout in layouts:
-        before = repeats if layout.before is None else layout.before
-        owned = support.reshape(before, samples, repeats // before, samples)
-        foreign = owned.amax((0, 2)).fill_diagonal_(0)
-        if foreign.max() <= threshold:
-            return layout
-    return None
-
-
-def gradient_support(factor: Factor) -> Tensor:
-    """The largest gradient in every row, `(R, C)`."""
-    gradients = factor.gradients if isinstance(factor, Outer) else factor.jacobian
-    return gradients.abs().flatten(2).amax(2)
-
-
-def by_sample(factor: Factor, layout: Layout, samples: int, regrouped: dict[tuple[int, Layout], Tensor]) -> Factor:
-    """The factor with a row for each sample: what were rows become positions.
-
-    Args:
-        factor: R rows.
-        layout: The sample of every row.
-        samples: N.
-        regrouped: Gradients that were regrouped already, so that factors which shared theirs share them still.
-    """
-    if isinstance(factor, Dense):
-        parts = _split(factor.jacobian, layout, samples)
-        return Dense(parts.sum((0, 2)))
-    key = (id(factor.gradients), layout)
-    if key not in regrouped:
-        gradients = _split(factor.gradients, layout, samples)
-        before, _, after = gradients.shape[:3]
-        # As they are where a row is a sample: those of a last layer are one tensor, repeated without copies.
-        whole = before * after == 1
-        regrouped[key] = factor.gradients if whole else gradients.permute(1, 3, 4, 0, 2, 5, 6).flatten(3, 5)
-    inputs = _split(factor.inputs, layout, samples)
-    trailing = range(4, inputs.dim())
-    inputs = inputs.permute(1, 3, 0, 2, *trailing).flatten(2, 4)
-    return Outer(inputs, regrouped[key], factor.shape, factor.input_first)
-
-
-def _split(rows: Tensor, layout: Layout, samples: int) -> Tensor:
-    before = -1 if layout.before is None else layout.before
-    after = -1 if layout.after is None else layout.after
-    return rows.reshape(before, samples, after, *rows.shape[1:])
+    # PyTorch has no public way to run a function's own body while a TorchFunctionMode stays on: called within the mode, the
+    # function only asks the mode again, and outside of it the parts are not seen.
+    names = ("has_torch_function", "has_torch_function_unary", "has_torch_function_variadic")
+    scope = {**func.__globals__, **dict.fromkeys(names, lambda *_: False)}
+    body = FunctionType(func.__code__, scope, func.__name__, func.__defaults__, func.__closure__)
+    body.__kwdefaults__ = func.__kwdefaults__
+    return body

@@ -1,30 +1,20 @@
 """Parts of a parameter that a network uses in the parameter's place: slices, chunks, transposed views, rows."""
 
 from collections.abc import Callable, Iterable
+from inspect import signature
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F  # noqa: N812
 from torch.utils import _pytree as pytree
 
 from lightning_ntk.kernel.factors import Dense, Factor, Outer
 
 _VIEWS = [
-    "chunk",
-    "flatten",
-    "narrow",
-    "permute",
-    "reshape",
-    "select",
-    "split",
-    "squeeze",
-    "swapaxes",
-    "t",
-    "transpose",
-    "unbind",
-    "unflatten",
-    "unsqueeze",
-]
+    "chunk", "flatten", "narrow", "permute", "reshape", "select", "split", "squeeze", "swapaxes", "t", "transpose",
+    "unbind", "unflatten", "unsqueeze",
+]  # fmt: skip
 VIEWS: frozenset[Callable[..., Any]] = frozenset(
     [getattr(owner, name) for owner in (torch, torch.Tensor) for name in _VIEWS]
     + [torch.Tensor.__getitem__, torch.Tensor.expand, torch.Tensor.view]
@@ -33,7 +23,9 @@ VIEWS: frozenset[Callable[..., Any]] = frozenset(
 """Functions whose results are elements of their first argument."""
 
 
-# An attribute of tensors that were computed from the batch.
+# An attribute of tensors that were computed from the batch. A table of them beside the tensors would have to keep all
+# activations alive: the identity of a dead tensor passes to another, and tensors cannot be keys of a WeakKeyDictionary,
+# as they compare elementwise.
 _MARK = "_lightning_ntk_batch"
 
 
@@ -100,21 +92,15 @@ def view_of(name: str, parameter: Tensor, view: object) -> Selection | None:
     return Selection(name, parameter.shape, rows.flatten(), width, transposed)
 
 
-def looked_up(
-    name: str,
-    input: Tensor,
-    weight: Tensor,
-    padding_idx: int | None = None,
-    max_norm: float | None = None,
-    norm_type: float = 2.0,
-    scale_grad_by_freq: bool = False,
-    sparse: bool = False,
-) -> Selection | None:
+def looked_up(name: str, parameter: Tensor, *args: Any, **kwargs: Any) -> Selection | None:
     """The rows of an `nn.Embedding` that the same indices select for all samples, as those of positions do."""
-    same_for_all = input.dim() < 2 or len(input) == 1
-    if not same_for_all or padding_idx is not None or max_norm is not None or scale_grad_by_freq:
+    call = signature(F.embedding).bind(*args, **kwargs).arguments
+    index: Tensor = call["input"]
+    same_for_all = not depends_on_batch(index) and (index.dim() < 2 or len(index) == 1)
+    options = call.get("padding_idx"), call.get("max_norm"), call.get("scale_grad_by_freq") or None
+    if call["weight"] is not parameter or not same_for_all or options != (None, None, None):
         return None
-    return Selection(name, weight.shape, input.flatten().long(), weight.shape[1])
+    return Selection(name, parameter.shape, index.flatten().long(), parameter.shape[1])
 
 
 def of_parameter(factor: Factor, selection: Selection, enlarged: dict[int, Tensor]) -> Factor:

@@ -1,4 +1,4 @@
-"""What a loss does in function space: its targets, its gradient, and the factor between gradient and residual."""
+"""A loss in function space: its value, its gradient, and the factor between gradient and residual."""
 
 import copy
 import warnings
@@ -8,23 +8,25 @@ from typing import TypeAlias
 import torch
 from torch import Tensor, nn
 
+from lightning_ntk.data.targets import match_targets
+
 Loss: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 
 
 class Objective:
-    """A loss as a function of outputs `(B, K)` and of the targets of their samples, in float64.
+    """A loss of outputs `(B, K)` and targets, in float64.
 
-    Integer class labels become one-hot rows for a squared loss, and stay what they are for all others.
+    A squared loss takes integer class labels as one-hot rows, any other loss takes targets as they are.
 
     Args:
-        loss: Maps outputs and targets to one number, on `(B,)` if that is the network's own shape.
+        loss: Maps outputs and targets to one number; it gets outputs `(B,)` if the network returns them.
         outputs: Initial predictions `(N, K)`.
-        targets: Targets of these samples, as the data gives them.
-        flat: Whether the network's own outputs are `(N,)`, so that `K = 1`.
+        targets: Targets of the same samples, as the data gives them.
+        flat: Whether the network returns `(N,)`, so that `K = 1`.
 
     Attributes:
-        factor: c of a squared loss, whose gradient in the outputs is c (f - Y), see `measure_loss_factor`; None for others.
-        targets: The targets of all samples, prepared, on the CPU.
+        factor: The c of a squared loss, see `measure_loss_factor`; None for other losses.
+        targets: The prepared targets of all samples, on the CPU.
 
     Raises:
         ValueError: If the loss cannot be computed from these outputs and targets, or has no gradient.
@@ -38,138 +40,90 @@ class Objective:
         outputs, targets = outputs.detach().cpu(), targets.detach().cpu()
         self.factor: float | None = None
         self._reason: ValueError | None = None
-        self._matched = False
+        matched: Tensor | None = None
         try:
             matched = match_targets(targets, outputs, flat=flat)
-            self._matched = True
             self.factor = measure_loss_factor(self._loss_on(outputs.device), outputs, matched, flat=flat)
         except (ValueError, RuntimeError) as error:
-            # RuntimeError: the loss takes labels and no rows, or computes in float32 only.
+            # RuntimeError: the loss takes labels instead of rows, or float32 only.
             self._reason = error if isinstance(error, ValueError) else _not_squared(loss)
-            self._require_computable(outputs, targets)
+            self._require_computable(outputs, targets, self._reason, takes_rows=matched is not None)
         self.targets = self.prepare(targets, outputs)
 
     def require_factor(self) -> float:
-        """The factor of a squared loss.
-
-        Raises:
-            ValueError: If the loss is not a squared one.
-        """
+        """The factor of a squared loss; raises a ValueError for other losses."""
         if self.factor is None:
             assert self._reason is not None
             raise self._reason
         return self.factor
 
     def prepare(self, targets: Tensor, outputs: Tensor) -> Tensor:
-        """Targets as the loss takes them beside outputs `(B, K)`: rows in float64 for a squared loss, else unchanged."""
+        """Targets as the loss takes them: rows `(B, K)` in float64 for a squared loss, else unchanged."""
         if self.factor is not None:
             return match_targets(targets, outputs, flat=self._flat)
         return targets.detach().to(outputs.device, self._dtype if targets.is_floating_point() else None)
 
     def value(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        """The loss, a scalar in float64, of outputs `(B, K)` and prepared targets."""
-        return self._evaluate(outputs.detach().to(self._dtype), targets).double()
+        """The loss of outputs `(B, K)` and prepared targets, a scalar in float64."""
+        loss = self._loss_on(outputs.device)
+        return evaluate_loss(loss, outputs.detach().to(self._dtype), targets, flat=self._flat).double()
 
     def gradient(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        """The gradient of the loss in the outputs, `(B, K)` in float64, for prepared targets."""
-        with torch.inference_mode(False), torch.enable_grad():
-            point = outputs.detach().to(self._dtype, copy=True).requires_grad_()
-            value = self._evaluate(point, targets.clone() if targets.is_inference() else targets)
-            if not value.requires_grad:
-                raise _not_differentiable()
-            (gradient,) = torch.autograd.grad(value, point)
-        return gradient.double()
-
-    def _evaluate(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        loss = self._loss_on(outputs.device)
-        if self.factor is None:
-            value = loss(outputs.squeeze(1) if self._flat else outputs, targets)
-            return _require_number(value)
-        return evaluate_loss(loss, outputs, targets, flat=self._flat)
+        """The gradient of the loss in outputs `(B, K)`, for prepared targets, in float64."""
+        return _gradient(self._loss_on(outputs.device), outputs.to(self._dtype), targets, self._flat).double()
 
     def _loss_on(self, device: torch.device) -> Loss:
-        # The module's own buffers, class weights for example, follow outputs to float64 and to their device.
+        # A loss may have buffers, class weights for example: they follow the outputs to their device and type.
         if isinstance(self._loss, nn.Module) and device not in self._losses:
             self._losses[device] = copy.deepcopy(self._loss).to(device, self._dtype)
         return self._losses.get(device, self._loss)
 
-    def _require_computable(self, outputs: Tensor, targets: Tensor) -> None:
-        assert self._reason is not None
+    def _require_computable(self, outputs: Tensor, targets: Tensor, reason: ValueError, *, takes_rows: bool) -> None:
         own_shape = outputs.shape[:1] if self._flat else outputs.shape
         if targets.numel() == outputs.numel() and targets.shape != own_shape:
-            raise self._reason  # (N,) beside (N, 1) would broadcast
+            raise reason  # (N,) beside (N, 1) would broadcast
         try:
             with warnings.catch_warnings():
                 warnings.filterwarnings("error", message="Using a target size")
-                self._try(outputs, targets)
+                try:
+                    self.gradient(outputs, self.prepare(targets, outputs))
+                except RuntimeError:
+                    # A loss with constants in float32 refuses outputs in float64.
+                    self._dtype = outputs.dtype
+                    self._losses.clear()
+                    self.gradient(outputs, self.prepare(targets, outputs))
         except (ValueError, RuntimeError, TypeError, IndexError, UserWarning) as error:
-            if not self._matched:
-                raise self._reason from error
+            if not takes_rows:
+                raise reason from error
             raise ValueError(
                 f"Expected a loss of the outputs, of shape {tuple(own_shape)}, and the targets, of shape "
                 f"{tuple(targets.shape)} and type {targets.dtype}, but {self._loss!r} failed on them: {error}"
             ) from error
 
-    def _try(self, outputs: Tensor, targets: Tensor) -> None:
-        try:
-            self.gradient(outputs, self.prepare(targets, outputs))
-        except RuntimeError:
-            # A function with constants in float32 does not take outputs in float64.
-            self._dtype = outputs.dtype
-            self._losses.clear()
-            self.gradient(outputs, self.prepare(targets, outputs))
-
-
-def match_targets(targets: Tensor, outputs: Tensor, *, flat: bool) -> Tensor:
-    """Targets as a float64 tensor of the shape of the outputs, class labels as one-hot rows.
-
-    Args:
-        targets: `(N, K)`; `(N,)` if the network's own outputs are `(N,)`; or integer class labels `(N,)`.
-        outputs: Predictions `(N, K)`, which give the number of classes.
-        flat: Whether the network's own outputs are `(N,)`, so that `K = 1`.
-
-    Returns:
-        The targets, `(N, K)`.
-
-    Raises:
-        ValueError: If the shapes do not match, or a label is no class: subtracting `(N,)` from `(N, 1)` would broadcast.
-    """
-    count, classes = outputs.shape
-    targets = targets.to(outputs.device)
-    if not flat and classes > 1 and targets.shape == (count,) and not targets.is_floating_point():
-        if targets.min() < 0 or targets.max() >= classes:
-            raise ValueError(
-                f"Expected class labels from 0 to {classes - 1}, as the network has {classes} outputs, "
-                f"but got labels from {int(targets.min())} to {int(targets.max())}."
-            )
-        return torch.nn.functional.one_hot(targets.long(), classes).double()
-    expected = (count,) if flat else (count, classes)
-    if tuple(targets.shape) != expected:
-        raise ValueError(
-            f"Expected targets of the shape of the outputs, {expected}, but got {tuple(targets.shape)}. "
-            "Reshape the targets, or the outputs with `predict`; only integer class labels are converted."
-        )
-    return targets.double().reshape(count, classes)
-
 
 def evaluate_loss(loss: Loss, outputs: Tensor, targets: Tensor, *, flat: bool = False) -> Tensor:
-    """The scalar loss of outputs `(N, K)`, computed on `(N,)` if that is the network's own shape."""
-    value = loss(outputs.squeeze(1), targets.squeeze(1)) if flat else loss(outputs, targets)
-    return _require_number(value)
+    """The scalar loss of outputs `(N, K)`; a `flat` one takes `(N,)`."""
+    if flat:
+        outputs, targets = outputs.squeeze(1), targets.squeeze(1) if targets.dim() > 1 else targets
+    value: object = loss(outputs, targets)
+    if not isinstance(value, Tensor) or value.numel() != 1:
+        got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+        raise ValueError(f"Expected the loss to be one number, reduced over samples and outputs, but got {got}.")
+    return value.reshape(())
 
 
 def measure_loss_factor(loss: Loss, outputs: Tensor, targets: Tensor, *, flat: bool = False) -> float:
     r"""The factor c of a squared loss, whose gradient in the outputs is :math:`c (f - Y)`.
 
-    It is measured, :math:`c = \langle g, f - Y \rangle / |f - Y|^2` with :math:`g = \partial L / \partial f` by autograd,
-    because the same name stands for many conventions: 2/(NK) for `nn.MSELoss()`, 2 for `reduction="sum"`, 1/N for the
-    mean over samples of half the squared error. It turns the learning rate into kernel time, `eta = lr * c`.
+    It turns the learning rate into kernel time, `eta = lr * c`. It is measured by autograd,
+    :math:`c = \langle g, f - Y \rangle / |f - Y|^2` with :math:`g = \partial L / \partial f`, because conventions differ:
+    2/(NK) for `nn.MSELoss()`, 2 for `reduction="sum"`, 1/N for the mean over samples of half the squared error.
 
     Args:
         loss: Maps outputs and targets to a scalar.
         outputs: Predictions `(N, K)`.
         targets: Targets `(N, K)`.
-        flat: Whether the loss expects `(N,)` instead of `(N, 1)`.
+        flat: Whether the loss takes `(N,)` instead of `(N, 1)`.
 
     Returns:
         c, positive.
@@ -177,47 +131,39 @@ def measure_loss_factor(loss: Loss, outputs: Tensor, targets: Tensor, *, flat: b
     Raises:
         ValueError: If the gradient is not a positive multiple of the residual, at `outputs` and at a perturbed point.
     """
-    targets = targets.double()
-    scale = (outputs.double() - targets).square().mean().sqrt().clamp_min(1e-3)
-    # A fixed, irregular perturbation: the test must not depend on, or advance, the random state.
-    perturbation = scale * torch.cos(torch.arange(outputs.numel(), device=outputs.device).double() ** 1.5).view_as(
-        outputs
-    )
-    factors = [_factor_at(loss, outputs.double() + p, targets, flat) for p in (0 * perturbation, perturbation)]
-    measured = [factor for factor in factors if factor is not None]
+    outputs, targets = outputs.detach().double(), targets.double()
+    scale = (outputs - targets).square().mean().sqrt().clamp_min(1e-3)
+    # Irregular but fixed: the test must not depend on the random state, or advance it.
+    angles = torch.arange(outputs.numel(), device=outputs.device).double() ** 1.5
+    points = outputs, outputs + scale * torch.cos(angles).view_as(outputs)
+    measured = [factor for point in points if (factor := _factor_at(loss, point, targets, flat)) is not None]
     if abs(measured[-1] - measured[0]) > 1e-6 * abs(measured[0]) or measured[0] <= 0:
         raise _not_squared(loss)
     return measured[-1]
 
 
 def _factor_at(loss: Loss, outputs: Tensor, targets: Tensor, flat: bool) -> float | None:
-    with torch.inference_mode(False), torch.enable_grad():
-        point = outputs.detach().clone().requires_grad_()
-        value = evaluate_loss(loss, point, targets.clone(), flat=flat)
-        if not value.requires_grad:
-            raise _not_differentiable()
-        (gradient,) = torch.autograd.grad(value, point)
-    residual = point.detach() - targets
+    gradient = _gradient(loss, outputs, targets, flat)
+    residual = outputs - targets
     square = residual.square().sum()
     if square == 0:
-        return None  # every loss of an exact fit has this gradient, so it says nothing about the factor
+        return None  # at an exact fit the gradient of every loss is zero
     factor = (gradient * residual).sum() / square
     if (gradient - factor * residual).norm() > 1e-6 * gradient.norm() or not torch.isfinite(factor):
         raise _not_squared(loss)
     return factor.item()
 
 
-def _require_number(value: object) -> Tensor:
-    if not isinstance(value, Tensor) or value.numel() != 1:
-        raise ValueError(
-            "Expected the loss to be one number, reduced over samples and outputs, but got "
-            f"{tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__}."
-        )
-    return value.reshape(())
-
-
-def _not_differentiable() -> ValueError:
-    return ValueError("Expected the loss to be differentiable in its first argument, the outputs, but it is not.")
+def _gradient(loss: Loss, outputs: Tensor, targets: Tensor, flat: bool) -> Tensor:
+    with torch.inference_mode(False), torch.enable_grad():
+        point = outputs.detach().clone().requires_grad_()
+        value = evaluate_loss(loss, point, targets.clone(), flat=flat)  # copies: a loss may write into them
+        if not value.requires_grad:
+            raise ValueError(
+                "Expected the loss to be differentiable in its first argument, the outputs, but it is not."
+            )
+        (gradient,) = torch.autograd.grad(value, point)
+    return gradient
 
 
 def _not_squared(loss: Loss) -> ValueError:

@@ -1,6 +1,5 @@
-"""Parameters of a network by name: which ones are variables, and tensors that belong to them."""
+"""Parameters of a network by name, and which of them are variables."""
 
-from collections.abc import Mapping
 from typing import TypeAlias
 
 from torch import Tensor, nn
@@ -9,15 +8,15 @@ Tensors: TypeAlias = dict[str, Tensor]
 
 
 def plain_name(name: str) -> str:
-    """The name that a parameter has without `torch.compile`, which puts submodules below `_orig_mod`."""
+    """The name of a parameter without `_orig_mod`, under which `torch.compile` puts submodules."""
     return name.replace("_orig_mod.", "")
 
 
 def trainable_parameters(module: nn.Module) -> Tensors:
-    """The live parameters that require a gradient, tied ones once, under their names in `named_parameters()`.
+    """The live parameters that require a gradient, by their names in `named_parameters()`; tied ones once.
 
     Raises:
-        ValueError: If there are none, if one is not initialized yet (lazy modules), or not real-valued.
+        ValueError: If there are none, or if one is uninitialized (lazy modules) or not real-valued.
     """
     for name, parameter in module.named_parameters():
         if isinstance(parameter, nn.parameter.UninitializedParameter):
@@ -35,16 +34,3 @@ def trainable_parameters(module: nn.Module) -> Tensors:
         if not tensor.is_floating_point():
             raise ValueError(f"Expected real floating-point parameters but `{name}` has dtype {tensor.dtype}.")
     return parameters
-
-
-def matching(tensors: Mapping[str, Tensor] | None, expected: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-    """`tensors` in the order of `expected`, or `expected` itself if None; other names or shapes are refused."""
-    if tensors is None:
-        return expected
-    differing = sorted(expected.keys() ^ tensors.keys())
-    if differing:
-        raise ValueError(f"Expected tensors with the names {sorted(expected)} but these names differ: {differing}.")
-    for name, tensor in tensors.items():
-        if tensor.shape != expected[name].shape:
-            raise ValueError(f"Expected `{name}` of shape {tuple(expected[name].shape)} but got {tuple(tensor.shape)}.")
-    return {name: tensors[name] for name in expected}

@@ -1,4 +1,4 @@
-"""What a capture checks about itself: determinism of data and network, and consistency of its products."""
+"""Checks of a capture: its data and network are deterministic, and its products consistent."""
 
 from typing import Any
 
@@ -7,15 +7,16 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from lightning_ntk.data.reference import NoFixedOrderError, Reference
-from lightning_ntk.linearization.jacobian import Jacobian, close
+from lightning_ntk.linearization.jacobian import Jacobian
 from lightning_ntk.linearization.linearization import Linearization
+from lightning_ntk.linearization.passes import close
 
 # Relative tolerance of the random-probe checks, in roundings of the type of the passes.
 _PROBE_ROUNDINGS = 1e4
 
 
 def check_determinism(linearization: Linearization, reference: Reference, predictions: Tensor) -> None:
-    """Requires the same data twice, the same outputs twice, and outputs that do not depend on the rest of the batch.
+    """Requires data and outputs that do not change, and outputs that do not depend on the rest of the batch.
 
     Args:
         linearization: The network.
@@ -23,7 +24,7 @@ def check_determinism(linearization: Linearization, reference: Reference, predic
         predictions: Outputs of a complete pass, `(N, K)`.
 
     Raises:
-        ValueError: With the cause: random data, a random forward, or coupled samples.
+        ValueError: If data or outputs are random, or samples are coupled; the message gives the cause.
     """
     batch = reference.read(0, reference.batch_size)
     again = reference.read(0, reference.batch_size)
@@ -55,11 +56,7 @@ def check_determinism(linearization: Linearization, reference: Reference, predic
 
 
 def check_adjoint(linearization: Linearization, jacobian: Jacobian, predictions: Tensor) -> None:
-    """Requires <J v, u> = <v, J^T u> for random u and v over the whole data set.
-
-    Raises:
-        RuntimeError: If the two passes do not belong to the same Jacobian.
-    """
+    """Requires <J v, u> = <v, J^T u> for random u and v over the whole data set; otherwise raises a RuntimeError."""
     generator = torch.Generator().manual_seed(0)
     cotangent = _probe(predictions, generator)
     tangent = {name: _probe(p, generator) for name, p in linearization.params.items()}
@@ -79,13 +76,13 @@ def check_kernel(jacobian: Jacobian, kernel: Tensor, predictions: Tensor, *, dty
     """Requires u^T Theta u = |J^T u|^2 for a random u: the kernel belongs to these weights, data and row order.
 
     Args:
-        jacobian: J of the same weights and data.
-        kernel: `(N K, N K)`.
+        jacobian: J.
+        kernel: Theta, `(N K, N K)`.
         predictions: The initial outputs, `(N, K)`.
         dtype: The type in which the kernel was computed, which sets the tolerance.
 
     Raises:
-        ValueError: If it does not.
+        ValueError: If the kernel is that of other weights, data or rows.
     """
     cotangent = _probe(predictions, torch.Generator().manual_seed(0))
     flat = cotangent.flatten().to(kernel)
@@ -99,7 +96,7 @@ def check_kernel(jacobian: Jacobian, kernel: Tensor, predictions: Tensor, *, dty
 
 
 def _probe(like: Tensor, generator: torch.Generator) -> Tensor:
-    # Drawn on the CPU, so that the numbers are the same on every device.
+    # Drawn on the CPU: the same numbers on every device.
     return torch.randn(like.shape, generator=generator, dtype=torch.float64).to(like)
 
 

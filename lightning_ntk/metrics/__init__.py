@@ -1,8 +1,11 @@
-"""The distances as `torchmetrics.Metric` classes: alone, in a `MetricCollection`, and over several processes.
+"""The distances as `torchmetrics.Metric` classes.
 
-The classes hold sums; the mathematics is in `lightning_ntk.functional.weights` and `lightning_ntk.functional.kernels`.
+They hold sums; the formulas are those of `lightning_ntk.functional`. Updates and processes may add different batches of outputs
+and different blocks of kernels, or all the same ones: the value is the same. Weights of several updates, such as an
+ensemble's, are averaged: products and squared norms, each by itself. Updates raise a ValueError if names or shapes differ.
 """
 
+from lightning_ntk.metrics.base import SummedMetric
 from lightning_ntk.metrics.kernels import KernelChange, KernelDistance, KernelTargetAlignment
 from lightning_ntk.metrics.predictions import PredictionRMSE, TaylorGap
 from lightning_ntk.metrics.weights import Displacement, WeightCosine, WeightDistance, WeightNormRatio
@@ -13,6 +16,7 @@ __all__ = [
     "KernelDistance",
     "KernelTargetAlignment",
     "PredictionRMSE",
+    "SummedMetric",
     "TaylorGap",
     "WeightCosine",
     "WeightDistance",

@@ -1,53 +1,34 @@
 """Distances between kernels, accumulated over blocks and processes."""
 
-import math
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from lightning_ntk.functional.kernels import KernelSums, alignment_sums, kernel_sums
-from lightning_ntk.functional.weights import ratio
+from lightning_ntk.functional.kernels import KernelSums, alignment, alignment_sums, kernel_sums
 from lightning_ntk.metrics.base import SummedMetric
+from lightning_ntk.plots.history import LABELS
 
 
 class _KernelMetric(SummedMetric):
     """The sums over kernel entries, which a `MetricCollection` computes once for all metrics of kernels."""
 
+    plot_lower_bound = 0.0
+    kernel_sums: Tensor
+
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        self.add_sums("kernel_difference_square", "initial_kernel_square", "kernel_square")
+        self.add_sums("kernel_sums", 3)
 
     def update(self, initial_kernel: Tensor, kernel: Tensor) -> None:
-        r"""Adds two kernels, or the same block of both: rows of each process, for example.
-
-        Args:
-            initial_kernel: :math:`\Theta_0`, `(N1 K, N2 K)`.
-            kernel: :math:`\Theta_t`, of the same shape.
-
-        Raises:
-            ValueError: If the shapes differ.
-        """
-        sums = kernel_sums(initial_kernel, kernel)
-        self.accumulate(
-            kernel_difference_square=sums.difference,
-            initial_kernel_square=sums.initial,
-            kernel_square=sums.current,
-        )
-
-    def kernel_sums(self) -> KernelSums:
-        """The sums so far."""
-        return KernelSums(*self.sums("kernel_difference_square", "initial_kernel_square", "kernel_square"))
+        """Adds two kernels or the same block of both, `(N1 K, N2 K)` each, such as the rows of one process."""
+        self.kernel_sums += torch.stack(kernel_sums(initial_kernel, kernel))
 
 
 class KernelDistance(_KernelMetric):
     r"""How far the kernel has turned away from the initial one (Fort et al., 2020).
 
     .. math:: 1 - \frac{\langle\Theta_0, \Theta_t\rangle}{\|\Theta_0\| \, \|\Theta_t\|}
-
-    Updates and processes may bring different blocks of the kernels, or all the same ones: the value is the same.
-
-    Args:
-        kwargs: Options of `torchmetrics.Metric`.
 
     Example:
         >>> import torch
@@ -56,22 +37,18 @@ class KernelDistance(_KernelMetric):
         tensor(0.2929, dtype=torch.float64)
     """
 
-    label = "kernel distance\n" r"$1 - \cos(\Theta_0, \Theta_t)$"
+    plot_upper_bound = 2.0
+    label = LABELS["kernel_distance"]
 
     def compute(self) -> Tensor:
-        """The distance, a scalar in float64."""
-        return self.result(self.kernel_sums().distance)
+        """Returns the distance, a scalar in float64."""
+        return KernelSums(*self.kernel_sums).distance
 
 
 class KernelChange(_KernelMetric):
     r"""The change of the kernel relative to the initial one.
 
     .. math:: \frac{\|\Theta_t - \Theta_0\|}{\|\Theta_0\|}
-
-    Updates and processes may bring different blocks of the kernels, or all the same ones: the value is the same.
-
-    Args:
-        kwargs: Options of `torchmetrics.Metric`.
 
     Example:
         >>> import torch
@@ -80,22 +57,17 @@ class KernelChange(_KernelMetric):
         tensor(1., dtype=torch.float64)
     """
 
-    label = "kernel change\n" r"$\|\Theta_t - \Theta_0\| \,/\, \|\Theta_0\|$"
+    label = LABELS["kernel_change"]
 
     def compute(self) -> Tensor:
-        """The change, a scalar in float64."""
-        return self.result(self.kernel_sums().change)
+        """Returns the change, a scalar in float64."""
+        return KernelSums(*self.kernel_sums).change
 
 
 class KernelTargetAlignment(SummedMetric):
-    r"""The cosine between the kernel and the one that the targets themselves would make (Cristianini et al., 2001).
+    r"""The cosine between the kernel and the ideal kernel of the targets (Cristianini et al., 2001).
 
     .. math:: \frac{y^\top \Theta_t y}{\|\Theta_t\| \, \|y\|^2}
-
-    Updates and processes may bring different blocks of the kernel, or all the same ones: the value is the same.
-
-    Args:
-        kwargs: Options of `torchmetrics.Metric`.
 
     Example:
         >>> import torch
@@ -104,34 +76,26 @@ class KernelTargetAlignment(SummedMetric):
         tensor(0.5000, dtype=torch.float64)
     """
 
+    higher_is_better = True
+    plot_lower_bound, plot_upper_bound = 0.0, 1.0
     label = "kernel-target alignment\n" r"$y^\top \Theta_t\, y \,/\, (\|\Theta_t\| \|y\|^2)$"
+    alignment_sums: Tensor
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        self.add_sums("alignment_product", "aligned_kernel_square", "target_kernel_square")
+        self.add_sums("alignment_sums", 3)
 
     def update(self, kernel: Tensor, targets: Tensor, column_targets: Tensor | None = None) -> None:
-        r"""Adds a kernel, or a block of it.
+        r"""Adds a kernel or a block of it.
 
         Args:
-            kernel: :math:`\Theta_t`, `(N1 K, N2 K)`, rows in sample-major order.
-            targets: y of its rows, `(N1, K)` or `(N1 K,)`.
-            column_targets: y of its columns, `(N2, K)` or `(N2 K,)`. Default: `targets`, of a kernel with N1 = N2.
-
-        Raises:
-            ValueError: If the kernel has not one row and one column for each target.
+            kernel: :math:`\Theta_t`, `(N1 K, N2 K)`, with rows in sample-major order.
+            targets: Targets of its rows, `(N1, K)` or `(N1 K,)`.
+            column_targets: Targets of its columns, `(N2, K)` or `(N2 K,)`. Default: `targets`, for N1 = N2.
         """
         columns = targets if column_targets is None else column_targets
-        product, kernel_square, target_square = alignment_sums(kernel, targets, columns)
-        self.accumulate(
-            alignment_product=product,
-            aligned_kernel_square=kernel_square,
-            target_kernel_square=target_square,
-        )
+        self.alignment_sums += torch.stack(alignment_sums(kernel, targets, columns))
 
     def compute(self) -> Tensor:
-        """The alignment, a scalar in float64."""
-        product, kernel_square, target_square = self.sums(
-            "alignment_product", "aligned_kernel_square", "target_kernel_square"
-        )
-        return self.result(ratio(product, math.sqrt(kernel_square) * math.sqrt(target_square)))
+        """Returns the alignment, a scalar in float64."""
+        return alignment(*self.alignment_sums)

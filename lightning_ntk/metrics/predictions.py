@@ -1,21 +1,22 @@
 """Distances between outputs, accumulated over batches and processes."""
 
-import math
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from lightning_ntk.functional.weights import ratio, require_same_shape
+from lightning_ntk.functional.predictions import error_sums, root_mean, taylor_sums
+from lightning_ntk.functional.weights import ratio_of_norms
 from lightning_ntk.metrics.base import SummedMetric
+from lightning_ntk.plots.history import LABELS
 
 
 class PredictionRMSE(SummedMetric):
-    r"""The root mean square difference between the outputs of the trained and of the linearized network.
+    r"""The root mean square difference between the outputs of the trained and the linearized network.
 
     .. math:: \sqrt{\frac{1}{N K} \sum_{n,k} \bigl(f(x_n; w_t) - f_\text{lin}(x_n; t)\bigr)_k^2}
 
-    Args:
-        kwargs: Options of `torchmetrics.Metric`.
+    Unlike `torchmetrics.MeanSquaredError(squared=False)`, it subtracts and sums in float64.
 
     Example:
         >>> import torch
@@ -26,45 +27,32 @@ class PredictionRMSE(SummedMetric):
         tensor(3.5355, dtype=torch.float64)
     """
 
-    label = "prediction RMSE\n" r"$\mathrm{rms}\,(f_t - f_\mathrm{lin}(t))$"
+    higher_is_better = False
+    plot_lower_bound = 0.0
+    label = LABELS["prediction_rmse"]
+    error_sums: Tensor
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        self.add_sums("prediction_error_square", "prediction_elements")
+        self.add_sums("error_sums", 2)
 
     def update(self, outputs: Tensor, linearized_outputs: Tensor) -> None:
-        """Adds one batch.
-
-        Args:
-            outputs: Of the trained network, `(B, K)`.
-            linearized_outputs: Of the linearized network at the same time, `(B, K)`.
-
-        Raises:
-            ValueError: If the shapes differ.
-        """
-        require_same_shape(outputs=outputs, linearized_outputs=linearized_outputs)
-        self.accumulate(
-            prediction_error_square=(outputs.double() - linearized_outputs.double()).square().sum().item(),
-            prediction_elements=outputs.numel(),
-        )
+        """Adds one batch of outputs of both networks at the same time, `(B, K)` each."""
+        self.error_sums += torch.stack(error_sums(outputs, linearized_outputs))
 
     def compute(self) -> Tensor:
-        """The root mean square, a scalar in float64."""
-        error, elements = self.sums("prediction_error_square", "prediction_elements")
-        return self.result(math.sqrt(error / elements) if elements else math.nan)
+        """Returns the root mean square, a scalar in float64."""
+        return root_mean(*self.error_sums)
 
 
 class TaylorGap(SummedMetric):
-    r"""The part of the change of the outputs that the first-order expansion at the same weights misses.
+    r"""The share of the outputs' change that the first-order expansion misses.
 
     .. math:: \frac{\|f_t - f_0 - J (w_t - w_0)\|}{\|f_t - f_0\|}
 
     It asks whether the network is still linear where training has taken it, whichever way it went. With a `Linearization`
     made at the start, one batch is
     `update(linearization.predict_at(weights, x), linearization(weights, x), linearization.predict(x))`.
-
-    Args:
-        kwargs: Options of `torchmetrics.Metric`.
 
     Example:
         >>> import torch
@@ -73,31 +61,25 @@ class TaylorGap(SummedMetric):
         tensor(0.2000, dtype=torch.float64)
     """
 
-    label = "Taylor gap\n" r"$\|f_t - f_0 - J(w_t - w_0)\| \,/\, \|f_t - f_0\|$"
+    higher_is_better = False
+    plot_lower_bound = 0.0
+    label = LABELS["taylor_gap"]
+    taylor_sums: Tensor
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        self.add_sums("taylor_gap_square", "output_change_square")
+        self.add_sums("taylor_sums", 2)
 
     def update(self, outputs: Tensor, taylor_outputs: Tensor, initial_outputs: Tensor) -> None:
         """Adds one batch.
 
         Args:
-            outputs: :math:`f_t`, of the network at the trained weights, `(B, K)`.
-            taylor_outputs: :math:`f_0 + J (w_t - w_0)`, of its linearization at the same weights, `(B, K)`.
+            outputs: :math:`f_t`, outputs of the network at the trained weights, `(B, K)`.
+            taylor_outputs: :math:`f_0 + J (w_t - w_0)`, outputs of its linearization at the same weights, `(B, K)`.
             initial_outputs: :math:`f_0`, `(B, K)`.
-
-        Raises:
-            ValueError: If the shapes differ.
         """
-        require_same_shape(outputs=outputs, taylor_outputs=taylor_outputs, initial_outputs=initial_outputs)
-        now = outputs.double()
-        self.accumulate(
-            taylor_gap_square=(now - taylor_outputs.double()).square().sum().item(),
-            output_change_square=(now - initial_outputs.double()).square().sum().item(),
-        )
+        self.taylor_sums += torch.stack(taylor_sums(outputs, taylor_outputs, initial_outputs))
 
     def compute(self) -> Tensor:
-        """The gap, a scalar in float64; 0 where the outputs have not changed."""
-        gap, change = self.sums("taylor_gap_square", "output_change_square")
-        return self.result(ratio(math.sqrt(gap), math.sqrt(change)))
+        """Returns the gap, a scalar in float64; 0 if the outputs have not changed."""
+        return ratio_of_norms(*self.taylor_sums)

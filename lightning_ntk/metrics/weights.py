@@ -1,66 +1,50 @@
-"""Distances between trained and linearized weights."""
+"""Distances between trained and linearized weights, averaged over updates and processes."""
 
-import math
 from collections.abc import Mapping
 from typing import Any, Literal
 
+import torch
 from torch import Tensor
 
-from lightning_ntk.functional.weights import difference, inner_product, ratio
+from lightning_ntk.functional.predictions import root_mean
+from lightning_ntk.functional.weights import WeightSums, difference, require_matching, weight_sums
 from lightning_ntk.metrics.base import SummedMetric
+from lightning_ntk.plots.history import LABELS
+from lightning_ntk.utilities.validation import require_choice
 
 
 class _WeightMetric(SummedMetric):
-    """Holds w0 in the type in which it came, on the device of the weights that it is compared with."""
+    """Holds w0 in its own type, on the device of the weights that it is compared with."""
 
     def __init__(self, initial_weights: Mapping[str, Tensor], **kwargs: Any) -> None:
         super().__init__(**kwargs)
         if not initial_weights:
             raise ValueError("Expected argument `initial_weights` to hold at least one parameter but it is empty.")
-        # No buffers: they would take the type of a module that is cast, and w0 its rounding.
+        # Not buffers: casting a module would round them.
         self.initial_weights = {name: value.detach().clone() for name, value in initial_weights.items()}
 
     def _displacement(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        initial = self.initial_weights
-        differing = sorted(initial.keys() ^ weights.keys())
-        if differing:
-            raise ValueError(f"Expected weights named as the initial ones are but these names differ: {differing}.")
-        for name, value in weights.items():
-            if value.shape != initial[name].shape:
-                raise ValueError(
-                    f"Expected `{name}` of shape {tuple(initial[name].shape)} but got {tuple(value.shape)}."
-                )
-            initial[name] = initial[name].to(value.device)
-        return difference({name: value.detach() for name, value in weights.items()}, initial)
+        require_matching(weights, self.initial_weights)
+        self.initial_weights = {name: value.to(weights[name].device) for name, value in self.initial_weights.items()}
+        return difference(weights, self.initial_weights)
 
 
 class _LinearizedWeightMetric(_WeightMetric):
-    """The sums that all comparisons of w_t with w_lin share, so that a `MetricCollection` computes them once."""
+    """The sums that all comparisons of w_t with w_lin share: a `MetricCollection` computes them once."""
+
+    weight_sums: Tensor
+    weight_updates: Tensor
 
     def __init__(self, initial_weights: Mapping[str, Tensor], **kwargs: Any) -> None:
         super().__init__(initial_weights, **kwargs)
-        self.add_sums("weight_distance_square", "displacement_square", "linearized_square", "displacement_product")
+        self.add_sums("weight_sums", 4)
         self.add_sums("weight_updates")
 
     def update(self, weights: Mapping[str, Tensor], linearized_weights: Mapping[str, Tensor]) -> None:
-        """Adds one pair of weights.
-
-        Args:
-            weights: w_t, by parameter name, as the initial weights are.
-            linearized_weights: w_lin(t), likewise.
-
-        Raises:
-            ValueError: If names or shapes are not those of the initial weights.
-        """
-        moved, expected = self._displacement(weights), self._displacement(linearized_weights)
-        apart = difference(moved, expected)
-        self.accumulate(
-            weight_distance_square=inner_product(apart, apart),
-            displacement_square=inner_product(moved, moved),
-            linearized_square=inner_product(expected, expected),
-            displacement_product=inner_product(moved, expected),
-            weight_updates=1,
-        )
+        """Adds w_t and w_lin(t), with the names and shapes of the initial weights."""
+        sums = weight_sums(self._displacement(weights), self._displacement(linearized_weights))
+        self.weight_sums += torch.stack(sums)
+        self.weight_updates += 1
 
 
 class WeightDistance(_LinearizedWeightMetric):
@@ -69,16 +53,12 @@ class WeightDistance(_LinearizedWeightMetric):
     .. math::
         \|w_t - w_\text{lin}(t)\| \quad\text{or}\quad \frac{\|w_t - w_\text{lin}(t)\|}{\|w_t - w_0\|}
 
-    Several updates, as of an ensemble of networks, and several processes give the root mean square over them, of numerator
-    and denominator each. Processes that hold the same weights therefore give the value of one of them.
-
     Args:
         initial_weights: w_0, by parameter name; it is cloned.
         normalization: "relative" to the displacement of the trained weights, or "absolute".
-        kwargs: Options of `torchmetrics.Metric`.
 
     Raises:
-        ValueError: If an argument has a value that it cannot have.
+        ValueError: If there are no weights or the normalization is unknown.
 
     Example:
         >>> import torch
@@ -88,6 +68,9 @@ class WeightDistance(_LinearizedWeightMetric):
         tensor(0.8000, dtype=torch.float64)
     """
 
+    higher_is_better = False
+    plot_lower_bound = 0.0
+
     def __init__(
         self,
         initial_weights: Mapping[str, Tensor],
@@ -95,23 +78,16 @@ class WeightDistance(_LinearizedWeightMetric):
         **kwargs: Any,
     ) -> None:
         super().__init__(initial_weights, **kwargs)
-        if normalization not in ("relative", "absolute"):
-            raise ValueError(
-                f'Expected argument `normalization` to be "relative" or "absolute" but got {normalization!r}.'
-            )
+        require_choice("normalization", normalization, Literal["relative", "absolute"])
         self.normalization = normalization
-        self.label = (
-            "weight distance\n" r"$\|w_t - w_\mathrm{lin}(t)\|$"
-            if normalization == "absolute"
-            else "relative weight distance\n" r"$\|w_t - w_\mathrm{lin}(t)\| \,/\, \|w_t - w_0\|$"
-        )
+        self.label = LABELS["weight_distance" if normalization == "absolute" else "relative_weight_distance"]
 
     def compute(self) -> Tensor:
-        """The distance, a scalar in float64; 0 where neither network has moved."""
-        apart, moved, updates = self.sums("weight_distance_square", "displacement_square", "weight_updates")
+        """Returns the distance, a scalar in float64; 0 if neither network has moved."""
+        sums = WeightSums(*self.weight_sums)
         if self.normalization == "relative":
-            return self.result(ratio(math.sqrt(apart), math.sqrt(moved)))
-        return self.result(_root_mean(apart, updates))
+            return sums.relative_distance
+        return root_mean(sums.distance, self.weight_updates)
 
 
 class WeightCosine(_LinearizedWeightMetric):
@@ -119,14 +95,8 @@ class WeightCosine(_LinearizedWeightMetric):
 
     .. math:: \frac{\langle w_t - w_0, w_\text{lin}(t) - w_0\rangle}{\|w_t - w_0\| \, \|w_\text{lin}(t) - w_0\|}
 
-    Products and squared norms are averaged over updates and processes.
-
     Args:
         initial_weights: w_0, by parameter name; it is cloned.
-        kwargs: Options of `torchmetrics.Metric`.
-
-    Raises:
-        ValueError: If there are no weights.
 
     Example:
         >>> import torch
@@ -135,13 +105,13 @@ class WeightCosine(_LinearizedWeightMetric):
         tensor(0.6000, dtype=torch.float64)
     """
 
-    label = r"cosine of the displacements $w_t - w_0$ and $w_\mathrm{lin}(t) - w_0$"
+    higher_is_better = True
+    plot_lower_bound, plot_upper_bound = -1.0, 1.0
+    label = LABELS["weight_cosine"]
 
     def compute(self) -> Tensor:
-        """The cosine, a scalar in float64; 1 where neither network has moved."""
-        product, moved, expected = self.sums("displacement_product", "displacement_square", "linearized_square")
-        together = moved == expected == 0
-        return self.result(1.0 if together else ratio(product, math.sqrt(moved) * math.sqrt(expected)))
+        """Returns the cosine, a scalar in float64; 1 if neither network has moved."""
+        return WeightSums(*self.weight_sums).cosine
 
 
 class WeightNormRatio(_LinearizedWeightMetric):
@@ -149,14 +119,8 @@ class WeightNormRatio(_LinearizedWeightMetric):
 
     .. math:: \frac{\|w_\text{lin}(t) - w_0\|}{\|w_t - w_0\|}
 
-    Squared norms are averaged over updates and processes.
-
     Args:
         initial_weights: w_0, by parameter name; it is cloned.
-        kwargs: Options of `torchmetrics.Metric`.
-
-    Raises:
-        ValueError: If there are no weights.
 
     Example:
         >>> import torch
@@ -165,23 +129,19 @@ class WeightNormRatio(_LinearizedWeightMetric):
         tensor(0.6000, dtype=torch.float64)
     """
 
-    label = "norm ratio\n" r"$\|w_\mathrm{lin}(t) - w_0\| \,/\, \|w_t - w_0\|$"
+    plot_lower_bound = 0.0
+    label = LABELS["weight_norm_ratio"]
 
     def compute(self) -> Tensor:
-        """The ratio, a scalar in float64; 1 where neither network has moved."""
-        moved, expected = self.sums("displacement_square", "linearized_square")
-        return self.result(1.0 if moved == expected == 0 else ratio(math.sqrt(expected), math.sqrt(moved)))
+        """Returns the ratio, a scalar in float64; 1 if neither network has moved."""
+        return WeightSums(*self.weight_sums).norm_ratio
 
 
 class Displacement(_WeightMetric):
-    r"""How far trained weights have moved, :math:`\|w_t - w_0\|`; the root mean square over updates and processes.
+    r"""How far trained weights have moved, :math:`\|w_t - w_0\|`.
 
     Args:
         initial_weights: w_0, by parameter name; it is cloned.
-        kwargs: Options of `torchmetrics.Metric`.
-
-    Raises:
-        ValueError: If there are no weights.
 
     Example:
         >>> import torch
@@ -190,28 +150,22 @@ class Displacement(_WeightMetric):
         tensor(5., dtype=torch.float64)
     """
 
-    label = "displacement\n" r"$\|w_t - w_0\|$"
+    plot_lower_bound = 0.0
+    label = LABELS["displacement"]
+    displacement_square: Tensor
+    displacement_updates: Tensor
 
     def __init__(self, initial_weights: Mapping[str, Tensor], **kwargs: Any) -> None:
         super().__init__(initial_weights, **kwargs)
-        self.add_sums("moved_square", "moved_updates")
+        self.add_sums("displacement_square")
+        self.add_sums("displacement_updates")
 
     def update(self, weights: Mapping[str, Tensor]) -> None:
-        """Adds trained weights, by parameter name, as the initial weights are.
-
-        Raises:
-            ValueError: If names or shapes are not those of the initial weights.
-        """
+        """Adds w_t, with the names and shapes of the initial weights."""
         moved = self._displacement(weights)
-        self.accumulate(
-            moved_square=inner_product(moved, moved),
-            moved_updates=1,
-        )
+        self.displacement_square += weight_sums(moved, moved).displacement
+        self.displacement_updates += 1
 
     def compute(self) -> Tensor:
-        """The displacement, a scalar in float64."""
-        return self.result(_root_mean(*self.sums("moved_square", "moved_updates")))
-
-
-def _root_mean(total: float, count: float) -> float:
-    return math.sqrt(total / count) if count else math.nan
+        """Returns the displacement, a scalar in float64."""
+        return root_mean(self.displacement_square, self.displacement_updates)

@@ -1,4 +1,4 @@
-"""Histories: rows of scalars, from a monitor or from a log on disk."""
+"""Histories: rows of scalars, from a monitor or a log file."""
 
 import csv
 import math
@@ -8,7 +8,7 @@ from typing import TypeAlias
 
 History: TypeAlias = Sequence[Mapping[str, float]]
 
-# What is logged is described where the callback and `weight_distances` are; these are the words on axes.
+# Axis labels.
 LABELS = {
     "weight_distance": "weight distance\n" r"$\|w_t - w_\mathrm{lin}(t)\|$",
     "relative_weight_distance": "relative weight distance\n" r"$\|w_t - w_\mathrm{lin}(t)\| \,/\, \|w_t - w_0\|$",
@@ -32,14 +32,14 @@ LABELS = {
 
 
 def read_history(path: str | Path, name: str = "ntk") -> list[dict[str, float]]:
-    """The history of a monitor, from the log that Lightning's CSVLogger wrote.
+    """Reads a monitor's history from the log of Lightning's CSVLogger.
 
     Args:
-        path: The file `metrics.csv`, or the directory that holds it (`logger.log_dir`).
+        path: The file `metrics.csv`, or its directory (`logger.log_dir`).
         name: The monitor's `name`, the prefix of its columns.
 
     Returns:
-        One row for each step with a measurement, in the order of the log: "step" and the scalars measured, without the prefix.
+        One row for each measured step, in the order of the log: "step" and the scalars, without the prefix.
 
     Raises:
         FileNotFoundError: If there is no such file.
@@ -56,7 +56,7 @@ def read_history(path: str | Path, name: str = "ntk") -> list[dict[str, float]]:
         if "step" not in columns or not any(column.startswith(prefix) for column in columns):
             raise ValueError(
                 f'Expected columns "step" and "{prefix}..." in {path} but it has {list(columns)}. '
-                "Give the monitor's `name`, and a log of a run with a LinearizationMonitor."
+                "Pass the monitor's `name`, and the log of a run with a LinearizationMonitor."
             )
         rows: dict[float, dict[str, float]] = {}
         for line in reader:
@@ -69,37 +69,27 @@ def read_history(path: str | Path, name: str = "ntk") -> list[dict[str, float]]:
     return list(rows.values())
 
 
-def series(history: History, key: str, *, after_start: bool = False) -> tuple[list[float], list[float]]:
-    """Steps and values of one scalar where it was measured and is finite.
+def tells_at_start(key: str) -> bool:
+    """Whether a scalar says something at step 0, where distances are zero by definition."""
+    return key.endswith(("loss", "accuracy", "residual"))
 
-    Args:
-        history: Rows with "step".
-        key: The scalar.
-        after_start: Whether to leave out step 0, where distances are zero by definition.
-    """
+
+def series(history: History, key: str) -> tuple[list[float], list[float]]:
+    """Steps and values of one scalar, where it is finite and says something."""
     points = [
         (row["step"], row[key])
         for row in history
-        if math.isfinite(row.get(key, math.nan)) and (row["step"] > 0 or not after_start)
+        if math.isfinite(row.get(key, math.nan)) and (row["step"] > 0 or tells_at_start(key))
     ]
     return [step for step, _ in points], [value for _, value in points]
 
 
-def require_any(history: History, keys: Sequence[str], option: str = "") -> list[str]:
-    """Those of `keys` that the history has.
-
-    Args:
-        history: Rows with "step".
-        keys: Scalars, of which one is enough.
-        option: How to have them measured, for the error.
-
-    Raises:
-        ValueError: If the history is empty or has none of them.
-    """
+def require_any(history: History, keys: Sequence[str]) -> list[str]:
+    """The `keys` that occur in the history; raises a ValueError if none does."""
     if not history:
         raise ValueError("Expected a history with at least one measurement but it is empty: plot after training.")
     present = [key for key in keys if any(key in row for row in history)]
     if not present:
         found = sorted({key for row in history for key in row if not key.startswith("parameter/")})
-        raise ValueError(f"Expected a history with {' or '.join(keys)} but it has {found}. {option}".rstrip())
+        raise ValueError(f"Expected a history with {' or '.join(keys)} but it has {found}.")
     return present

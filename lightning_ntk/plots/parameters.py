@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _PREFIX = "parameter/"
-# Values below this fraction of the largest are drawn as if they were it: after one step distances are zero to rounding.
+# Values below this fraction of the largest get its color: after one step, distances are zero to rounding.
 _DYNAMIC_RANGE = 1e-3
 _NAME_LENGTH = 36
 _MOST_LABELS = 90
@@ -18,26 +18,26 @@ _MOST_OUTLINED = 30
 
 
 def plot_parameters(history: History, title: str | None = None) -> "tuple[Figure, Any]":
-    """Relative weight distance of every parameter tensor (rows) at every measurement (columns), in logarithmic color.
+    """Draws the relative weight distance of each parameter (row) at each measurement (column).
+
+    Colors are logarithmic. Cells that were not measured or are not finite are white.
 
     Args:
-        history: Rows with "step" and "parameter/<name>", as a monitor with `per_parameter=True` keeps them.
-        title: Written above the figure.
+        history: Rows with "step" and "parameter/<name>", from a monitor with `per_parameter=True`.
+        title: Title of the figure.
 
     Returns:
-        The figure and its axes; rows are in the order of the network, from the top. Cells not measured or not
-        finite are white.
+        The figure and its axes, with rows in the order of the network, from the top.
 
     Raises:
-        ValueError: If the history has no distances of parameters after the first step.
-        ModuleNotFoundError: If matplotlib is not installed.
+        ValueError: If the history has no distances of parameters after step 0.
     """
     names = list(dict.fromkeys(key for row in history for key in row if key.startswith(_PREFIX)))
     moved = [row for row in history if row["step"] > 0 and any(name in row for name in names)]
     if not moved:
         raise ValueError(
             "Expected a history with distances of parameters after step 0 but it has none. "
-            "Monitor with `per_parameter=True`."
+            "Give the monitor `per_parameter=True`."
         )
     figure = new_figure(2.6 + max(4.5, min(8.0, 0.28 * len(moved))), min(14.0, 1.5 + 0.26 * len(names)))
     from matplotlib.colors import LogNorm
@@ -49,16 +49,16 @@ def plot_parameters(history: History, title: str | None = None) -> "tuple[Figure
     smallest = max(min(finite, default=1.0), _DYNAMIC_RANGE * largest)
     if smallest == largest:
         smallest = largest / 10
-    # On a log scale a zero has no color: it gets that of the smallest.
+    # A zero has no color on a log scale: it gets that of the smallest value.
     shown = [[max(value, smallest) if math.isfinite(value) else value for value in line] for line in cells]
-    # Lines between many cells would be most of what is seen.
+    # Lines between many cells would hide them.
     grid: dict[str, Any] = {"edgecolors": "white", "linewidth": 0.4} if len(names) <= _MOST_OUTLINED else {}
     image = axis.pcolormesh(shown, cmap="cividis", norm=LogNorm(smallest, largest), **grid)
     axis.invert_yaxis()
     stride = max(1, math.ceil(len(names) / _MOST_LABELS))
-    labels = _shorten([name.removeprefix(_PREFIX) for name in names])
+    labels = [_shorten(name.removeprefix(_PREFIX)) for name in names]
     axis.set_yticks([row + 0.5 for row in range(0, len(names), stride)], labels[::stride], fontsize=8)
-    # The last step always has its label.
+    # Counted from the end, so that the last step has a label.
     columns = range(len(moved) - 1, -1, -max(1, math.ceil(len(moved) / 14)))
     axis.set_xticks(
         [column + 0.5 for column in columns], [f"{moved[column]['step']:g}" for column in columns], fontsize=8
@@ -75,12 +75,5 @@ def plot_parameters(history: History, title: str | None = None) -> "tuple[Figure
     return figure, axis
 
 
-def _shorten(names: list[str]) -> list[str]:
-    """Long names without the modules that all have in common, and if they are still long their ends."""
-    if max(map(len, names)) > _NAME_LENGTH:
-        paths = [name.split(".") for name in names]
-        common = 0
-        while len({tuple(path[: common + 1]) for path in paths}) == 1 and all(len(path) > common + 1 for path in paths):
-            common += 1
-        names = [("…" if common else "") + ".".join(path[common:]) for path in paths]
-    return [name if len(name) <= _NAME_LENGTH else "…" + name[1 - _NAME_LENGTH :] for name in names]
+def _shorten(name: str) -> str:
+    return name if len(name) <= _NAME_LENGTH else "…" + name[1 - _NAME_LENGTH :]

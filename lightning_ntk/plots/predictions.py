@@ -1,41 +1,41 @@
-"""The outputs of the linearized network against those of the trained one."""
+"""Outputs of the linearized network over outputs of the trained one."""
 
-import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from lightning_ntk.functional.weights import require_same_shape, root_mean_square
-from lightning_ntk.plots.style import GREY, TRAINED, new_figure, tidy
+from lightning_ntk.functional.predictions import prediction_rmse
+from lightning_ntk.functional.weights import require_same_shape
+from lightning_ntk.plots.style import GREY, TRAINED, panels, tidy
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-# Outputs up to which each has a panel of its own.
+# With more outputs than this, all share one panel.
 _MOST_PANELS = 12
-# Points of one panel from which they are drawn as a density.
+# With more points than this, a panel shows their density.
 _MANY_POINTS = 3000
 
 
 def plot_predictions(
     outputs: Tensor, linearized_outputs: Tensor, *, names: Sequence[str] | None = None, title: str | None = None
 ) -> "tuple[Figure, Any]":
-    """Outputs of the linearized network against those of the trained one; on the diagonal they agree.
+    """Draws outputs of the linearized network over those of the trained one.
+
+    They agree on the diagonal. The title of each panel gives their root mean square difference.
 
     Args:
-        outputs: Of the trained network, `(N, K)`.
-        linearized_outputs: Of the linearized network at the same time, `(N, K)`.
-        names: Of the K outputs. Default: their numbers.
-        title: Written above the figure.
+        outputs: Outputs of the trained network, `(N, K)`.
+        linearized_outputs: Outputs of the linearized network at the same time, `(N, K)`.
+        names: Names of the K outputs. Default: their numbers.
+        title: Title of the figure.
 
     Returns:
-        The figure and its axes: one panel for each output, or a single one for all of them if there are more than twelve. The
-        root mean square difference is written in each.
+        The figure and its axes: one panel for each output, or a single panel for more than twelve.
 
     Raises:
         ValueError: If the shapes differ or are not `(N, K)`, or if there are not K names.
-        ModuleNotFoundError: If matplotlib is not installed.
     """
     require_same_shape(outputs=outputs, linearized_outputs=linearized_outputs)
     if outputs.dim() != 2 or outputs.numel() == 0:
@@ -48,28 +48,23 @@ def plot_predictions(
         real, predicted, labels = real.reshape(-1, 1), predicted.reshape(-1, 1), [f"all {count} outputs"]
     else:
         labels = list(names) if names is not None else [f"output {k}" for k in range(count)] if count > 1 else [""]
-    columns = min(len(labels), 5 if len(labels) > 8 else 4)
-    rows = math.ceil(len(labels) / columns)
-    size = 4.4 if len(labels) == 1 else 2.1
-    figure = new_figure(size * columns + 0.4, size * rows + 0.6)
-    grid = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).flatten()
+    columns, size = (5 if len(labels) > 8 else 4), (2.1 if len(labels) > 1 else 4.4)
+    title = title or "Linearized against trained network"
+    figure, axes = panels(len(labels), title, columns=columns, size=(size, size), shared=True)
     finite = real.isfinite() & predicted.isfinite()
     values = real[finite].tolist() + predicted[finite].tolist()
     low, high = min(values, default=0.0), max(values, default=1.0)
     margin = 0.04 * (high - low) or 0.5
-    for k, (axis, label) in enumerate(zip(grid, labels, strict=False)):
+    for k, (axis, label) in enumerate(zip(axes, labels, strict=True)):
         axis.axline((0, 0), slope=1, color=GREY, linewidth=1)
         _draw(axis, real[:, k], predicted[:, k], (low - margin, high + margin))
         axis.set(xlim=(low - margin, high + margin), ylim=(low - margin, high + margin), aspect="equal")
-        rms = root_mean_square(real[:, k] - predicted[:, k])
-        axis.set_title(f"{label}  rms {rms:.2g}".strip(), fontsize=9)
+        rmse = prediction_rmse(real[:, k], predicted[:, k])
+        axis.set_title(f"{label}  rms {rmse:.2g}".strip(), fontsize=9)
         tidy(axis)
-    for axis in grid[len(labels) :]:
-        axis.set_visible(False)
     figure.supxlabel("output of the trained network", fontsize=10)
     figure.supylabel("output of the linearized network", fontsize=10)
-    figure.suptitle(title or "Linearized against trained network", fontsize=11)
-    return figure, tuple(grid[: len(labels)])
+    return figure, axes
 
 
 def _draw(axis: Any, real: Tensor, predicted: Tensor, limits: tuple[float, float]) -> None:

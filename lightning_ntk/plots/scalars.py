@@ -1,181 +1,200 @@
-"""Scalars over optimizer steps."""
+"""Scalars over optimizer steps, and values of a metric."""
 
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from lightning_ntk.plots.history import LABELS, History, require_any, series
+from lightning_ntk.plots.history import LABELS, History, require_any, series, tells_at_start
 from lightning_ntk.plots.style import (
     GREY,
     LINEARIZED_LINE,
     TAYLOR_LINE,
     TRAINED_LINE,
+    new_figure,
     panels,
     step_axis,
-    tidy,
     value_axis,
 )
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-
-_KERNEL_TITLES = {
-    "kernel_distance": "How far the kernel has turned",
-    "kernel_change": "How much the kernel has changed",
-    "kernel_velocity": "How fast it turns, per step",
-}
 
 
 def plot_history(history: History, title: str | None = None) -> "tuple[Figure, Any]":
-    """Distance between the trained and the linearized weights, and the losses of both, over optimizer steps.
+    """Draws the distance between both networks' weights, and both losses.
 
     Args:
-        history: Rows with "step", and "relative_weight_distance", "loss" and "linearized_loss" or some of them.
-        title: Written above the figure.
+        history: Rows with "step" and any of "relative_weight_distance", "loss" and "linearized_loss".
+        title: Title of the figure.
 
     Returns:
-        The figure and its axes: of the distance and of the losses, where they were measured.
+        The figure and its axes: the distance and the losses, where they were measured.
 
     Raises:
         ValueError: If the history is empty or has none of these scalars.
-        ModuleNotFoundError: If matplotlib is not installed.
     """
-    present = require_any(history, ["relative_weight_distance", "loss", "linearized_loss"])
-    has_distance = "relative_weight_distance" in present
-    has_loss = present[-1] != "relative_weight_distance"
-    figure, axes = panels(has_distance + has_loss)
-    steps = [row["step"] for row in history]
-    if has_distance:
-        distance = axes[0]
-        moved = series(history, "relative_weight_distance", after_start=True)
-        distance.plot(*moved, **TRAINED_LINE)
-        distance.set_ylabel(LABELS["relative_weight_distance"])
-        distance.set_title("How far the weights leave the linearized path", fontsize=10)
-        step_axis(distance, steps)
-        # After one full-batch step the distance is zero to rounding.
-        value_axis(distance, moved[1], negligible=1e-4)
-    if has_loss:
-        _plot_pair(axes[-1], history, {"loss": "trained network", "linearized_loss": "linearized network"})
-        axes[-1].set_ylabel(LABELS["loss"])
-        axes[-1].set_title("Loss of both networks", fontsize=10)
-    if title:
-        figure.suptitle(title, fontsize=11)
-    return figure, axes
+    losses = {"loss": "trained network", "linearized_loss": "linearized network"}
+    distance = {"relative_weight_distance": ""}
+    return _draw_panels(
+        history, title, {"How far the weights leave the linearized path": distance, "Loss of both networks": losses}
+    )
 
 
 def plot_accuracies(history: History, title: str | None = None) -> "tuple[Figure, Any]":
-    """Accuracies of the trained network, of the linearized one, and of the expansion at the trained weights.
+    """Draws the accuracies of the trained, the linearized and the expanded network.
 
     Args:
-        history: Rows with "step", and "accuracy", "linearized_accuracy" and "taylor_accuracy" or some of them, from 0 to 1.
-        title: Written above the figure.
+        history: Rows with "step" and any of "accuracy", "linearized_accuracy" and "taylor_accuracy", from 0 to 1.
+        title: Title of the figure.
 
     Returns:
-        The figure and its only axes, which are in percent.
+        The figure and its only axes.
 
     Raises:
         ValueError: If the history is empty or has none of these scalars.
-        ModuleNotFoundError: If matplotlib is not installed.
     """
     networks = {
         "accuracy": "trained network",
         "linearized_accuracy": "linearized network",
         "taylor_accuracy": "expansion at the trained weights",
     }
-    require_any(history, list(networks))
-    figure, (axis,) = panels(1, width=5.4)
-    percent = [
-        {key: value if key == "step" else 100 * value for key, value in row.items() if key in networks or key == "step"}
-        for row in history
-    ]
-    _plot_pair(axis, percent, networks, logarithmic=False)
-    axis.set_ylabel("accuracy on the reference set (%)")
-    axis.set_title(title or "How much is classified correctly", fontsize=10)
-    axis.set_ylim(bottom=max(0.0, axis.get_ylim()[0]), top=min(101.0, axis.get_ylim()[1] + 1))
+    figure, (axis,) = _draw_panels(history, None, {title or "How much is classified correctly": networks})
+    from matplotlib.ticker import PercentFormatter
+
+    axis.set_yscale("linear")
+    axis.yaxis.set_major_formatter(PercentFormatter(1))
+    axis.set_ylim(bottom=max(0.0, axis.get_ylim()[0]), top=min(1.01, axis.get_ylim()[1] + 0.01))
     return figure, axis
 
 
 def plot_kernel(history: History, title: str | None = None) -> "tuple[Figure, Any]":
-    """How far the kernel is from the initial one, how much it changed and how fast it moves, over optimizer steps.
+    """Draws how far the kernel has turned, changed, and how fast it moves.
 
     Args:
-        history: Rows with "step", and "kernel_distance", "kernel_change" and "kernel_velocity" or some of them.
-        title: Written above the figure.
+        history: Rows with "step" and any of "kernel_distance", "kernel_change" and "kernel_velocity".
+        title: Title of the figure.
 
     Returns:
-        The figure and its axes, one for each of the scalars that were measured.
+        The figure and one axes for each scalar that was measured.
 
     Raises:
         ValueError: If the history is empty or has none of these scalars.
-        ModuleNotFoundError: If matplotlib is not installed.
     """
-    present = require_any(history, list(_KERNEL_TITLES))
-    figure, axes = panels(len(present))
-    for axis, key in zip(axes, present, strict=True):
-        steps, values = series(history, key, after_start=True)
-        axis.plot(steps, values, **TRAINED_LINE)
-        axis.set_ylabel(LABELS[key])
-        axis.set_title(_KERNEL_TITLES[key], fontsize=10)
-        step_axis(axis, steps)
-        value_axis(axis, values, negligible=1e-8)
-    if title:
-        figure.suptitle(title, fontsize=11)
-    return figure, axes
+    return _draw_panels(
+        history,
+        title,
+        {
+            "How far the kernel has turned": {"kernel_distance": ""},
+            "How much the kernel has changed": {"kernel_change": ""},
+            "How fast it turns, per step": {"kernel_velocity": ""},
+        },
+    )
 
 
 def plot_effective_time(history: History, title: str | None = None) -> "tuple[Figure, Any]":
-    """At which time the linearized network is closest to the trained one, and how close.
+    """Draws when the linearized network comes closest to the trained one, and how close.
 
     Args:
-        history: Rows with "step", "closest_time" and "closest_distance", and where measured "relative_weight_distance" and
-            "distance_floor"; all distances relative to the displacement of the trained weights.
-        title: Written above the figure.
+        history: Rows with "step", "closest_time" and "closest_distance", and optionally "relative_weight_distance" and
+            "distance_floor". Distances are relative to the displacement of the trained weights.
+        title: Title of the figure.
 
     Returns:
-        The figure and its two axes: of the time and of the distances.
+        The figure and its two axes: the time and the distances.
 
     Raises:
         ValueError: If the history is empty or has no closest time.
-        ModuleNotFoundError: If matplotlib is not installed.
     """
     require_any(history, ["closest_time"])
-    figure, (time, distance) = panels(2)
-    moved, closest = series(history, "closest_time", after_start=True)
-    time.plot(moved, moved, color=GREY, linewidth=1, label="as fast as the linearized network")
-    time.plot(moved, closest, **TRAINED_LINE, label="trained network")
-    time.set_ylabel(LABELS["closest_time"])
-    time.set_title("How far along the linearized path the run is", fontsize=10)
+    distances = {
+        "relative_weight_distance": "at the same step",
+        "closest_distance": "at the closest time",
+        "distance_floor": "smallest in the span of $J^\\top$",
+    }
+    figure, (time, distance) = _draw_panels(
+        history,
+        title,
+        {
+            "How far along the linearized path the run is": {"closest_time": "trained network"},
+            "How much of the distance is a matter of time": distances,
+        },
+    )
+    steps, _ = series(history, "closest_time")
+    time.plot(steps, steps, color=GREY, linewidth=1, zorder=1, label="as fast as the linearized network")
     time.legend(frameon=False)
-    step_axis(time, moved)
-    value_axis(time, closest)
-    drawn: list[float] = []
-    for key, label, line in (
-        ("relative_weight_distance", "at the same step", TRAINED_LINE),
-        ("closest_distance", "at the closest time", LINEARIZED_LINE),
-        ("distance_floor", "smallest in the span of $J^\\top$", TAYLOR_LINE),
-    ):
-        points = series(history, key, after_start=True)
-        if points[0]:
-            distance.plot(*points, **line, label=label)
-            drawn += points[1]
-    distance.set_ylabel("weight distance / displacement")
-    distance.set_title("What of the distance is only a matter of time", fontsize=10)
-    distance.legend(frameon=False)
-    step_axis(distance, moved)
-    value_axis(distance, drawn, negligible=1e-4)
-    if title:
-        figure.suptitle(title, fontsize=11)
+    distance.set_ylabel("weight distance / displacement", fontsize=9)
     return figure, (time, distance)
 
 
-def _plot_pair(axis: Any, history: History, labels: dict[str, str], *, logarithmic: bool = True) -> None:
-    drawn: list[float] = []
-    for (key, label), line in zip(labels.items(), (TRAINED_LINE, LINEARIZED_LINE, TAYLOR_LINE), strict=False):
-        points = series(history, key)
-        if points[0]:
-            axis.plot(*points, **line, label=label)
-            drawn += points[1]
-    axis.legend(frameon=False)
-    step_axis(axis, [row["step"] for row in history])
-    if logarithmic:
-        value_axis(axis, drawn)
+def plot_values(
+    values: Sequence[float],
+    label: str,
+    ax: "Axes | None" = None,
+    *,
+    bounds: tuple[float | None, float | None] = (None, None),
+) -> "tuple[Figure, Axes]":
+    """Draws successive values of one quantity, or one value with its number.
+
+    Args:
+        values: The values, in the order in which they were measured.
+        label: Label of the vertical axis.
+        ax: Axes to draw on. Default: the axes of a new figure.
+        bounds: The smallest and the largest possible value, if there are; each is a gray line where it is in view.
+
+    Returns:
+        The figure and its axes.
+
+    Raises:
+        ValueError: If there are no values.
+    """
+    if not values:
+        raise ValueError("Expected at least one value to plot but got none.")
+    if ax is None:
+        ax = new_figure(4.6, 3.6).subplots()
+    ax.plot(range(1, len(values) + 1), values, **TRAINED_LINE)  # type: ignore[arg-type]
+    ax.set_ylabel(label)
+    if len(values) == 1:
+        ax.annotate(f"{values[0]:.4g}", (1, values[0]), xytext=(8, 0), textcoords="offset points", va="center")
+        ax.set_xticks([])
     else:
-        tidy(axis)
+        ax.set_xlabel("measurement")
+        ax.locator_params(axis="x", integer=True)
+    value_axis(ax, values)
+    low, high = ax.get_ylim()
+    for bound in bounds:
+        if bound is not None and low <= bound <= high:
+            ax.axhline(bound, color=GREY, linewidth=1, zorder=1)
+    figure = ax.get_figure(root=True)
+    assert figure is not None
+    return figure, ax
+
+
+def draw_scalars(axis: Any, curves: Sequence[tuple[History, str, Mapping[str, Any]]]) -> None:
+    """Draws curves over steps, each a history, its scalar and a line style. The first scalar names the axis."""
+    key = curves[0][1]
+    points = [series(history, scalar) for history, scalar, _ in curves]
+    for (_, _, style), curve in zip(curves, points, strict=True):
+        axis.plot(*curve, **style)
+    axis.set_ylabel(LABELS.get(key, key), fontsize=9)
+    step_axis(axis, [step for steps, _ in points for step in steps])
+    # After one full-batch step distances are zero to rounding. That of kernels is of second order.
+    negligible = 0.0 if tells_at_start(key) else 1e-8 if key.startswith("kernel_") else 1e-4
+    value_axis(axis, [value for _, values in points for value in values], negligible=negligible)
+
+
+def _draw_panels(
+    history: History, title: str | None, groups: Mapping[str, Mapping[str, str]]
+) -> "tuple[Figure, tuple[Any, ...]]":
+    """A panel for each group of scalars of which any was measured, by their headings; scalars with their labels."""
+    present = require_any(history, [key for labels in groups.values() for key in labels])
+    shown = [(heading, labels) for heading, labels in groups.items() if not labels.keys().isdisjoint(present)]
+    figure, axes = panels(len(shown), title)
+    for axis, (heading, labels) in zip(axes, shown, strict=True):
+        styles = zip(labels.items(), (TRAINED_LINE, LINEARIZED_LINE, TAYLOR_LINE), strict=False)
+        draw_scalars(
+            axis, [(history, key, {**line, "label": label}) for (key, label), line in styles if key in present]
+        )
+        axis.set_title(heading, fontsize=10)
+        if any(labels.values()):
+            axis.legend(frameon=False)
+    return figure, axes

@@ -1,4 +1,4 @@
-"""The kernel's eigenvalues, and how much of the residual lies along each of its modes."""
+"""The kernel's eigenvalues, and the share of the residual along each mode."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -10,31 +10,30 @@ from lightning_ntk.plots.style import GREY, LINEARIZED, TRAINED, new_figure, tid
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-# Decades below the largest value that are drawn; what is further below is rounding.
+# How many decades below the largest value are drawn; the rest is rounding.
 _DECADES = 12
 
 
 def plot_spectrum(
     eigenvalues: Tensor, residual: Tensor, *, time: float | None = None, title: str | None = None
 ) -> "tuple[Figure, Any]":
-    r"""The eigenvalues of the kernel, and the share of the residual's energy in each mode.
+    r"""Draws the eigenvalues of the kernel and the residual's energy in each mode.
 
-    Modes with large eigenvalues are learned first: at kernel time :math:`\eta t` those with :math:`\lambda > 1 / (\eta t)`.
+    Modes with large eigenvalues are learned first: by kernel time :math:`\eta t`, those with :math:`\lambda > 1 / (\eta t)`.
 
     Args:
         eigenvalues: :math:`\lambda`, `(m,)` in any order.
         residual: Coefficients of the initial residual f0 - Y along the modes, `(m,)` in the same order.
-        time: The kernel time :math:`\eta t`, learning rate times factor of the loss times steps, at which to mark what has been
-            learned. Default: no mark.
-        title: Written above the figure.
+        time: The kernel time :math:`\eta t` (learning rate times factor of the loss times steps) at which to shade the modes
+            already learned. Default: no shading.
+        title: Title of the figure.
 
     Returns:
-        The figure and its two axes: eigenvalues above, shares of the energy (points) and their sum from the largest eigenvalue
-        on (line) below, both over the rank of the mode.
+        The figure and its two axes over the rank of the mode: eigenvalues above; below, shares of the energy (points) and
+        their cumulative sum (line).
 
     Raises:
-        ValueError: If the two are not vectors of one length, or if there is no residual or no positive eigenvalue.
-        ModuleNotFoundError: If matplotlib is not installed.
+        ValueError: If the two are not vectors of one length, the residual is zero, or no eigenvalue is positive.
     """
     if eigenvalues.dim() != 1 or eigenvalues.shape != residual.shape or len(eigenvalues) == 0:
         raise ValueError(
@@ -54,8 +53,8 @@ def plot_spectrum(
     spectrum.set_yscale("log")
     spectrum.set_ylabel(r"eigenvalue $\lambda$ of the kernel")
     _keep_decades(spectrum, eigenvalues[0].item())
-    energies.plot(ranks, shares, "o", color=TRAINED, markersize=3, alpha=0.7, rasterized=True, label="of one mode")
-    energies.plot(ranks, shares.cumsum(0), "-", color=LINEARIZED, linewidth=2, label="of it and all larger ones")
+    energies.plot(ranks, shares, "o", color=TRAINED, markersize=3, alpha=0.7, rasterized=True, label="one mode")
+    energies.plot(ranks, shares.cumsum(0), "-", color=LINEARIZED, linewidth=2, label="this and all larger modes")
     energies.set_yscale("log")
     energies.set_ylabel("share of the residual's energy")
     energies.set_xlabel("rank of the mode, by eigenvalue")

@@ -1,4 +1,4 @@
-"""Figures without pyplot, their colors and their axes."""
+"""Figures without pyplot, and the colors and axes that they share."""
 
 import math
 from collections.abc import Iterable
@@ -11,24 +11,20 @@ if TYPE_CHECKING:
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 TRAINED, LINEARIZED, TAYLOR = PALETTE[:3]
 GREY = "#999999"
-# Of the curve of the trained and of the linearized network, and of one that is neither.
+# The curves of the trained network, of the linearized one, and of one that is neither.
 TRAINED_LINE = {"color": TRAINED, "linestyle": "-", "marker": "o", "markersize": 4}
 LINEARIZED_LINE = {
     "color": LINEARIZED, "linestyle": "--", "marker": "s", "markersize": 3.5, "markerfacecolor": "none",
 }  # fmt: skip
 TAYLOR_LINE = {"color": TAYLOR, "linestyle": ":", "marker": "^", "markersize": 4, "markerfacecolor": "none"}
-# Largest over smallest value from which an axis is logarithmic.
+# An axis is logarithmic if the largest value exceeds the smallest by this factor.
 _WIDE = 5
-# Upper over lower limit up to which a logarithmic axis is labeled at 1, 2 and 5.
+# A logarithmic axis is labeled at 1, 2 and 5 if its limits differ by less than this factor.
 _FEW_DECADES = 100
 
 
 def new_figure(width: float, height: float) -> "Figure":
-    """An empty figure of its own, sized in inches.
-
-    Raises:
-        ModuleNotFoundError: If matplotlib is not installed.
-    """
+    """An empty figure, sized in inches."""
     try:
         from matplotlib.figure import Figure
     except ModuleNotFoundError as error:
@@ -38,14 +34,24 @@ def new_figure(width: float, height: float) -> "Figure":
     return Figure(figsize=(width, height), layout="constrained")
 
 
-def panels(count: int, *, width: float = 4.75, height: float = 3.8) -> "tuple[Figure, tuple[Any, ...]]":
-    """A figure with panels side by side, sized in inches each."""
-    figure = new_figure(width * count, height)
-    return figure, tuple(figure.subplots(1, count, squeeze=False)[0])
+def panels(
+    count: int, title: str | None, *, columns: int = 3, size: tuple[float, float] = (4.75, 3.8), shared: bool = False
+) -> "tuple[Figure, tuple[Any, ...]]":
+    """A figure with a grid of panels, sized in inches each, whose axes and labels may be shared."""
+    columns = min(columns, count)
+    rows, room = math.ceil(count / columns), 0.5 if shared else 0.0
+    figure = new_figure(size[0] * columns + room, size[1] * rows + room)
+    if title:
+        figure.suptitle(title, fontsize=11)
+    grid = figure.subplots(rows, columns, sharex=shared, sharey=shared, squeeze=False).flatten()
+    for index in range(count, len(grid)):
+        grid[index].set_visible(False)
+        grid[index - columns].tick_params(labelbottom=True)
+    return figure, tuple(grid[:count])
 
 
 def step_axis(axis: Any, steps: Iterable[float]) -> None:
-    """Optimizer steps on the horizontal axis: logarithmic above 20 of them, with a place for step 0 if it is among them."""
+    """Optimizer steps on the horizontal axis, logarithmic above 20, with room for step 0 if it is among them."""
     axis.set_xlabel("optimizer step")
     steps = list(steps)
     if max(steps, default=0.0) <= 20:
@@ -53,47 +59,33 @@ def step_axis(axis: Any, steps: Iterable[float]) -> None:
     elif min(steps) > 0:
         axis.set_xscale("log")
     else:
-        # Linear up to the first step.
         axis.set_xscale("symlog", linthresh=1, linscale=0.3)
         axis.set_xlim(left=0)
 
 
 def value_axis(axis: Any, values: Iterable[float], *, negligible: float = 0.0) -> None:
-    """A vertical axis for these values, logarithmic where they span more than a factor of five.
+    """Makes the vertical axis logarithmic if the values on it span more than a factor of five.
 
-    Args:
-        axis: The axes, with everything drawn.
-        values: Those drawn.
-        negligible: Values below this fraction of the largest are zero to rounding and do not widen the axis.
+    Values below the fraction `negligible` of the largest are zero to rounding and do not widen the axis.
     """
     positive = [value for value in values if value > 0 and math.isfinite(value)]
-    kept = [value for value in positive if value >= negligible * max(positive)]
-    if is_wide(positive):
+    if positive and max(positive) > _WIDE * min(positive):
+        from matplotlib.ticker import LogLocator
+
+        kept = [value for value in positive if value >= negligible * max(positive)]
         axis.set_yscale("log")
         if len(kept) < len(positive):
             axis.set_ylim(bottom=min(kept) / 2, top=max(kept) * 2)
         low, high = axis.get_ylim()
         if high < _FEW_DECADES * low:
-            # Powers of ten alone would be one or two labels.
-            axis.yaxis.set_major_locator(_log_locator())
+            # Powers of ten alone would give one or two labels.
+            axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
             axis.yaxis.set_major_formatter("{x:g}")
             axis.yaxis.set_minor_formatter("")
     tidy(axis)
 
 
-def _log_locator() -> Any:
-    from matplotlib.ticker import LogLocator
-
-    return LogLocator(subs=(1, 2, 5))
-
-
-def is_wide(values: Iterable[float]) -> bool:
-    """Whether the positive ones among the values need a logarithmic scale."""
-    positive = [value for value in values if value > 0 and math.isfinite(value)]
-    return bool(positive) and max(positive) > _WIDE * min(positive)
-
-
 def tidy(axis: Any) -> None:
-    """A faint grid and no frame above and on the right."""
+    """A faint grid, and no frame above and on the right."""
     axis.grid(alpha=0.25, which="both", linewidth=0.5)
     axis.spines[["top", "right"]].set_visible(False)

@@ -8,11 +8,15 @@ import torch
 from torch import Tensor
 
 from lightning_ntk.solvers.base import Modes, Solved, signs
+from lightning_ntk.utilities.progress import track_operations
 
 T = TypeVar("T")
 
+# Rows from which a decomposition takes longer than a second on one core.
+_ROWS_OF_SECONDS = 2000
 
-def eigh_modes(kernel: Tensor, *vectors: Tensor) -> tuple[Modes, ...]:
+
+def eigh_modes(kernel: Tensor, *vectors: Tensor, progress: bool = False) -> tuple[Modes, ...]:
     """All modes, by `torch.linalg.eigh` in float64 on the CPU.
 
     float64 always: float32 puts the weights off by 1e-3 at eta * t * lambda_max = 1e4 on real kernels. On the CPU,
@@ -21,12 +25,15 @@ def eigh_modes(kernel: Tensor, *vectors: Tensor) -> tuple[Modes, ...]:
     Args:
         kernel: `(N K, N K)`, symmetric.
         vectors: The residual f0 - Y, and J e for every carried vector e, each `(N K,)`.
+        progress: Whether a decomposition that takes seconds shows a bar.
 
     Returns:
         The m = N K modes for each vector, which differ in the coordinates only. Those of the first vector are not negative.
     """
     first, *others = (vector.detach().cpu().double() for vector in vectors)
-    eigenvalues, basis = torch.linalg.eigh(kernel.detach().cpu().double())
+    shown = progress and len(kernel) >= _ROWS_OF_SECONDS
+    with track_operations("eigendecomposition of the kernel", total=None, enabled=shown):
+        eigenvalues, basis = torch.linalg.eigh(kernel.detach().cpu().double())
     coordinates = basis.T @ first
     flips = signs(basis, coordinates)
     basis *= flips
@@ -40,10 +47,11 @@ class CompleteModes:
     Args:
         kernel: `(N K, N K)`.
         vectors: The residual and the images of the carried vectors, `(N, K)` each.
+        progress: Whether a decomposition that takes seconds shows a bar.
     """
 
-    def __init__(self, kernel: Tensor, vectors: Sequence[Tensor]) -> None:
-        self.modes: Sequence[Modes] = eigh_modes(kernel, *(vector.flatten() for vector in vectors))
+    def __init__(self, kernel: Tensor, vectors: Sequence[Tensor], *, progress: bool = False) -> None:
+        self.modes: Sequence[Modes] = eigh_modes(kernel, *(vector.flatten() for vector in vectors), progress=progress)
 
     @property
     def largest_eigenvalue(self) -> float:

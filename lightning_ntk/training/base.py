@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_ntk.data.sample_index import SampleIndex
 from lightning_ntk.dynamics.sgd import SGDSettings
 from lightning_ntk.linearization.linearization import Linearization
 from lightning_ntk.linearization.objective import Loss, Objective
@@ -145,7 +144,7 @@ class ReplayFollower:
         if self._scaling is not None:
             self._scaling.require_commuting(float(decays))
         dtype = capture.linearization.dtype
-        self._index = SampleIndex(capture.reference)
+        self._index = capture.samples
         self._decaying = self._in_coordinates(decaying_weights(capture) if decays else None)
         self._momentum = self._in_coordinates(momentum)
         self._replay = Replay(

@@ -9,7 +9,6 @@ from torch import Tensor
 from lightning_ntk.dynamics.filters import Start
 from lightning_ntk.dynamics.sgd import Hyperparameters
 from lightning_ntk.functional.weights import norm
-from lightning_ntk.linearization.jacobian import wide_dtype
 from lightning_ntk.linearization.parameters import Tensors
 from lightning_ntk.training.problem import Capture
 from lightning_ntk.training.scaling import Scaling
@@ -85,7 +84,7 @@ def _carried(
     capture: Capture, scaling: Scaling | None, vector: Mapping[str, Tensor], start: Start, limit: float
 ) -> CarriedVector:
     # Copies: an optimizer changes its buffers in place.
-    copies = {name: value.detach().to(wide_dtype(value.device), copy=True) for name, value in vector.items()}
+    copies = {name: value.detach().to(torch.float64, copy=True) for name, value in vector.items()}
     if scaling is not None:
         capture, copies = scaling.capture, scaling.of_gradients(copies)
     return CarriedVector(start, limit, copies, capture.push_forward(copies).cpu().double(), norm(copies))

@@ -11,10 +11,11 @@ from lightning_ntk.data.reference import Data, Reference, Unpack
 from lightning_ntk.dynamics.closed_form import Dynamics
 from lightning_ntk.dynamics.sgd import Decay, Hyperparameters, LearningRate, SGDSettings
 from lightning_ntk.kernel import compute_kernel
-from lightning_ntk.linearization.jacobian import StreamedJacobian, predict
+from lightning_ntk.linearization.jacobian import StreamedJacobian
 from lightning_ntk.linearization.linearization import Linearization, Predict
 from lightning_ntk.linearization.objective import Loss
 from lightning_ntk.linearization.parameters import Tensors
+from lightning_ntk.linearization.passes import DataPasses
 from lightning_ntk.solvers.base import Modes
 from lightning_ntk.solvers.lanczos import Lanczos
 from lightning_ntk.solvers.selection import Solver
@@ -289,7 +290,8 @@ class LinearizedTraining:
             return state.predictions.to(self.initial_predictions)
         with preserved_rng():
             other = Reference(data, batch_size=self.reference.batch_size, unpack=self.capture.unpack)
-            outputs = predict(self.linearization, other, progress=self.capture.progress)
+            passes = DataPasses(self.linearization, other, progress=self.capture.progress)
+            outputs = passes.predict()
             samples, classes = outputs.shape
             # In units of P: the kernel's products against a backward pass here and a forward-mode pass there.
             plain = self._scaling is None and not state.scales
@@ -297,8 +299,7 @@ class LinearizedTraining:
                 kernel = compute_kernel(self.linearization, other, self.reference, progress=self.capture.progress)
                 change = kernel.double() @ state.coefficients.flatten().to(kernel.device)
                 return outputs + change.reshape(samples, classes).to(outputs)
-            there = StreamedJacobian(self.linearization, other, outputs, progress=self.capture.progress)
-            return outputs + there.jvp(self.displacement(t)).to(outputs)
+            return outputs + StreamedJacobian(passes, outputs).jvp(self.displacement(t)).to(outputs)
 
     def loss(self, t: float | None) -> float:
         """The loss of the linearized network on the training set after `t` steps."""

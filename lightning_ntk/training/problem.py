@@ -1,26 +1,24 @@
 """What is computed once, when the training of a network is captured."""
 
-import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from lightning_ntk.data.reference import Batch, Data, Reference, Unpack
-from lightning_ntk.data.sample_index import sample_digests
+from lightning_ntk.data.reference import Data, Reference, Unpack
 from lightning_ntk.data.targets import Classes
 from lightning_ntk.kernel import compute_kernel
 from lightning_ntk.kernel.per_sample import contract, sample_jacobians
-from lightning_ntk.linearization.jacobian import Jacobian, StoredJacobian, StreamedJacobian, join_outputs, predict
+from lightning_ntk.linearization.jacobian import Jacobian, StoredJacobian, StreamedJacobian
 from lightning_ntk.linearization.linearization import Linearization, Predict
 from lightning_ntk.linearization.objective import Loss, Objective
 from lightning_ntk.linearization.parameters import Tensors
+from lightning_ntk.linearization.passes import DataPasses
 from lightning_ntk.linearization.verification import check_adjoint, check_determinism, check_kernel
 from lightning_ntk.utilities.contexts import preserved_rng
 from lightning_ntk.utilities.distributed import ALONE, Processes
 from lightning_ntk.utilities.memory import mirror_upper_
-from lightning_ntk.utilities.progress import track
 
 JacobianStorage = Literal["streamed", "stored"]
 
@@ -50,6 +48,7 @@ class Capture:
         predictions: f0, `(N, K)` in the type of the passes.
         objective: The loss, with the targets of all samples.
         jacobian: J of all samples.
+        samples: The samples of the training set by content.
         fingerprint: A digest of the content and order of the training set.
         classes: The classes that the targets stand for, or None.
 
@@ -81,26 +80,25 @@ class Capture:
             self.device = device or self.linearization.device
             if start is not None:
                 self.linearization.load_state_dict(start)
-            share_buffers(self.linearization, processes)
+            self.linearization.share_buffers(processes)
             self.reference = Reference(data, batch_size=batch_size, unpack=unpack)
-            self.predictions, targets, self.fingerprint = first_pass(
-                self.linearization, self.reference, progress=progress, processes=processes
-            )
-            processes.require_same(self.fingerprint, "reference data")
+            self.passes = DataPasses(self.linearization, self.reference, progress=progress, processes=processes)
+            self.predictions, targets, self.samples = self.passes.first()
+            self.fingerprint = self.samples.fingerprint
             check_determinism(self.linearization, self.reference, self.predictions)
             self.objective = Objective(
                 nn.MSELoss() if loss is None else loss, self.predictions, targets, flat=self.linearization.flat
             )
             self.jacobian: Jacobian = (
-                store_jacobian(self.linearization, self.reference, progress=progress)
-                if jacobian == "stored"
-                else StreamedJacobian(
-                    self.linearization, self.reference, self.predictions, progress=progress, processes=processes
+                StoredJacobian.cat(
+                    sample_jacobians(self.linearization, batch.inputs)
+                    for batch in self.passes.batches("Jacobian", range(len(self.reference)))
                 )
+                if jacobian == "stored"
+                else StreamedJacobian(self.passes, self.predictions)
             )
             check_adjoint(self.linearization, self.jacobian, self.predictions)
-        squared = self.objective.factor is not None
-        self.classes = Classes.of(self.objective.targets, self.predictions.shape[1], squared=squared)
+        self.classes = Classes.of(self.objective.targets, self.predictions.shape[1], self.objective.gradient)
 
     @property
     def initial_weights(self) -> Tensors:
@@ -110,9 +108,7 @@ class Capture:
     def predict(self, weights: Mapping[str, Tensor]) -> Tensor:
         """Outputs of the (non-linear) network at other weights, `(N, K)`: one forward pass over the training set."""
         with preserved_rng():
-            return predict(
-                self.linearization, self.reference, params=weights, progress=self.progress, processes=self.processes
-            )
+            return self.passes.predict(weights)
 
     def push_forward(self, tangent: Mapping[str, Tensor]) -> Tensor:
         """J v, `(N, K)` in float64."""
@@ -127,52 +123,6 @@ class Capture:
     def loss_of(self, predictions: Tensor) -> float:
         """The loss of predictions `(N, K)` on the training set, in float64."""
         return self.objective.value(predictions.detach().cpu(), self.objective.targets).item()
-
-
-def share_buffers(linearization: Linearization, processes: Processes) -> None:
-    """Gives all processes the buffers of the first one: their batches, and with them running statistics, differ."""
-    if processes.size > 1:
-        for buffer in linearization.buffers.values():
-            processes.broadcast_(buffer)
-
-
-def first_pass(
-    linearization: Linearization, reference: Reference, *, progress: bool, processes: Processes = ALONE
-) -> tuple[Tensor, Tensor, str]:
-    """Outputs `(N, K)`, targets and a digest of the whole data set.
-
-    Raises:
-        ValueError: If there are no targets, or if anything is NaN or infinite.
-    """
-    outputs, targets, digest = [], [], hashlib.blake2b(digest_size=16)
-    own = processes.rows(len(reference))
-    for batch in track(
-        _batches_around(reference, own), "initial predictions", total=reference.num_batches, enabled=progress
-    ):
-        if batch.target is None:
-            raise ValueError("Expected the training set to have targets but its batches hold inputs only.")
-        for name, value in (("inputs", batch.inputs), ("targets", batch.target)):
-            _require_finite(name, value, batch.rows)
-        for sample in sample_digests(batch.inputs, batch.target):
-            digest.update(sample)
-        targets.append(batch.target.detach().cpu())
-        if batch.rows.start in own:
-            outputs.append(linearization.predict(batch.inputs))
-            _require_finite("initial outputs", outputs[-1], batch.rows)
-    return join_outputs(outputs, linearization, reference, processes), torch.cat(targets), digest.hexdigest()
-
-
-def _batches_around(reference: Reference, own: range) -> Iterator[Batch]:
-    """All batches in order, none of which holds rows inside and outside of `own`."""
-    for rows in (range(own.start), own, range(own.stop, len(reference))):
-        yield from reference.batches(rows)
-
-
-def store_jacobian(linearization: Linearization, reference: Reference, *, progress: bool) -> StoredJacobian:
-    """All of J, N K P numbers."""
-    batches = track(reference.batches(), "Jacobian", total=reference.num_batches, enabled=progress)
-    blocks = [sample_jacobians(linearization, batch.inputs) for batch in batches]
-    return StoredJacobian({name: torch.cat([block[name] for block in blocks]) for name in blocks[0]})
 
 
 def training_kernel(given: Tensor | None, capture: Capture, *, dtype: torch.dtype) -> Tensor:
@@ -206,11 +156,3 @@ def training_kernel(given: Tensor | None, capture: Capture, *, dtype: torch.dtyp
     computed = linearization.dtype if given is None else torch.float32
     check_kernel(jacobian, kernel, capture.predictions, dtype=computed)
     return kernel
-
-
-def _require_finite(name: str, tree: object, rows: slice) -> None:
-    for leaf in torch.utils._pytree.tree_leaves(tree):
-        if isinstance(leaf, Tensor) and leaf.is_floating_point() and not leaf.isfinite().all():
-            raise ValueError(
-                f"Expected finite {name} but samples {rows.start} to {rows.stop - 1} hold NaN or infinity."
-            )

@@ -83,7 +83,7 @@ def solve(
         kernel=kernel if own_errors else None, roots=None if scaling is None else scaling.roots,
     )._replace(independent=choice.matrix_free)  # fmt: skip
     if kernel is not None and choice.solver == "eigh":
-        return Solution(CompleteModes(kernel, vectors), kernel, choice.reason, rounding)
+        return Solution(CompleteModes(kernel, vectors, progress=capture.progress), kernel, choice.reason, rounding)
     jacobian = capture.jacobian if scaling is None else scaling.capture.jacobian
     modes = solve_by_lanczos(
         jacobian, kernel, vectors, tolerance=lanczos.tolerance, max_products=choice.max_products,

@@ -1,11 +1,12 @@
-"""The processes that share a run: whose rows are whose, sums over all of them, and failures of one that end in all."""
+"""The processes that share a run: the rows of each, sums over all, and one process's failure raised in all."""
 
-import pickle
 import socket
+import sys
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import NoReturn
 
 import torch
 import torch.distributed as dist
@@ -16,17 +17,17 @@ from lightning_ntk.utilities.memory import available_memory
 
 @dataclass(frozen=True)
 class Processes:
-    r"""One of the processes among which passes over a data set are divided, or the only one.
+    """The processes that share the passes over a data set, seen from one of them.
 
-    Every process reads its own rows, and sums put the parts together, so that all hold the same numbers. All processes must
-    come to the same sums in the same order. A process that fails cannot, so every exchange is preceded by one bit, whether
-    anybody has failed since the last one: an error inside of `agreement` is raised by all processes, wherever they are.
+    Every process reads its own rows, and sums over the processes give all of them the same numbers. All processes must make
+    the same exchanges in the same order. A process that fails cannot, so every exchange first asks whether any process has
+    failed; if one has, all of them raise the error of the lowest failed rank. Errors are caught inside `agreement`.
 
     Args:
-        rank: Number of this process.
-        size: How many there are.
-        neighbors: Processes on this machine, this one included, which share its memory.
-        device: Where tensors are exchanged; others are copied there and back.
+        rank: The number of this process.
+        size: The number of processes.
+        neighbors: Processes on this machine, including this one, which share its memory.
+        device: The device on which to exchange tensors; others are copied there and back.
     """
 
     rank: int = 0
@@ -36,10 +37,10 @@ class Processes:
 
     @classmethod
     def of_process_group(cls, device: torch.device) -> "Processes":
-        """Those of the default process group; all of its processes must ask.
+        """The default process group; call it on every rank.
 
         Args:
-            device: One on which the group can exchange tensors.
+            device: A device on which the group can exchange tensors.
         """
         rank, size = dist.get_rank(), dist.get_world_size()
         hosts: list[str | None] = [None] * size
@@ -47,47 +48,46 @@ class Processes:
         return cls(rank, size, hosts.count(hosts[rank]), device)
 
     def rows(self, total: int) -> range:
-        """The share of `total` rows that is this process's: contiguous, in order, and none more than one longer."""
+        """This process's share of `total` rows: consecutive, in order of rank, and at most one longer than any other."""
         return range(total * self.rank // self.size, total * (self.rank + 1) // self.size)
 
     def sum_(self, tensor: Tensor) -> Tensor:
-        """The sum over the processes, in place; of one, the tensor itself."""
+        """Replaces the tensor by its sum over the processes."""
         if self.size > 1:
-            self._require_no_failure()
+            self._agree()
             with self._exchangeable(tensor) as exchanged:
                 dist.all_reduce(exchanged)
         return tensor
 
     def broadcast_(self, tensor: Tensor, source: int = 0) -> Tensor:
-        """The tensor of process `source`, in place; of one process, the tensor itself."""
+        """Replaces the tensor by that of process `source`."""
         if self.size > 1:
-            self._require_no_failure()
+            self._agree()
             with self._exchangeable(tensor) as exchanged:
                 dist.broadcast(exchanged, source)
         return tensor
 
     def minimum(self, value: float) -> float:
-        """The smallest of the values that the processes give."""
-        if self.size == 1:
-            return value
-        self._require_no_failure()
-        smallest = self._number(value)
-        dist.all_reduce(smallest, dist.ReduceOp.MIN)
-        return smallest.item()
+        """The smallest value over the processes."""
+        return value if self.size == 1 else -self._agree(-value)
 
     def any(self, condition: bool) -> bool:
         """Whether the condition holds in any process."""
         return self.minimum(-float(condition)) < 0
 
     def free_memory(self, *devices: torch.device | str) -> int:
-        """Bytes that each process can still allocate on any of these devices, the least of all."""
+        """Bytes that every process can still allocate on each of the devices."""
         free = [(device, available_memory(device)) for device in map(torch.device, devices)]
         # Each process has a GPU of its own, but they share main memory.
         own = [size // self.neighbors if device.type == "cpu" else size for device, size in free]
         return int(self.minimum(min(own)))
 
     def require_same(self, digest: str, what: str) -> None:
-        """Raises a ValueError in all processes if they have different digests, in hexadecimal, of what should be the same."""
+        """Requires the same hexadecimal digest in all processes.
+
+        Raises:
+            ValueError: In all processes, if the digests differ.
+        """
         own = torch.frombuffer(bytearray.fromhex(digest), dtype=torch.uint8)
         if self.any(not torch.equal(self.broadcast_(own.clone()), own)):
             raise ValueError(
@@ -97,7 +97,7 @@ class Processes:
 
     @contextmanager
     def agreement(self) -> Iterator[None]:
-        """All processes leave the block without an error, or all with that of the first process that has one.
+        """All processes leave the block without an error, or all raise the error of the lowest failed rank.
 
         Only the first process shows warnings.
         """
@@ -110,29 +110,32 @@ class Processes:
                     warnings.simplefilter("ignore")
                 yield
         except Exception as error:
-            if getattr(error, "agreed", False):  # the others know
-                raise
-            self._require_no_failure(error)
+            if not hasattr(error, "agreed"):  # else the others raise it too
+                self._agree(error=error)
+            raise
+        self._agree()
+
+    def _agree(self, value: float = -torch.inf, error: Exception | None = None) -> float:
+        """The largest value over the processes, in one exchange, unless one of them has failed."""
+        shared = torch.tensor([error is not None, value], dtype=torch.float64, device=self.device)
+        dist.all_reduce(shared, dist.ReduceOp.MAX)
+        if shared[0]:
+            self._raise_first(error)
+        return shared[1].item()
+
+    def _raise_first(self, own: Exception | None) -> NoReturn:
+        # Errors travel as a class and a message. The other processes cannot import a class of a function: its base stands in.
+        sent = None if own is None else (next(filter(_is_importable, type(own).__mro__)), str(own))
+        errors: list[tuple[type[Exception], str] | None] = [None] * self.size
+        dist.all_gather_object(errors, sent)
+        rank, kind, message = next((rank, *error) for rank, error in enumerate(errors) if error is not None)
+        if own is None or rank != self.rank:
+            first = kind.__new__(kind)  # without the constructor, whose arguments are unknown
+            first.args = (f"{message} (In process {rank}.)",)
         else:
-            self._require_no_failure()
-
-    def _require_no_failure(self, error: Exception | None = None) -> None:
-        failed = self._number(float(error is not None))
-        dist.all_reduce(failed, dist.ReduceOp.MAX)
-        if not failed.item():
-            return
-        errors: list[tuple[bytes, str] | None] = [None] * self.size
-        dist.all_gather_object(errors, None if error is None else _describe(error))
-        first = next(rank for rank, description in enumerate(errors) if description is not None)
-        if error is None or first != self.rank:
-            description = errors[first]
-            assert description is not None
-            raise _rebuild(*description, first) from error
-        error.agreed = True  # type: ignore[attr-defined]
-        raise error
-
-    def _number(self, value: float) -> Tensor:
-        return torch.tensor(value, dtype=torch.float64, device=self.device)
+            first = own
+        first.agreed = True  # type: ignore[attr-defined]
+        raise first
 
     @contextmanager
     def _exchangeable(self, tensor: Tensor) -> Iterator[Tensor]:
@@ -144,11 +147,11 @@ class Processes:
 
 
 ALONE = Processes()
-"""The only process."""
+"""A single process."""
 
 
 def sum_over(processes: Processes, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The sums over the processes of tensors of one type and device, in one exchange; of one process, the tensors."""
+    """Sums over the processes of tensors of one type and device, in one exchange."""
     if processes.size == 1:
         return dict(tensors)
     flat = processes.sum_(torch.cat([value.flatten() for value in tensors.values()]))
@@ -157,24 +160,9 @@ def sum_over(processes: Processes, tensors: Mapping[str, Tensor]) -> dict[str, T
 
 
 def mean_over(processes: Processes, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The means over the processes, as `sum_over`."""
-    if processes.size == 1:
-        return dict(tensors)
+    """Means over the processes, as `sum_over`."""
     return {name: value / processes.size for name, value in sum_over(processes, tensors).items()}
 
 
-def _describe(error: Exception) -> tuple[bytes, str]:
-    try:
-        kind = pickle.dumps(type(error))
-    except (pickle.PicklingError, AttributeError):  # a class of a function
-        kind = pickle.dumps(RuntimeError)
-    return kind, str(error)
-
-
-def _rebuild(kind: bytes, message: str, rank: int) -> Exception:
-    """An error of another process, of its class, made without its constructor, whose arguments are not known."""
-    error_class: type[Exception] = pickle.loads(kind)
-    error = error_class.__new__(error_class)
-    error.args = (f"{message} (In process {rank}.)",)
-    error.agreed = True  # type: ignore[attr-defined]
-    return error
+def _is_importable(kind: type) -> bool:
+    return getattr(sys.modules.get(kind.__module__), kind.__name__, None) is kind

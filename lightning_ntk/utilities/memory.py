@@ -1,4 +1,4 @@
-"""How much memory is free, sentences about it, and memory for large matrices."""
+"""Free memory, its size in words, and memory for large matrices."""
 
 import mmap
 import os
@@ -7,14 +7,14 @@ from contextlib import suppress
 import torch
 from torch import Tensor
 
-# Bytes of a matrix from which huge pages pay.
+# Bytes from which a matrix profits from huge pages.
 _HUGE_PAGES_FROM = 1 << 26
-# Rows of a matrix that are mirrored at a time, so that no copy of all of it is made.
+# Rows mirrored at a time, so that the whole matrix is never copied.
 _MIRRORED_ROWS = 512
 
 
 def available_memory(device: torch.device | str = "cpu") -> int:
-    """Bytes that can still be allocated on `device`: free GPU memory, or the machine's available RAM."""
+    """Bytes that can still be allocated: free GPU memory, or the machine's available RAM."""
     device = torch.device(device)
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
@@ -31,9 +31,9 @@ def available_memory(device: torch.device | str = "cpu") -> int:
 
 
 def empty_matrix(rows: int, columns: int, *, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """An uninitialized matrix `(rows, columns)`, on the CPU in huge pages if it is large.
+    """An uninitialized matrix `(rows, columns)`, in huge pages if it is large and on the CPU.
 
-    Touching 1.3 GB of fresh memory in pages of 4 KiB takes as long as the matrix products of a kernel of that size.
+    In pages of 4 KiB, touching 1.3 GB of fresh memory takes as long as the matrix products of a kernel of that size.
     """
     size = rows * columns * dtype.itemsize
     if device.type != "cpu" or size < _HUGE_PAGES_FROM or not hasattr(mmap, "MADV_HUGEPAGE"):
@@ -45,9 +45,9 @@ def empty_matrix(rows: int, columns: int, *, dtype: torch.dtype, device: torch.d
 
 
 def mirror_upper_(matrix: Tensor) -> Tensor:
-    """Copies the upper triangle of a square matrix into the lower one, in place.
+    """Copies the upper triangle of a square matrix into the lower one.
 
-    A product X X^T is not symmetric to the last bit under every BLAS.
+    Some BLAS libraries return a product X X^T that is not symmetric to the last bit.
     """
     for start in range(0, len(matrix), _MIRRORED_ROWS):
         stop = min(start + _MIRRORED_ROWS, len(matrix))
@@ -58,7 +58,7 @@ def mirror_upper_(matrix: Tensor) -> Tensor:
 
 
 def format_bytes(size: float) -> str:
-    """A size in binary units.
+    """A size in bytes in binary units.
 
     >>> format_bytes(3 * 2**30)
     '3.0 GiB'

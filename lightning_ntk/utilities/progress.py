@@ -1,6 +1,5 @@
 """One progress bar for every long loop of the package."""
 
-import threading
 from collections.abc import Callable, Iterable, Iterator, Sized
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -10,21 +9,20 @@ from tqdm import tqdm
 
 T = TypeVar("T")
 
-# Loops shorter than this show nothing, so that frequent measurements do not make the terminal flicker.
+# Shorter loops show nothing, so that frequent measurements do not make the terminal flicker.
 DELAY_SECONDS = 0.5
-# Counted operations mean nothing to a reader; their share of all, and the time that is left, do.
+# Operations mean nothing to a reader; the share that is done and the time left do.
 _SHARE_FORMAT = "{l_bar}{bar}| [{elapsed}<{remaining}]"
-_POLL_SECONDS = 0.1
 
 
 class Work(NamedTuple):
-    """What a bar is about.
+    """What a bar shows.
 
     Attributes:
-        description: The work, a few words.
-        total: Steps, or units of any kind, of all of it; None if nobody knows.
+        description: The work, in a few words.
+        total: Steps or other units of the whole work; None if unknown.
         counted: Whether a reader would count these units.
-        depth: Bars that are open around this one.
+        depth: How many bars are open around this one.
     """
 
     description: str
@@ -34,22 +32,22 @@ class Work(NamedTuple):
 
 
 class Bar(Protocol):
-    """What shows the progress of one piece of work."""
+    """Shows the progress of one piece of work."""
 
     def update(self, n: float) -> object:
-        """So many units more are done."""
+        """Adds `n` finished units."""
 
     def close(self) -> object:
-        """The work is done or given up, and the bar is to vanish."""
+        """Removes the bar: the work is done or given up."""
 
 
 def tqdm_bar(work: Work, make: "type[tqdm[Any]]" = tqdm, **options: Any) -> Bar:
     """A bar in the terminal that vanishes when it is closed; `options` are those of tqdm."""
     if not work.counted:
-        options["bar_format"] = _SHARE_FORMAT
-    bar: Bar = make(
-        desc=work.description, total=work.total, leave=False, delay=DELAY_SECONDS, dynamic_ncols=True, **options
-    )
+        options["bar_format"] = "{desc} ..." if work.total is None else _SHARE_FORMAT
+    # A call of unknown length never updates its bar, so the bar must show at once.
+    delay = 0 if work.total is None else DELAY_SECONDS
+    bar: Bar = make(desc=work.description, total=work.total, leave=False, delay=delay, dynamic_ncols=True, **options)
     return bar
 
 
@@ -59,7 +57,7 @@ _depth: ContextVar[int] = ContextVar("depth", default=0)
 
 @contextmanager
 def bars_made_by(make: Callable[[Work], Bar]) -> Iterator[None]:
-    """Within, every bar of the package is made by `make`."""
+    """Makes every bar of the package with `make` inside the block."""
     tokens = _make_bar.set(make), _depth.set(0)
     try:
         yield
@@ -72,7 +70,7 @@ def track(iterable: Iterable[T], description: str, *, total: int | None = None, 
     """Yields from `iterable` under a bar that names the work and vanishes when it is done."""
     if total is None and isinstance(iterable, Sized):
         total = len(iterable)
-    with _open(Work(description, total), enabled) as advance:
+    with track_operations(description, total=total, counted=True, enabled=enabled) as advance:
         for item in iterable:
             yield item
             advance(1)
@@ -80,69 +78,24 @@ def track(iterable: Iterable[T], description: str, *, total: int | None = None, 
 
 @contextmanager
 def track_operations(
-    description: str, *, total: float, counted: bool = False, enabled: bool = True
+    description: str, *, total: float | None, counted: bool = False, enabled: bool = True
 ) -> Iterator[Callable[[float], object]]:
-    """A bar for work in steps of unequal cost, whose estimate of the time left goes by operations.
+    """A bar for steps of unequal cost, which estimates the time left from operations.
 
     Args:
         description: The work.
-        total: Operations of all steps.
-        counted: Whether a reader would count them; else only their share is shown.
+        total: Operations of all steps; None for a single call that cannot report its progress.
+        counted: Whether a reader would count the operations; otherwise the bar shows only their share.
         enabled: Whether to show the bar.
 
     Yields:
-        A function to be called after each step, with its operations.
+        A function to call after each step with its operations.
     """
-    with _open(Work(description, total, counted), enabled) as advance:
-        yield advance
-
-
-def wait_for(call: Callable[[], T], description: str, *, seconds: float, enabled: bool = True) -> T:
-    """Calls a function that is one long operation of a library, under a bar, and so that Ctrl-C ends the waiting at once.
-
-    Python answers signals between two of its own instructions, hence never within a factorization. It runs in a thread
-    of its own, which an interruption leaves to itself until the process ends.
-
-    Args:
-        call: The function.
-        description: What it does.
-        seconds: How long it is expected to take.
-        enabled: Whether to show the bar.
-
-    Returns:
-        What it returns; what it raises is raised.
-    """
-    results: list[T] = []
-    errors: list[BaseException] = []
-
-    def run() -> None:
-        try:
-            results.append(call())
-        except BaseException as error:
-            errors.append(error)
-
-    thread = threading.Thread(target=run, daemon=True)
-    thread.start()
-    left = seconds
-    with track_operations(description, total=seconds, enabled=enabled) as advance:
-        while thread.is_alive():
-            thread.join(_POLL_SECONDS)
-            # The bar stays short of its end, however late the work is.
-            passed = min(_POLL_SECONDS, left / 2)
-            left -= passed
-            advance(passed)
-    if errors:
-        raise errors[0]
-    return results[0]
-
-
-@contextmanager
-def _open(work: Work, enabled: bool) -> Iterator[Callable[[float], object]]:
     if not enabled:
         yield lambda n: None
         return
     depth = _depth.get()
-    bar = _make_bar.get()(work._replace(depth=depth))
+    bar = _make_bar.get()(Work(description, total, counted, depth))
     token = _depth.set(depth + 1)
     try:
         yield bar.update

@@ -1,20 +1,21 @@
-"""Checks of arguments, with a sentence for each that is wrong."""
+"""Checks that raise a sentence: what was expected, what came, what to do."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, get_args
 
 import torch
+from torch import Tensor
 
 
 def require_choice(name: str, value: object, choices: object) -> None:
-    """Raises a ValueError if an argument is none of the values of a Literal."""
+    """Raises a ValueError unless an argument is one of the values of a Literal."""
     allowed = [v for c in get_args(choices) for v in (get_args(c) or [c])]
     if value not in allowed:
         raise ValueError(f"Expected argument `{name}` to be one of {', '.join(map(repr, allowed))} but got {value!r}.")
 
 
 def require_device(name: str, value: object) -> None:
-    """Raises a ValueError if an argument is neither None nor the name of a device."""
+    """Raises a ValueError unless an argument is None or the name of a device."""
     try:
         valid = value is None or (isinstance(value, str) and bool(torch.device(value)))
     except RuntimeError:
@@ -23,16 +24,50 @@ def require_device(name: str, value: object) -> None:
         raise ValueError(
             f'Expected argument `{name}` to be a device such as "cpu" or "cuda:0", or None, but got {value!r}.'
         )
+    if isinstance(value, str):
+        require_float64(torch.device(value))
+
+
+def require_float64(device: torch.device) -> None:
+    """Raises a ValueError on Apple's MPS: sums over batches and spectra need float64."""
+    if device.type == "mps":
+        raise ValueError(
+            'Expected a device with float64 but "mps" has none. Move the module to the CPU, `module.to("cpu")`, or train '
+            'with Trainer(accelerator="cpu").'
+        )
 
 
 def require_integer(name: str, value: object, *, least: int) -> None:
-    """Raises a ValueError if an argument is no integer, or below `least`."""
+    """Raises a ValueError unless an argument is an integer that is at least `least`."""
     if not isinstance(value, int) or isinstance(value, bool) or value < least:
         raise ValueError(f"Expected argument `{name}` to be an integer, at least {least}, but got {value!r}.")
 
 
+def require_matching(
+    tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor], what: str = "tensors"
+) -> dict[str, Tensor]:
+    """The tensors in the order of `expected`, which must have the same names and shapes.
+
+    Args:
+        tensors: The tensors to check, by name.
+        expected: Tensors with the names and shapes that are wanted.
+        what: What the tensors are, for the message.
+
+    Raises:
+        ValueError: If a name or a shape differs.
+    """
+    differing = sorted(expected.keys() ^ tensors.keys())
+    if differing:
+        raise ValueError(f"Expected {what} named as in the network but these names differ: {differing[:6]}.")
+    for name, tensor in tensors.items():
+        if tensor.shape != expected[name].shape:
+            shape = tuple(expected[name].shape)
+            raise ValueError(f"Expected {what} with `{name}` of shape {shape} but got {tuple(tensor.shape)}.")
+    return {name: tensors[name] for name in expected}
+
+
 def require_steps(value: Any) -> None:
-    """Raises a ValueError if the argument `steps` is no positive integer, list of steps or "log"."""
+    """Raises a ValueError unless the argument `steps` is a positive integer, a list of steps or "log"."""
     whole = (
         isinstance(value, Sequence) and not isinstance(value, str) and all(isinstance(s, int) and s >= 0 for s in value)
     )

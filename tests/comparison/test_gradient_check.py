@@ -92,6 +92,8 @@ def test_missing_zero_and_non_finite_gradients() -> None:
 
 def test_other_names_and_shapes_are_refused() -> None:
     with pytest.raises(ValueError, match=r"names differ: \['b'\]"):
-        check_gradient({"a": None, "b": None}, {"a": torch.ones(2)}, dtype=torch.float32)
+        check_gradient({"a": None, "b": torch.ones(1)}, {"a": torch.ones(2)}, dtype=torch.float32)
+    with pytest.raises(ValueError, match=r"names differ: \['a'\]"):
+        check_gradient({}, {"a": torch.ones(2)}, dtype=torch.float32)
     with pytest.raises(ValueError, match=r"of shape \(2,\) but got \(3,\)"):
         check_gradient({"a": torch.ones(3)}, {"a": torch.ones(2)}, dtype=torch.float32)

@@ -1,14 +1,18 @@
 """Data sets in a fixed order, however they come."""
 
+import multiprocessing
+import os
+
 import pytest
 import torch
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, TensorDataset, WeightedRandomSampler
 
-from lightning_ntk import LinearizedTraining
+from lightning_ntk import LinearizedTraining, empirical_ntk
 from lightning_ntk.data.reference import Reference
 from lightning_ntk.linearization import Linearization
 from lightning_ntk.linearization.jacobian import StreamedJacobian
+from lightning_ntk.linearization.passes import DataPasses
 from lightning_ntk.linearization.verification import check_adjoint
 from tests.problems import make
 
@@ -60,6 +64,106 @@ def test_the_collate_function_of_a_loader_is_used() -> None:
         assert torch.equal(batch.inputs, 2 * X)
 
 
+class Scaled(TensorDataset):
+    """Reads its tensors in its own way."""
+
+    def __getitem__(self, index: int):
+        inputs, target = super().__getitem__(index)
+        return 2 * inputs, target
+
+
+class ScaledTogether(TensorDataset):
+    def __getitems__(self, indices: list[int]):
+        return [(2 * self.tensors[0][i], self.tensors[1][i]) for i in indices]
+
+
+class ScaledSubset(Subset):
+    def __getitem__(self, index: int):
+        inputs, target = super().__getitem__(index)
+        return 2 * inputs, target
+
+    def __getitems__(self, indices: list[int]):
+        return [self[i] for i in indices]
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        Scaled(X, Y),
+        ScaledTogether(X, Y),
+        DataLoader(Scaled(X, Y), batch_size=3),
+        Subset(Scaled(X, Y), range(11)),
+        ScaledSubset(TensorDataset(X, Y), range(11)),
+        Subset(ScaledSubset(TensorDataset(X, Y), range(11)), range(11)),
+    ],
+    ids=lambda data: type(data).__name__,
+)
+def test_subclasses_read_their_samples_in_their_own_way(data) -> None:
+    (batch,) = Reference(data).batches()
+    assert torch.equal(batch.inputs, 2 * X)
+    module = nn.Linear(6, 3)
+    torch.testing.assert_close(empirical_ntk(module, data), empirical_ntk(module, 2 * X))
+
+
+def test_a_batch_sampler_says_nothing_about_the_data() -> None:
+    loader = DataLoader(Samples(), batch_sampler=[[5, 2], [7]])
+    assert torch.equal(Reference(loader).read(0, 11).inputs, X)
+
+
+def test_ranges_of_rows() -> None:
+    for data in ((X, Y), Samples()):
+        reference = Reference(data, batch_size=4)
+        batches = list(reference.batches(range(2), range(0), range(2, 9), range(9, 11)))
+        assert [batch.rows for batch in batches] == [slice(0, 2), slice(2, 6), slice(6, 9), slice(9, 11)]
+        assert torch.equal(torch.cat([batch.inputs for batch in batches]), X)
+        assert list(reference.batches(range(3, 3))) == []
+
+
+class Workers(Samples):
+    """The target is the process that reads, and what it was told at its start."""
+
+    told = 0
+
+    def __getitem__(self, index: int):
+        return X[index], torch.tensor([os.getpid(), self.told])
+
+
+def tell(worker: int) -> None:
+    torch.utils.data.get_worker_info().dataset.told = 5 + worker
+
+
+class Counting(type(multiprocessing.get_context("fork"))):
+    """Counts the processes that are started."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.started = 0
+
+    def Process(self, *arguments, **options):
+        self.started += 1
+        return super().Process(*arguments, **options)
+
+
+@pytest.mark.parametrize("persistent", [True, False])
+def test_workers_are_those_of_the_loader(persistent: bool) -> None:
+    context = Counting()
+    loader = DataLoader(
+        Workers(), num_workers=2, worker_init_fn=tell, multiprocessing_context=context, persistent_workers=persistent,
+        prefetch_factor=3, timeout=60,
+    )  # fmt: skip
+    reference, pids = Reference(loader, batch_size=4), []
+    for rows in (range(11), range(1, 9), range(11)):
+        batches = list(reference.batches(rows))
+        assert torch.equal(torch.cat([batch.inputs for batch in batches]), X[rows.start : rows.stop])
+        assert {told for batch in batches for told in batch.target[:, 1].tolist()} == {5, 6}
+        pids.append({pid for batch in batches for pid in batch.target[:, 0].tolist()})
+    assert context.started == (2 if persistent else 6)
+    assert (pids[0] == pids[1] == pids[2]) == persistent
+    next(iter(reference.batches()))  # given up
+    assert [batch.rows for batch in reference.batches()] == [slice(0, 4), slice(4, 8), slice(8, 11)]
+    assert reference.read(0, 2).target.tolist() == [[os.getpid(), 0]] * 2
+
+
 def test_inputs_alone_and_nested_inputs() -> None:
     assert Reference(X).read(0, 2).target is None
     batch = Reference(((X, {"more": X}), Y)).read(3, 5)
@@ -96,6 +200,7 @@ class DriftingWorkers(Samples):
         (DataLoader(Stream()), "Stream can only be iterated"),
         (DataLoader(Samples(), batch_size=None), "batch_size=None"),
         (Samples, "Expected argument `data`"),
+        ({"x": X, "y": Y}, "Expected argument `data` .* but got dict"),
         ([], "empty"),
         ([{"x": X[0], "y": Y[0]}], r"a dict with the keys \['x', 'y'\]. Give `unpack"),
         (Augmented(), "random augmentation or shuffling"),
@@ -157,4 +262,4 @@ def test_a_wrong_derivative_is_found() -> None:
     linearization = Linearization(module, predict=lambda m, x: Straight.apply(m(x)))
     outputs = linearization.predict(inputs)
     with pytest.raises(RuntimeError, match="wrong derivative"):
-        check_adjoint(linearization, StreamedJacobian(linearization, Reference(inputs), outputs), outputs)
+        check_adjoint(linearization, StreamedJacobian(DataPasses(linearization, Reference(inputs)), outputs), outputs)

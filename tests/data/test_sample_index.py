@@ -17,7 +17,7 @@ def samples(count: int = 11, dtype: torch.dtype = torch.float32) -> tuple[Tensor
 
 
 def index_of(data: Any, **options: Any) -> SampleIndex:
-    return SampleIndex(Reference(data, batch_size=4, **options))
+    return SampleIndex(Reference(data, batch_size=4, **options).batches())
 
 
 class Augmented(Dataset[tuple[Tensor, Tensor]]):
@@ -92,7 +92,6 @@ def test_the_target_is_part_of_a_sample() -> None:
     with pytest.raises(UnknownSamplesError, match="11 of its 11"):
         index.rows(images, (target + 1) % 3)
     twice = index_of((torch.cat([images, images]), torch.cat([target, target + 3])))
-    assert twice.num_duplicates == 0
     assert twice.rows(images, target + 3).tolist() == list(range(11, 22))
 
 
@@ -100,7 +99,6 @@ def test_duplicates_are_found_as_the_first() -> None:
     images, target = samples(6)
     order = torch.tensor([0, 1, 2, 1, 0, 3])
     index = index_of((images[order], target[order]))
-    assert (index.num_samples, index.num_duplicates) == (6, 2)
     assert index.rows(images[order], target[order]).tolist() == [0, 1, 2, 1, 0, 5]
 
 
@@ -117,8 +115,7 @@ def test_numbers_whose_low_bits_are_zero_are_told_apart() -> None:
     torch.manual_seed(0)
     values = torch.randint(0, 4, (2000, 16)).double()
     assert len(values.unique(dim=0)) == 2000
-    index = SampleIndex(Reference(values))
-    assert index.num_duplicates == 0
+    index = SampleIndex(Reference(values).batches())
     order = torch.randperm(2000)
     assert torch.equal(index.rows(values[order], None), order)
 
@@ -129,9 +126,8 @@ def test_batches_converted_to_another_precision() -> None:
     assert index.rows(images[3:7].double(), target[3:7]).tolist() == [3, 4, 5, 6]
     noisy = images[3:7].double()
     noisy[2] += 1e-12  # no float32
-    with pytest.raises(UnknownSamplesError, match=r"1 of its 4 samples are not in it, at the positions 2\.") as caught:
+    with pytest.raises(UnknownSamplesError, match=r"1 of its 4 samples are not in it, at the positions 2\."):
         index.rows(noisy, target[3:7])
-    assert caught.value.positions == [2]
     with pytest.raises(UnknownSamplesError, match="4 of its 4"):
         index.rows(images[3:7].half(), target[3:7])
     whole = torch.arange(-0.0, 8.0).reshape(4, 2)  # half precision loses nothing here
@@ -144,9 +140,8 @@ def test_random_augmentation_is_named() -> None:
     index = index_of((images, target))
     batch, labels = next(iter(DataLoader(Augmented(images, target), batch_size=11)))
     message = r"4 of its 11 samples are not in it, at the positions 0, 3, 6, 9\. .*augments"
-    with pytest.raises(UnknownSamplesError, match=message) as caught:
+    with pytest.raises(UnknownSamplesError, match=message):
         index.rows(batch, labels)
-    assert caught.value.positions == [0, 3, 6, 9]
 
 
 def test_many_unknown_samples_are_not_listed_all() -> None:
@@ -159,11 +154,8 @@ def test_other_shapes_and_types_are_described() -> None:
     images, target = samples()
     index = index_of((images, target))
     expected = r"inputs float32 of shape \(2, 3\) and target int64 of shape \(\), but got "
-    with pytest.raises(
-        UnknownSamplesError, match=expected + r"inputs float32 of shape \(6,\) and target int64"
-    ) as caught:
+    with pytest.raises(UnknownSamplesError, match=expected + r"inputs float32 of shape \(6,\) and target int64"):
         index.rows(images.flatten(1), target)
-    assert caught.value.positions == list(range(11))
     with pytest.raises(UnknownSamplesError, match=r"target int32 of shape \(\)"):
         index.rows(images, target.int())
     with pytest.raises(UnknownSamplesError, match=r"inputs\['image'\] float32"):
@@ -174,8 +166,10 @@ def test_other_shapes_and_types_are_described() -> None:
 
 def test_a_reference_of_changing_shapes_is_refused() -> None:
     data = [(torch.ones(2 + row // 4), torch.tensor(row)) for row in range(8)]
+    index = index_of(data)  # its fingerprint has a meaning all the same
+    assert index.fingerprint != index_of(data[::-1]).fingerprint
     with pytest.raises(ValueError, match=r"shape \(3,\).* after inputs float32 of shape \(2,\)"):
-        index_of(data)
+        index.rows(torch.ones(1, 2), torch.zeros(1))
 
 
 def test_memory_layout_does_not_matter() -> None:

@@ -1,16 +1,13 @@
-"""Distances between weights, and the factor of losses."""
+"""Distances between weights."""
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
-from torch import nn
 
-from lightning_ntk.functional.weights import norm, parameter_distances, root_mean_square, weight_distances
-from lightning_ntk.linearization.objective import measure_loss_factor
-from tests.problems import LOSSES, half_sum_per_sample
+from lightning_ntk.functional import difference, inner_product, norm, parameter_distances, weight_distances
 
 
 def test_weight_distances_of_a_known_triangle() -> None:
@@ -27,7 +24,6 @@ def test_weight_distances_of_a_known_triangle() -> None:
         }
     )
     assert parameter_distances(moved, expected) == {"a": 0.0, "b": 1.0}
-    assert root_mean_square(torch.tensor([[3.0, 4.0]])) == pytest.approx(math.sqrt(12.5))
 
 
 def test_weights_that_have_not_moved() -> None:
@@ -45,35 +41,12 @@ def test_norms_are_summed_in_float64() -> None:
     )
 
 
-@given(samples=st.integers(1, 9), outputs=st.integers(1, 7), scale=st.floats(1e-3, 1e3))
-def test_loss_factors(samples: int, outputs: int, scale: float) -> None:
-    f, y = torch.randn(samples, outputs), torch.randn(samples, outputs)
-    expected = {"mean": 2 / (samples * outputs), "sum": 2.0, "half_sum_per_sample": 1 / samples}
-    for name, loss in LOSSES.items():
-        assert measure_loss_factor(loss, f, y) == pytest.approx(expected[name], rel=1e-12)
-        scaled = measure_loss_factor(lambda a, b, loss=loss: scale * loss(a, b), f, y)
-        assert scaled == pytest.approx(scale * expected[name], rel=1e-12)
-
-
-@pytest.mark.parametrize(
-    "loss",
-    [
-        nn.L1Loss(),
-        nn.HuberLoss(),
-        nn.BCEWithLogitsLoss(),
-        lambda f, y: -nn.functional.mse_loss(f, y),
-        lambda f, y: nn.functional.mse_loss(f, y) + 1e-3 * (f - y).square().square().mean(),
-        lambda f, y: (f - y).square().mean().sqrt(),
-        lambda f, y: nn.functional.mse_loss(2 * f, y),
-        lambda f, y: half_sum_per_sample(f, y) + f.mean(),
-    ],
-)
-def test_losses_that_are_not_squared_are_refused(loss) -> None:
-    torch.manual_seed(0)
-    with pytest.raises(ValueError, match="squared loss"):
-        measure_loss_factor(loss, torch.randn(5, 3), torch.rand(5, 3))
-
-
-def test_losses_that_are_not_differentiable_are_refused() -> None:
-    with pytest.raises(ValueError, match="differentiable"):
-        measure_loss_factor(lambda f, y: nn.functional.mse_loss(f.detach(), y), torch.randn(5, 3), torch.rand(5, 3))
+@pytest.mark.parametrize("function", [difference, inner_product, parameter_distances, weight_distances])
+def test_other_names_and_shapes_are_refused(function: Callable[..., Any]) -> None:
+    weights = {"a": torch.ones(1), "b": torch.ones(2)}
+    with pytest.raises(ValueError, match=r"the names \['a', 'b'\] but these names differ: \['b'\]"):
+        function(weights, {"a": torch.ones(1)})
+    with pytest.raises(ValueError, match=r"names differ: \['c'\]"):
+        function(weights, weights | {"c": torch.ones(1)})
+    with pytest.raises(ValueError, match=r"`b` of shape \(2,\) but got \(1,\)"):
+        function(weights, weights | {"b": torch.ones(1)})

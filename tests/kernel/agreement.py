@@ -4,7 +4,7 @@ import torch
 
 from lightning_ntk.data.reference import Reference
 from lightning_ntk.kernel import compute_kernel
-from lightning_ntk.kernel.plan import make_plan
+from lightning_ntk.kernel.plan import make_plan, verify
 from lightning_ntk.linearization import Linearization
 
 ALL = 1 << 32
@@ -33,7 +33,7 @@ def assert_agrees(module, inputs, *, predict=outputs_of, contracted=(), toleranc
     linearization = Linearization(module, predict=predict)
     rows = Reference((inputs, torch.zeros(len(_first(inputs)))))
     columns = None if others is None else Reference((others, torch.zeros(len(_first(others)))))
-    assert make_plan(linearization, rows, columns).contracted == tuple(contracted)
+    assert verify(make_plan(linearization, rows, columns)).contracted == tuple(contracted)
     expected = compute_kernel(linearization, rows, columns, method="contraction", memory_limit=ALL)
     for limit in (ALL, 1):  # all samples at once, and one by one
         actual = compute_kernel(linearization, rows, columns, method="structured", memory_limit=limit)

@@ -4,9 +4,9 @@ from torch import nn
 
 from lightning_ntk import LinearizedTraining
 from lightning_ntk.data.reference import Reference
-from lightning_ntk.kernel import count_operations, empirical_ntk
-from lightning_ntk.kernel.costs import kernel_size
-from lightning_ntk.kernel.plan import make_plan
+from lightning_ntk.kernel import PlannedKernel, count_operations, empirical_ntk
+from lightning_ntk.kernel.plan import collect, make_plan
+from lightning_ntk.kernel.recorder import record_usage
 from lightning_ntk.linearization import Linearization
 
 
@@ -35,13 +35,30 @@ NETWORKS = {
 
 
 @pytest.mark.parametrize("name", NETWORKS)
-@pytest.mark.parametrize("samples", [1, 2, 7, 500])
-def test_the_count_is_that_of_the_plan(name, samples):
+@pytest.mark.parametrize("samples", [1, 2, 7])
+def test_a_plan_made_from_one_cotangent_knows_the_bytes_of_its_factors(name, samples):
     module, shape = NETWORKS[name]
-    linearization, reference = Linearization(module), Reference(randn(samples, *shape))
-    plan = make_plan(linearization, reference, None)
-    expected = 2 * plan.cost.total(*kernel_size(samples, samples, symmetric=True))
-    assert count_operations(linearization, reference).kernel == pytest.approx(expected)
+    plan = make_plan(Linearization(module), Reference(randn(samples, *shape)))
+    factors = collect(plan, randn(samples, *shape))
+    grams = [tensor for gram in factors.grams for tensor in (*gram.inputs, gram.gradients)]
+    of_samples = [tensor for tensor in (*grams, *factors.jacobians) if tensor.dim() > 2]
+    assert plan.cost.factor_bytes == pytest.approx(sum(tensor.nbytes for tensor in of_samples) / samples)
+
+
+def test_a_kernel_is_planned_once(monkeypatch):
+    recordings = []
+
+    def spy(*args):
+        recordings.append(args)
+        return record_usage(*args)
+
+    monkeypatch.setattr("lightning_ntk.kernel.plan.record_usage", spy)
+    module, shape = NETWORKS["convolution"]
+    planned = PlannedKernel(Linearization(module), Reference(randn(7, *shape)))
+    assert planned.operations.kernel > planned.operations.forward > 0
+    assert len(recordings) == 1
+    planned.compute()
+    assert len(recordings) == 3  # the verification, and all samples in one pass
 
 
 def test_operations_of_a_linear_layer_by_hand():

@@ -8,7 +8,7 @@ from torch.nn.utils import parametrizations
 from lightning_ntk import empirical_ntk
 from lightning_ntk.data.reference import Reference
 from lightning_ntk.kernel import Dense, Outer, compute_kernel, register_rule
-from lightning_ntk.kernel.plan import make_plan
+from lightning_ntk.kernel.plan import make_plan, verify
 from lightning_ntk.kernel.rules.layers import RULES
 from lightning_ntk.linearization import Linearization
 from tests.kernel.agreement import ALL, assert_agrees, relative_error
@@ -235,7 +235,7 @@ def test_module_is_left_as_it_was():
 
 def make_plan_or_warn(linearization, rows):
     with pytest.warns(UserWarning, match=r"`first\.weight`.* disagree with plain autograd"):
-        return make_plan(linearization, rows, None)
+        return verify(make_plan(linearization, rows))
 
 
 def compute_quietly(linearization, rows):

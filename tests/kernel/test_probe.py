@@ -43,7 +43,8 @@ def test_distance_change_and_velocity_agree_with_explicit_jacobians(network: str
     for step in (10, 12):
         move(module, 0.3)
         kernels[step] = brute_force_kernel(module, inputs[probe.rows])
-        assert probe.compare(weights_of(module), step) == pytest.approx(
+        kernel = probe.kernel(weights_of(module))
+        assert probe.compare(kernel, step) == pytest.approx(
             {
                 "kernel_distance": one_minus_cosine(kernels[3], kernels[step]),
                 "kernel_change": ((kernels[step] - kernels[3]).norm() / kernels[3].norm()).item(),
@@ -51,6 +52,7 @@ def test_distance_change_and_velocity_agree_with_explicit_jacobians(network: str
             },
             rel=1e-11,
         )
+        probe.advance(kernel, step)
         previous = step
 
 
@@ -58,30 +60,35 @@ def test_buffers_are_those_of_the_capture() -> None:
     module, inputs, targets = make("conv")
     probe = KernelProbe(Linearization(module), Reference((inputs, targets)), samples=4)
     module.norm.running_mean += 1
-    assert probe.compare(weights_of(module)) == pytest.approx({"kernel_distance": 0, "kernel_change": 0}, abs=1e-14)
+    assert probe.compare(probe.kernel(weights_of(module))) == pytest.approx(
+        {"kernel_distance": 0, "kernel_change": 0}, abs=1e-14
+    )
 
 
 def test_module_and_weights_are_left_alone() -> None:
     module, inputs, targets = make("conv")
     probe = KernelProbe(Linearization(module), Reference((inputs, targets)), samples=4)
     before = {name: value.clone() for name, value in module.state_dict().items()}
-    probe.compare({name: value.detach() + 1 for name, value in weights_of(module).items()}, 1)
+    probe.kernel({name: value.detach() + 1 for name, value in weights_of(module).items()})
     assert all(torch.equal(value, before[name]) for name, value in module.state_dict().items())
     assert module.training
 
 
-def test_without_a_step_there_is_no_velocity_and_nothing_is_remembered() -> None:
+def test_comparing_remembers_nothing_and_without_a_step_there_is_no_velocity() -> None:
     module, inputs, targets = make("mlp")
     probe = KernelProbe(Linearization(module), Reference((inputs, targets)))
     assert len(probe.rows) == 11  # all of them
-    state = probe.state_dict()
     move(module, 0.3)
-    assert set(probe.compare(weights_of(module))) == {"kernel_distance", "kernel_change"}
-    assert probe.state_dict()["previous"] is state["previous"]
-    assert "kernel_velocity" not in probe.compare(weights_of(module), 0)
-    assert probe.compare(weights_of(module), 5)["kernel_velocity"] == 0
-    with pytest.raises(ValueError, match="at least 5, the last one, but got 4"):
-        probe.compare(weights_of(module), 4)
+    kernel = probe.kernel(weights_of(module))
+    assert set(probe.compare(kernel)) == {"kernel_distance", "kernel_change"}
+    assert probe.compare(kernel, 5)["kernel_velocity"] > 0
+    assert probe.previous is probe.initial
+    assert probe.step == 0
+    probe.advance(kernel, 4.5)
+    assert "kernel_velocity" not in probe.compare(kernel, 4.5)
+    assert probe.compare(kernel, 5)["kernel_velocity"] == 0
+    with pytest.raises(ValueError, match=r"at least 4\.5, the last one, but got 4"):
+        probe.compare(kernel, 4)
 
 
 def test_a_probe_goes_on_from_its_saved_state() -> None:
@@ -89,14 +96,15 @@ def test_a_probe_goes_on_from_its_saved_state() -> None:
     start, reference = Linearization(module), Reference((inputs, targets))
     probe = KernelProbe(start, reference, samples=4)
     move(module, 0.3)
-    probe.compare(weights_of(module), 10)
+    probe.advance(probe.kernel(weights_of(module)), 10)
     file = io.BytesIO()
     torch.save(probe.state_dict(), file)
     file.seek(0)
     resumed = KernelProbe(start, reference, samples=4)
     resumed.load_state_dict(torch.load(file, weights_only=True))
     move(module, 0.3)
-    assert resumed.compare(weights_of(module), 12) == probe.compare(weights_of(module), 12)
+    kernel = probe.kernel(weights_of(module))
+    assert resumed.compare(kernel, 12) == probe.compare(kernel, 12)
     with pytest.raises(ValueError, match=r"probe of the samples \[0, 3, 7\] but got \[0, 2, 5, 8\]"):
         KernelProbe(start, reference, samples=3).load_state_dict(probe.state_dict())
     with pytest.raises(ValueError, match="initial kernel is another"):
@@ -114,9 +122,9 @@ def test_weights_that_cannot_be_used() -> None:
     module, inputs, targets = make("mlp")
     probe = KernelProbe(Linearization(module), Reference((inputs, targets)))
     with pytest.raises(ValueError, match=r"`0\.weight` holds NaN"):
-        probe.compare(weights_of(module) | {"0.weight": torch.full((8, 6), torch.nan)})
+        probe.kernel(weights_of(module) | {"0.weight": torch.full((8, 6), torch.nan)})
     with pytest.raises(ValueError, match="names differ"):
-        probe.compare({"0.weight": torch.zeros(8, 6)})
+        probe.kernel({"0.weight": torch.zeros(8, 6)})
 
 
 def test_float32_networks_have_float64_kernels_on_the_cpu() -> None:
@@ -152,7 +160,7 @@ def test_subsets_of_references_read_the_same_samples(kind: str) -> None:
     }[kind]
     reference = Reference(data, batch_size=2)
     chosen = reference.subset([8, 1, 5])
-    assert (len(chosen), chosen.num_batches, len(reference)) == (3, 2, 11)
+    assert (len(chosen), len(list(chosen.batches())), len(reference)) == (3, 2, 11)
     batches = list(chosen.batches())
     torch.testing.assert_close(torch.cat([b.inputs for b in batches]), inputs[[8, 1, 5]])
     torch.testing.assert_close(torch.cat([b.target for b in batches]), numbers[[8, 1, 5]])

@@ -12,6 +12,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 from lightning.pytorch import Callback, Trainer, seed_everything
 from lightning.pytorch.callbacks import RichProgressBar, TQDMProgressBar
 from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
@@ -21,6 +22,7 @@ from torch.utils.data import DataLoader
 from lightning_ntk import LinearizationMonitor, LinearizedTraining
 from lightning_ntk.callback import progress_bars as trainer_bars
 from lightning_ntk.callback.progress_bars import RichBar, nested_bars
+from lightning_ntk.solvers.eigh import eigh_modes
 from lightning_ntk.utilities import progress
 from lightning_ntk.utilities.progress import Work, bars_made_by, track, track_operations
 from tests.callback.test_loggers import Regression, data
@@ -94,6 +96,22 @@ def test_no_bar_is_made_where_it_is_switched_off(recorded: list[Recorded]) -> No
     with track_operations("operations", total=1.0, enabled=False) as advance:
         advance(1.0)
     assert recorded == []
+
+
+def test_only_a_long_decomposition_shows_a_bar(recorded: list[Recorded], monkeypatch: pytest.MonkeyPatch) -> None:
+    factor = torch.randn(40, 40, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    eigh_modes(factor @ factor.T, factor[0], progress=True)
+    assert recorded == []
+    monkeypatch.setattr("lightning_ntk.solvers.eigh._ROWS_OF_SECONDS", 30)
+    eigh_modes(factor @ factor.T, factor[0], progress=True)
+    assert [bar.work for bar in recorded] == [Work("eigendecomposition of the kernel", None, False)]
+    eigh_modes(factor @ factor.T, factor[0], progress=False)
+    assert len(recorded) == 1
+
+
+def test_a_call_that_cannot_report_its_progress_is_named_at_once(capsys: pytest.CaptureFixture[str]) -> None:
+    with track_operations("decomposing", total=None):
+        assert capsys.readouterr().err.endswith("\rdecomposing ...")
 
 
 @pytest.mark.parametrize("options", [{"solver": "eigh"}, {"solver": "lanczos", "matrix_free": True}])
@@ -273,7 +291,7 @@ trainer.fit(Network(), DataLoader(data, batch_size=300))
 """
 
 
-def test_an_interrupted_capture_ends_at_once(tmp_path: Path) -> None:
+def test_an_interrupted_pass_ends_at_once(tmp_path: Path) -> None:
     script = tmp_path / "script.py"
     script.write_text(SCRIPT)
     process = subprocess.Popen(

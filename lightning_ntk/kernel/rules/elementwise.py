@@ -1,18 +1,16 @@
 """Rules for parameters that are added to activations or multiply them: position embeddings, scales, hand-written norms."""
 
-from collections.abc import Iterable
-
 import torch
 from torch import Tensor
 
 from lightning_ntk.kernel.factors import Factor, Outer
-from lightning_ntk.kernel.rules.layers import register_rule
+from lightning_ntk.kernel.rules.layers import Jacobians, register_rule
 
 
 @register_rule(torch.add, torch.Tensor.add)
 def addition(
     gradients: Tensor, input: Tensor | float, other: Tensor | float, *, alpha: float = 1, **options: object
-) -> Iterable[tuple[Tensor | None, Factor]]:
+) -> Jacobians:
     """`input + alpha * other`, either of which may be broadcast."""
     if options:
         return
@@ -23,9 +21,7 @@ def addition(
 
 
 @register_rule(torch.mul, torch.Tensor.mul)
-def product(
-    gradients: Tensor, input: Tensor | float, other: Tensor | float, **options: object
-) -> Iterable[tuple[Tensor | None, Factor]]:
+def product(gradients: Tensor, input: Tensor | float, other: Tensor | float, **options: object) -> Jacobians:
     """`input * other`, either of which may be broadcast."""
     if options:
         return

@@ -4,6 +4,7 @@ A rule belongs to a function of PyTorch and not to a class of layers, so that it
 functional call that uses the function, and for none that uses its weights in another way.
 """
 
+import inspect
 from collections.abc import Callable, Iterable
 from typing import Any, TypeAlias
 
@@ -13,7 +14,8 @@ from torch.nn import functional as F  # noqa: N812
 
 from lightning_ntk.kernel.factors import Dense, Factor, Outer
 
-Rule: TypeAlias = Callable[..., Iterable[tuple[Tensor | None, Factor]]]
+Jacobians: TypeAlias = Iterable[tuple[Tensor | None, Factor]]
+Rule: TypeAlias = Callable[..., Jacobians]
 
 RULES: dict[Callable[..., Any], Rule] = {}
 """The rule of every function that has one."""
@@ -53,9 +55,7 @@ def register_rule(*functions: Callable[..., Any]) -> Callable[[Rule], Rule]:
 
 
 @register_rule(F.linear)
-def linear(
-    gradients: Tensor, input: Tensor, weight: Tensor, bias: Tensor | None = None
-) -> Iterable[tuple[Tensor | None, Factor]]:
+def linear(gradients: Tensor, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Jacobians:
     """`nn.Linear`, at one position or at many: a row is one position."""
     if weight.dim() != 2:
         return
@@ -65,9 +65,7 @@ def linear(
 
 
 @register_rule(torch.addmm)
-def addmm(
-    gradients: Tensor, input: Tensor, mat1: Tensor, mat2: Tensor, **scales: float
-) -> Iterable[tuple[Tensor | None, Factor]]:
+def addmm(gradients: Tensor, input: Tensor, mat1: Tensor, mat2: Tensor, **scales: float) -> Jacobians:
     """`bias + input @ weight`, the transposed linear layer of GPT-2."""
     if scales or input.dim() != 1:
         return
@@ -76,7 +74,7 @@ def addmm(
 
 
 @register_rule(torch.matmul, torch.mm, torch.Tensor.matmul, torch.Tensor.mm, torch.Tensor.__matmul__)
-def matmul(gradients: Tensor, input: Tensor, other: Tensor) -> Iterable[tuple[Tensor | None, Factor]]:
+def matmul(gradients: Tensor, input: Tensor, other: Tensor) -> Jacobians:
     """`input @ weight` for a matrix: a row is one position."""
     if other.dim() != 2 or input.dim() < 2:
         return
@@ -94,7 +92,7 @@ def convolution(
     padding: int | tuple[int, ...] | str = 0,
     dilation: int | tuple[int, ...] = 1,
     groups: int = 1,
-) -> Iterable[tuple[Tensor | None, Factor]]:
+) -> Jacobians:
     """`nn.Conv1d` to `nn.Conv3d`: the inputs of a position are its patch."""
     kernel = weight.shape[2:]
     spatial = len(kernel)
@@ -124,7 +122,7 @@ def transposed_convolution(
     output_padding: int | tuple[int, ...] = 0,
     groups: int = 1,
     dilation: int | tuple[int, ...] = 1,
-) -> Iterable[tuple[Tensor | None, Factor]]:
+) -> Jacobians:
     """`nn.ConvTranspose1d` to `3d`: a convolution in which input and output gradient have exchanged their places."""
     kernel = weight.shape[2:]
     spatial = len(kernel)
@@ -149,7 +147,7 @@ def embedding(
     norm_type: float = 2.0,
     scale_grad_by_freq: bool = False,
     sparse: bool = False,
-) -> Iterable[tuple[Tensor | None, Factor]]:
+) -> Jacobians:
     """`nn.Embedding`: a linear layer on one-hot inputs; a row is one index."""
     if max_norm is not None or scale_grad_by_freq:
         return
@@ -160,86 +158,37 @@ def embedding(
     yield weight, Outer(index, rows, weight.shape, input_first=True)
 
 
-@register_rule(F.layer_norm)
-def layer_norm(
-    gradients: Tensor,
-    input: Tensor,
-    normalized_shape: tuple[int, ...],
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    eps: float = 1e-5,
-) -> Iterable[tuple[Tensor | None, Factor]]:
-    """`nn.LayerNorm`: a row is one position."""
-    yield from _scale_and_shift(
-        gradients, F.layer_norm(input, normalized_shape, eps=eps), weight, bias, normalized_shape
-    )
+def _normalization(function: Callable[..., Tensor], *, channels: bool) -> Rule:
+    """`weight * normalized + bias`, with parameters of the channels (the second axis) or of the last axes."""
+    signature = inspect.signature(function)
+
+    def rule(gradients: Tensor, *args: Any, **kwargs: Any) -> Jacobians:
+        call = signature.bind(*args, **kwargs).arguments
+        if call.get("training"):
+            return  # statistics of the batch couple its samples
+        weight, bias = call.pop("weight", None), call.pop("bias", None)
+        if weight is not None:
+            yield weight, jacobian(gradients * function(**call), weight)
+        if bias is not None:
+            yield bias, jacobian(gradients, bias)
+
+    def jacobian(products: Tensor, parameter: Tensor) -> Dense:
+        if channels:
+            return Dense(products.unsqueeze(-1).flatten(3).sum(3).transpose(0, 1))
+        return Dense(products.reshape(len(products), -1, *parameter.shape).transpose(0, 1))
+
+    return rule
 
 
-@register_rule(F.rms_norm)
-def rms_norm(
-    gradients: Tensor,
-    input: Tensor,
-    normalized_shape: tuple[int, ...],
-    weight: Tensor | None = None,
-    eps: float | None = None,
-) -> Iterable[tuple[Tensor | None, Factor]]:
-    """`nn.RMSNorm`: a row is one position."""
-    yield from _scale_and_shift(gradients, F.rms_norm(input, normalized_shape, eps=eps), weight, None, normalized_shape)
-
-
-@register_rule(F.group_norm)
-def group_norm(
-    gradients: Tensor,
-    input: Tensor,
-    num_groups: int,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    eps: float = 1e-5,
-) -> Iterable[tuple[Tensor | None, Factor]]:
-    """`nn.GroupNorm`."""
-    yield from _channel_scale_and_shift(gradients, F.group_norm(input, num_groups, eps=eps), weight, bias)
-
-
-@register_rule(F.instance_norm)
-def instance_norm(
-    gradients: Tensor,
-    input: Tensor,
-    running_mean: Tensor | None = None,
-    running_var: Tensor | None = None,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    use_input_stats: bool = True,
-    momentum: float = 0.1,
-    eps: float = 1e-5,
-) -> Iterable[tuple[Tensor | None, Factor]]:
-    """`nn.InstanceNorm1d` to `3d`."""
-    if not use_input_stats:
-        yield from batch_norm(gradients, input, running_mean, running_var, weight, bias, eps=eps)
-        return
-    yield from _channel_scale_and_shift(gradients, F.instance_norm(input, eps=eps), weight, bias)
-
-
-@register_rule(F.batch_norm)
-def batch_norm(
-    gradients: Tensor,
-    input: Tensor,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    training: bool = False,
-    momentum: float = 0.1,
-    eps: float = 1e-5,
-) -> Iterable[tuple[Tensor | None, Factor]]:
-    """`nn.BatchNorm1d` to `3d` with running statistics; with those of the batch, samples are coupled."""
-    if training or running_mean is None or running_var is None:
-        return
-    normalized = F.batch_norm(input, running_mean, running_var, eps=eps)
-    yield from _channel_scale_and_shift(gradients, normalized, weight, bias)
+register_rule(F.layer_norm)(_normalization(F.layer_norm, channels=False))
+register_rule(F.rms_norm)(_normalization(F.rms_norm, channels=False))
+register_rule(F.group_norm)(_normalization(F.group_norm, channels=True))
+register_rule(F.instance_norm)(_normalization(F.instance_norm, channels=True))
+register_rule(F.batch_norm)(_normalization(F.batch_norm, channels=True))
 
 
 @register_rule(torch.prelu)
-def prelu(gradients: Tensor, input: Tensor, weight: Tensor) -> Iterable[tuple[Tensor | None, Factor]]:
+def prelu(gradients: Tensor, input: Tensor, weight: Tensor) -> Jacobians:
     """`nn.PReLU`, with one slope or one a channel."""
     slopes = (gradients * input.clamp_max(0)).transpose(0, 1).unsqueeze(-1)
     yield weight, Dense(slopes.flatten(2).sum(2, keepdim=True) if len(weight) == 1 else slopes.flatten(3).sum(3))
@@ -248,7 +197,7 @@ def prelu(gradients: Tensor, input: Tensor, weight: Tensor) -> Iterable[tuple[Te
 @register_rule(torch.bilinear)
 def bilinear(
     gradients: Tensor, input1: Tensor, input2: Tensor, weight: Tensor, bias: Tensor | None = None
-) -> Iterable[tuple[Tensor | None, Factor]]:
+) -> Jacobians:
     """`nn.Bilinear`: linear in the products of its two inputs."""
     rows = gradients.reshape(len(gradients), -1, 1, 1, len(weight)).transpose(0, 1)
     products = input1.unsqueeze(-1) * input2.unsqueeze(-2)
@@ -256,33 +205,11 @@ def bilinear(
     yield from _bias(bias, rows)
 
 
-def _bias(bias: Tensor | None, gradients: Tensor) -> Iterable[tuple[Tensor | None, Factor]]:
+def _bias(bias: Tensor | None, gradients: Tensor) -> Jacobians:
     """A bias is a weight whose input is one."""
     if bias is not None:
         rows, _, groups, positions, _ = gradients.shape
         yield bias, Outer(gradients.new_ones(1).expand(rows, groups, positions, 1), gradients, bias.shape)
-
-
-def _scale_and_shift(
-    gradients: Tensor, normalized: Tensor, weight: Tensor | None, bias: Tensor | None, shape: tuple[int, ...]
-) -> Iterable[tuple[Tensor | None, Factor]]:
-    """`weight * normalized + bias` with parameters of the last axes: a row is one position."""
-    rows = gradients.reshape(len(gradients), -1, *shape).transpose(0, 1)
-    if weight is not None:
-        yield weight, Dense(rows * normalized.reshape(len(rows), 1, *shape))
-    if bias is not None:
-        yield bias, Dense(rows)
-
-
-def _channel_scale_and_shift(
-    gradients: Tensor, normalized: Tensor, weight: Tensor | None, bias: Tensor | None
-) -> Iterable[tuple[Tensor | None, Factor]]:
-    """`weight * normalized + bias` with parameters of the second axis."""
-    rows = gradients.transpose(0, 1).unsqueeze(-1).flatten(3)
-    if weight is not None:
-        yield weight, Dense((rows * normalized.unsqueeze(1).unsqueeze(-1).flatten(3)).sum(3))
-    if bias is not None:
-        yield bias, Dense(rows.sum(3))
 
 
 def _per_axis(value: int | Iterable[int], axes: int) -> list[int]:

@@ -1,6 +1,7 @@
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 from tests.kernel.agreement import assert_agrees, assert_every_method_agrees
 
@@ -60,6 +61,14 @@ def test_positions(indices, combine, samples):
 def test_positions_with_padding_are_contracted():
     module = Positions(INDICES["as many as tokens"], torch.add, padding_idx=1)
     assert_agrees(module, TOKENS, contracted=["places.weight"])
+
+
+def test_positions_looked_up_by_keyword():
+    class Keywords(Positions):
+        def forward(self, x):
+            return self.tokens(x) + F.embedding(weight=self.places.weight, input=torch.arange(x.shape[1]))
+
+    assert_agrees(Keywords(None, None), TOKENS)
 
 
 def test_one_index_a_sample_from_the_batch_is_not_a_position():

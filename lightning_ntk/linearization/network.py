@@ -1,0 +1,188 @@
+"""One network frozen at its weights at construction: its outputs, at these and at other weights."""
+
+from collections.abc import Callable, Mapping, Sequence
+from copy import copy
+from typing import Any, TypeAlias, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.utils import _pytree as pytree
+
+from lightning_ntk.linearization.parameters import Tensors, trainable_parameters
+from lightning_ntk.utilities.contexts import isolated_pass
+from lightning_ntk.utilities.distributed import Processes
+from lightning_ntk.utilities.validation import require_float64, require_matching
+
+T = TypeVar("T")
+Frozen = TypeVar("Frozen", bound="FrozenNetwork")
+Predict: TypeAlias = Callable[[nn.Module, Any], Tensor]
+
+
+def call_module(module: nn.Module, inputs: Any) -> Tensor:
+    """The default `predict`: `module(inputs)`, or `module(*inputs)` if the inputs are a tuple or list."""
+    outputs: Tensor = module(*inputs) if isinstance(inputs, tuple | list) else module(inputs)
+    return outputs
+
+
+class _Predictor(nn.Module):
+    """`predict` as the forward of a module, so that `functional_call` can replace the weights it uses."""
+
+    def __init__(self, module: nn.Module, predict: Predict) -> None:
+        super().__init__()
+        self.module = module
+        self.predict = predict
+        self.flat = False
+
+    def forward(self, inputs: Any, then: Callable[[Tensor], T]) -> T:
+        outputs = self.predict(self.module, inputs)
+        if not isinstance(outputs, Tensor) or outputs.dim() not in (1, 2):
+            got = f"shape {tuple(outputs.shape)}" if isinstance(outputs, Tensor) else f"a {type(outputs).__name__}"
+            raise ValueError(
+                f"Expected outputs that are a tensor of shape (batch, outputs) or (batch,) but got {got}. "
+                "Give `predict=lambda module, inputs: ...` that returns such a tensor."
+            )
+        self.flat = outputs.dim() == 1
+        return then(outputs.unsqueeze(1) if self.flat else outputs)
+
+
+class FrozenNetwork:
+    """A network at clones of its weights and buffers; the arguments are those of `Linearization`."""
+
+    module: nn.Module
+    """The live module, whose forward is used but whose weights are not."""
+    params: Tensors
+    """Clones of the trainable parameters, under their names in `named_parameters()`."""
+    buffers: Tensors
+    """Clones of the buffers."""
+
+    def __init__(
+        self,
+        module: nn.Module,
+        *,
+        predict: Predict | None = None,
+        dtype: torch.dtype | None = None,
+        params: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        live = trainable_parameters(module)
+        first = next(iter(live.values()))
+        require_float64(first.device)
+        self.dtype = dtype or (first.dtype if first.dtype in (torch.float32, torch.float64) else torch.float32)
+        self.device = first.device
+        self.module = module
+        self._predictor = _Predictor(module, predict or call_module)
+        # Whether a forward writes into its inputs or weights: unknown until the first `predict_at`.
+        self._overwrites: bool | None = None
+        start = live if params is None else require_matching(params, live, "weights")
+        with torch.inference_mode(False), torch.no_grad():
+            self.params = {name: self._clone(p) for name, p in start.items()}
+            self._frozen = {n: self._clone(p) for n, p in module.named_parameters() if not p.requires_grad}
+            self.buffers = {name: self._clone(buffer) for name, buffer in module.named_buffers()}
+
+    @property
+    def flat(self) -> bool:
+        """Whether the network itself returned `(B,)` in the last pass, so that K = 1."""
+        return self._predictor.flat
+
+    @property
+    def num_parameters(self) -> int:
+        """P, the number of trainable weights."""
+        return sum(p.numel() for p in self.params.values())
+
+    def at(self: Frozen, params: Mapping[str, Tensor]) -> Frozen:
+        """The same network around clones of other weights, with the captured buffers and frozen weights.
+
+        Args:
+            params: Weights with the names and shapes of `params`; others raise a ValueError.
+        """
+        other = copy(self)
+        with torch.inference_mode(False), torch.no_grad():
+            other.params = {name: value.clone() for name, value in self._convert_all(params).items()}
+        return other
+
+    def restricted(self: Frozen, names: Sequence[str]) -> Frozen:
+        """The same network with only these parameters as variables, and the others as constants."""
+        other = copy(self)
+        other.params = {name: p for name, p in self.params.items() if name in names}
+        other._frozen = self._frozen | {name: p for name, p in self.params.items() if name not in names}
+        return other
+
+    def state_dict(self) -> dict[str, Tensors]:
+        """The captured tensors themselves, under "params", "frozen" and "buffers"."""
+        return {"params": dict(self.params), "frozen": dict(self._frozen), "buffers": dict(self.buffers)}
+
+    def load_state_dict(self, state: Mapping[str, Mapping[str, Tensor]]) -> None:
+        """Clones what `state_dict` returned, onto the device of the network.
+
+        Raises:
+            ValueError: If it belongs to a network with other trainable parameters, frozen ones or buffers.
+        """
+        own = self.state_dict()
+        with torch.inference_mode(False), torch.no_grad():
+            for kind, name in (("params", "params"), ("frozen", "_frozen"), ("buffers", "buffers")):
+                tensors = require_matching(state[kind], own[kind], kind)
+                setattr(self, name, {key: self._clone(value.to(self.device)) for key, value in tensors.items()})
+
+    def share_buffers(self, processes: Processes) -> None:
+        """Gives all processes the buffers of the first one: running statistics depend on each one's batches."""
+        for buffer in self.buffers.values():
+            processes.broadcast_(buffer)
+
+    def predict(self, inputs: Any) -> Tensor:
+        """Outputs of the network at the captured weights, `(B, K)`."""
+        return self.predict_at(self.params, inputs)
+
+    def predict_at(self, params: Mapping[str, Tensor], inputs: Any) -> Tensor:
+        """Outputs `(B, K)` of the (non-linear) network at other weights, with the captured buffers and frozen weights."""
+        given = self._frozen | self.buffers | self._convert_all(params), self.convert(inputs)
+        with isolated_pass(self.module, self.device.type), torch.no_grad():
+            used = self.spare(given)
+            outputs = self._call(*used, lambda outputs: outputs)
+            if self._overwrites is None:
+                self._overwrites = any(map(_is_overwritten, pytree.tree_leaves(used), pytree.tree_leaves(given)))
+        return outputs
+
+    def forward(self, params: Mapping[str, Tensor], inputs: Any) -> Tensor:
+        """Outputs `(B, K)` at `params`: differentiable, for use under `torch.func` inside `isolated_pass`."""
+        return self.apply(*self.spare((dict(params), inputs)), lambda outputs: outputs)
+
+    def apply(self, params: Mapping[str, Tensor], inputs: Any, then: Callable[[Tensor], T]) -> T:
+        """`then(outputs)`, called while `params` still stand in for the weights of the module.
+
+        A backward pass belongs in `then`: activation checkpointing runs parts of the forward again during it. The forward may
+        write into `params` and `inputs`, see `spare`.
+        """
+        return self._call(self.spare(self._frozen | self.buffers) | dict(params), inputs, then)
+
+    def spare(self, tree: T) -> T:
+        """Copies of the tensors if a forward may write into them, otherwise the tensors themselves."""
+        spared: T = tree if self._overwrites is False else pytree.tree_map_only(Tensor, torch.clone, tree)
+        return spared
+
+    def convert(self, inputs: Any) -> Any:
+        """The inputs on the device of the weights, floating-point ones in the type of the passes."""
+
+        def convert(leaf: Tensor) -> Tensor:
+            # Autograd cannot save tensors made under inference_mode.
+            leaf = leaf.clone() if leaf.is_inference() else leaf
+            return leaf.to(self.device, self.dtype if leaf.is_floating_point() else None)
+
+        with torch.inference_mode(False):
+            return pytree.tree_map_only(Tensor, convert, inputs)
+
+    def _call(self, state: Tensors, inputs: Any, then: Callable[[Tensor], T]) -> T:
+        named = {f"module.{name}": value for name, value in state.items()}
+        result: T = functional_call(self._predictor, named, (inputs, then))
+        return result
+
+    def _clone(self, tensor: Tensor) -> Tensor:
+        return tensor.detach().to(self.dtype if tensor.is_floating_point() else None).clone()
+
+    def _convert_all(self, tensors: Mapping[str, Tensor]) -> Tensors:
+        matching = require_matching(tensors, self.params)
+        return {name: tensor.detach().to(self.device, self.dtype) for name, tensor in matching.items()}
+
+
+def _is_overwritten(used: Any, given: Any) -> bool:
+    # The version of a copy counts operations in place, but not those through `.data`.
+    return isinstance(used, Tensor) and (used._version > 0 or not torch.equal(used, given))

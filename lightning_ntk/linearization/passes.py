@@ -1,0 +1,97 @@
+"""A network on a whole data set: every loop over its batches."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from lightning_ntk.data.reference import Batch, Reference
+from lightning_ntk.data.sample_index import SampleIndex
+from lightning_ntk.linearization.linearization import Linearization
+from lightning_ntk.utilities.distributed import ALONE, Processes
+from lightning_ntk.utilities.progress import track
+
+
+@dataclass(frozen=True)
+class DataPasses:
+    """Passes of a network over a data set: batches in order, under a progress bar, divided among processes.
+
+    Several data sets can share one linearization.
+
+    Args:
+        linearization: The network.
+        reference: The data set.
+        progress: Whether passes show a progress bar.
+        processes: The processes that share every pass.
+    """
+
+    linearization: Linearization
+    reference: Reference
+    progress: bool = False
+    processes: Processes = ALONE
+
+    @property
+    def rows(self) -> range:
+        """The samples of this process."""
+        return self.processes.rows(len(self.reference))
+
+    def batches(self, description: str, *ranges: range) -> Iterator[Batch]:
+        """The batches of this process's samples, or of those in some ranges, under a progress bar."""
+        ranges = ranges or (self.rows,)
+        total = sum(-(-len(part) // self.reference.batch_size) for part in ranges)
+        return track(self.reference.batches(*ranges), description, total=total, enabled=self.progress)
+
+    def predict(self, params: Mapping[str, Tensor] | None = None) -> Tensor:
+        """The outputs of all samples, `(N, K)`, at the captured weights or at `params`."""
+        weights = self.linearization.params if params is None else params
+        return self._join([self.linearization.predict_at(weights, b.inputs) for b in self.batches("predictions")])
+
+    def first(self) -> tuple[Tensor, Tensor, SampleIndex]:
+        """The first pass, in which every process reads all samples and predicts its own.
+
+        Returns:
+            The outputs `(N, K)`, the targets as the data gives them, on the CPU, and the samples by content.
+
+        Raises:
+            ValueError: If targets are missing, anything is NaN or infinite, or the processes hold different data.
+        """
+        outputs, targets, samples = [], [], SampleIndex()
+        around = range(self.rows.start), self.rows, range(self.rows.stop, len(self.reference))
+        for batch in self.batches("initial predictions", *around):
+            if batch.target is None:
+                raise ValueError("Expected the training set to have targets but its batches hold inputs only.")
+            for name, value in (("inputs", batch.inputs), ("targets", batch.target)):
+                _require_finite(name, value, batch.rows)
+            samples.add(batch)
+            targets.append(batch.target.detach().cpu())
+            if batch.rows.start in self.rows:
+                outputs.append(self.linearization.predict(batch.inputs))
+                _require_finite("initial outputs", outputs[-1], batch.rows)
+        # Before the outputs are joined: their shape depends on the number of samples.
+        self.processes.require_same(samples.fingerprint, "reference data")
+        return self._join(outputs), torch.cat(targets), samples
+
+    def _join(self, own: list[Tensor]) -> Tensor:
+        if self.processes.size == 1:
+            return torch.cat(own)
+        if not own:  # more processes than samples
+            own = [self.linearization.predict(self.reference.read(0, 1).inputs)[:0]]
+        joined = own[0].new_zeros(len(self.reference), own[0].shape[1])
+        joined[self.rows.start : self.rows.stop] = torch.cat(own)
+        return self.processes.sum_(joined)
+
+
+def close(actual: Tensor, expected: Tensor, *, roundings: float = 1e4) -> bool:
+    """Whether outputs agree up to rounding, relative to the largest of them."""
+    scale = expected.abs().max().clamp_min(torch.finfo(expected.dtype).tiny)
+    return bool((actual - expected).abs().max() <= roundings * torch.finfo(expected.dtype).eps * scale)
+
+
+def _require_finite(name: str, tree: object, rows: slice) -> None:
+    for leaf in pytree.tree_leaves(tree):
+        if isinstance(leaf, Tensor) and leaf.is_floating_point() and not leaf.isfinite().all():
+            raise ValueError(
+                f"Expected finite {name} but samples {rows.start} to {rows.stop - 1} hold NaN or infinity."
+            )
