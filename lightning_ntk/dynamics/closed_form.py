@@ -9,22 +9,24 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from lightning_ntk.dynamics.error_bounds import (
-    combined_bound,
-    displacement,
-    gradient_descent_bound,
-    gradient_flow_bound,
-    minimum_norm_bound,
-    ridge_bound,
-)
+from lightning_ntk.dynamics.error_bounds import error_bound, left_out
 from lightning_ntk.dynamics.filters import (
     Filters,
     gradient_descent_filter,
+    gradient_descent_slope,
     gradient_flow_filter,
+    gradient_flow_slope,
     minimum_norm_filter,
+)
+from lightning_ntk.dynamics.truncation import (
+    gradient_descent_truncation,
+    gradient_flow_truncation,
+    minimum_norm_truncation,
+    ridge_truncation,
 )
 from lightning_ntk.solvers.base import ErrorBound, Modes, Solved
 from lightning_ntk.solvers.lanczos import LanczosModes
+from lightning_ntk.solvers.rounding import Rounding
 
 _log = logging.getLogger(__name__)
 
@@ -38,7 +40,7 @@ class ClosedForm:
     Decay shifts the eigenvalues by the ridge :math:`\rho`: toward the initial weights that is all it does. Decay toward zero
     also carries the initial weights along as :math:`q w_0`. In gradient flow :math:`q = e^{-\rho\eta t}`, and the filter of
     :math:`h = J w_0` is :math:`\chi = q\,\phi_t(\lambda) - \phi_t(\lambda + \rho)`. At t = infinity a filter is the change s of
-    its vector's coefficient times the filter of the residual. At a rate of 0 nothing moves, at infinity either.
+    its vector's coefficient times the filter of the residual. At a rate of 0 nothing ever moves.
 
     Attributes:
         dynamics: "gradient_descent" or "gradient_flow".
@@ -47,6 +49,7 @@ class ClosedForm:
         ridge: The shift rho of the eigenvalues, see `lightning_ntk.dynamics.stability.ridge`.
         limits: The change of every carried vector's coefficient until t = infinity.
         norms: The norms of the carried vectors.
+        rounding: The errors of the passes.
     """
 
     dynamics: Dynamics
@@ -55,64 +58,80 @@ class ClosedForm:
     ridge: float = 0.0
     limits: tuple[float, ...] = ()
     norms: tuple[float, ...] = ()
+    rounding: Rounding = Rounding()  # noqa: RUF009
 
     def solve(self, modes: Sequence[Modes], t: float | None) -> Solved[Filters]:
-        """The filters after t steps and the error of the weights that Ritz values make.
-
-        A carried vector drives its modes with at most s in the place of 1, always with the same sign, so that s times the
-        bound of the residual holds.
+        """The filters after t steps, and the error of the weights.
 
         Args:
             modes: The modes of the residual and of every carried vector.
             t: Optimizer steps, None for infinity. Finite times with carried vectors exist for gradient flow only.
         """
-        filters = self._filters(modes, t)
-        parts = []
-        for own, value, scale in zip(modes, filters.values, (1.0, *filters.scales), strict=True):
-            bound = self.bound(own, t)
-            size = displacement(own, value)
-            parts.append(ErrorBound(abs(scale) * bound.truncation, abs(scale) * bound.rounding, size))
-        lengths = [abs(s) * norm for s, norm in zip(filters.scales, self.norms, strict=True)]
-        return Solved(filters, combined_bound(parts, lengths))
+        scales = self._scales(t)
+        pairs = [self._pair(own, t, scale) for own, scale in zip(modes, (None, *scales), strict=True)]
+        filters = Filters(tuple(values for values, _ in pairs), scales)
+        return Solved(filters, lambda: self._bound(modes, filters, [slopes for _, slopes in pairs], t))
 
     def filter(self, modes: Modes, t: float | None) -> Tensor:
         """The filter of the residual after t steps, `(m,)`."""
-        shifted = modes.eigenvalues.clamp_min(0) + self.ridge
+        return self._pair(modes, t)[0]
+
+    def _bound(self, modes: Sequence[Modes], filters: Filters, slopes: Sequence[Tensor], t: float | None) -> ErrorBound:
+        # A carried vector drives its modes with at most s in the place of 1, always with the same sign.
+        drives = [1.0, *(abs(scale) for scale in filters.scales)]
+        truncations = [
+            drive * self._truncation(own, t) if isinstance(own, LanczosModes) else 0.0
+            for own, drive in zip(modes, drives, strict=True)
+        ]
+        bound = error_bound(modes, filters, slopes, truncations, self.rounding, self.norms)
+        if not (is_infinite(t) and self.ridge == 0 and self.rate > 0):
+            return bound
+        hidden = sum(
+            drive * left_out(own, own.cutoff(self.dtype), self.rounding)
+            for own, drive in zip(modes, drives, strict=True)
+            if drive > 0
+        )
+        return bound._replace(rounding=bound.rounding + hidden)
+
+    def _pair(self, modes: Modes, t: float | None, scale: float | None = None) -> tuple[Tensor, Tensor]:
+        """The filter and its slope, of the residual or of a carried vector that has changed by `scale`."""
+        eigenvalues = modes.eigenvalues.clamp_min(0)
+        shifted = eigenvalues + self.ridge
         if self.rate == 0:
-            return torch.zeros_like(shifted)
+            return torch.zeros_like(shifted), torch.zeros_like(shifted)
         if is_infinite(t):
             if self.ridge > 0:
-                return 1 / shifted
-            cutoff = modes.cutoff(self.dtype)
-            _report_dropped(modes, cutoff)
-            return minimum_norm_filter(modes.eigenvalues, cutoff)
-        if self.dynamics == "gradient_flow":
-            return gradient_flow_filter(shifted, self.rate * _finite(t))
-        return gradient_descent_filter(shifted, self.rate, _finite(t))
-
-    def bound(self, modes: Modes, t: float | None) -> ErrorBound:
-        """The error of the residual's part of the weights after t steps that Ritz values make."""
-        if not isinstance(modes, LanczosModes) or self.rate == 0:
-            return ErrorBound(0.0, 0.0, 0.0)
-        if is_infinite(t):
-            if self.ridge > 0:
-                return ridge_bound(modes, self.ridge)
-            return minimum_norm_bound(modes, modes.cutoff(self.dtype))
-        if self.dynamics == "gradient_flow":
-            return gradient_flow_bound(modes, self.rate * _finite(t), self.ridge)
-        return gradient_descent_bound(modes, self.rate, _finite(t), self.ridge)
-
-    def _filters(self, modes: Sequence[Modes], t: float | None) -> Filters:
-        first, *others = modes
-        scales = self._scales(t)
-        values = [self.filter(first, t)]
-        for carried, scale in zip(others, scales, strict=True):
-            value = self.filter(carried, t)
-            if is_infinite(t):
-                values.append(scale * value)
+                filtered = 1 / shifted
             else:
-                values.append((1 + scale) * gradient_flow_filter(carried.eigenvalues, self.rate * _finite(t)) - value)
-        return Filters(tuple(values), scales)
+                cutoff = modes.cutoff(self.dtype)
+                _report_dropped(modes, cutoff)
+                filtered = minimum_norm_filter(modes.eigenvalues, cutoff)
+            factor = 1.0 if scale is None else scale
+            return factor * filtered, -factor * filtered**2
+        values, slopes = self._at(shifted, _finite(t))
+        if scale is None:
+            return values, slopes
+        free, free_slopes = self._at(eigenvalues, _finite(t))
+        return (1 + scale) * free - values, (1 + scale) * free_slopes - slopes
+
+    def _at(self, eigenvalues: Tensor, t: float) -> tuple[Tensor, Tensor]:
+        if self.dynamics == "gradient_flow":
+            values = gradient_flow_filter(eigenvalues, self.rate * t)
+            return values, gradient_flow_slope(eigenvalues, values, self.rate * t)
+        values = gradient_descent_filter(eigenvalues, self.rate, t)
+        return values, gradient_descent_slope(eigenvalues, values, self.rate, t)
+
+    def _truncation(self, modes: LanczosModes, t: float | None) -> float:
+        """The truncation error of the residual's part of the weights."""
+        if self.rate == 0:
+            return 0.0
+        if is_infinite(t):
+            if self.ridge > 0:
+                return ridge_truncation(modes, self.ridge)
+            return minimum_norm_truncation(modes, modes.cutoff(self.dtype))
+        if self.dynamics == "gradient_flow":
+            return gradient_flow_truncation(modes, self.rate * _finite(t), self.ridge)
+        return gradient_descent_truncation(modes, self.rate, _finite(t), self.ridge)
 
     def _scales(self, t: float | None) -> tuple[float, ...]:
         if self.rate == 0:

@@ -10,6 +10,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+# Products of time, rate and eigenvalue below which the slope of a filter is that at zero.
+_SMALL = 1e-4
+
 
 class Start(NamedTuple):
     """The coefficients of a carried vector when training starts.
@@ -68,7 +71,7 @@ def gradient_descent_filter(eigenvalues: Tensor, rate: float, steps: float) -> T
     log_growth = steps * torch.log1p(x.clamp_min(1) - 2)  # log1p(-1) = -inf serves x = 1
     above = 1 + log_growth.exp() if steps % 2 else -torch.expm1(log_growth)
     decayed = torch.where(x < 1, below, above)
-    return _divide(decayed, eigenvalues, limit=rate * steps)
+    return _with_limit(decayed, eigenvalues, limit=rate * steps)
 
 
 def gradient_flow_filter(eigenvalues: Tensor, time: float) -> Tensor:
@@ -87,7 +90,33 @@ def gradient_flow_filter(eigenvalues: Tensor, time: float) -> Tensor:
     if time < 0:
         raise ValueError(f"Expected argument `t` to be at least 0 but got a time of {time}.")
     eigenvalues = eigenvalues.clamp_min(0)
-    return _divide(-torch.expm1(-time * eigenvalues), eigenvalues, limit=time)
+    return _with_limit(-torch.expm1(-time * eigenvalues), eigenvalues, limit=time)
+
+
+def gradient_descent_slope(eigenvalues: Tensor, filtered: Tensor, rate: float, steps: float) -> Tensor:
+    r""":math:`\phi_t'(\lambda) = (\eta t (1 - \eta\lambda)^{t-1} - \phi_t) / \lambda`, to four digits.
+
+    Args:
+        eigenvalues: The kernel's eigenvalues, any shape, float64.
+        filtered: The filter :math:`\phi_t` on them.
+        rate: The learning rate times the loss factor, eta.
+        steps: The number t of optimizer steps.
+    """
+    x = rate * eigenvalues.clamp_min(0)
+    slope = _divide(steps * rate * (1 - x) ** max(steps - 1, 0) - filtered, eigenvalues)
+    return torch.where(steps * x < _SMALL, -(rate**2) * steps * (steps - 1) / 2, slope)
+
+
+def gradient_flow_slope(eigenvalues: Tensor, filtered: Tensor, time: float) -> Tensor:
+    r""":math:`\phi_t'(\lambda) = (\eta t e^{-\eta t\lambda} - \phi_t) / \lambda`, to four digits.
+
+    Args:
+        eigenvalues: The kernel's eigenvalues, any shape, float64.
+        filtered: The filter :math:`\phi_t` on them.
+        time: The sum of the rates of all steps, eta * t.
+    """
+    x = time * eigenvalues.clamp_min(0)
+    return torch.where(x < _SMALL, -(time**2) / 2, _divide(time * (-x).exp() - filtered, eigenvalues))
 
 
 def minimum_norm_filter(eigenvalues: Tensor, cutoff: float) -> Tensor:
@@ -104,7 +133,11 @@ def minimum_norm_filter(eigenvalues: Tensor, cutoff: float) -> Tensor:
     return torch.where(kept, 1 / torch.where(kept, eigenvalues, 1), 0)
 
 
-def _divide(numerator: Tensor, eigenvalues: Tensor, limit: float) -> Tensor:
+def _divide(numerator: Tensor, denominator: Tensor) -> Tensor:
+    return numerator / denominator.clamp_min(torch.finfo(torch.float64).tiny)
+
+
+def _with_limit(numerator: Tensor, eigenvalues: Tensor, limit: float) -> Tensor:
     # The filter is limit * (1 - x/2 + ...) with x = limit * eigenvalue: the limit itself, to the last digit, for small x.
     # The quotient loses digits where x underflows.
     divisible = limit * eigenvalues > 1e-20

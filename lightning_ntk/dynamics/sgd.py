@@ -161,40 +161,56 @@ class ModalSGD:
     with :math:`s_j = q_j - q_j(0)`; decay and momentum act on all of them as they act on the weights. No division, exact
     at :math:`\lambda = 0`, and O(m) operations a step.
 
+    Their derivatives in :math:`\lambda`, which error bounds need, follow from the derivative of the gradient:
+    :math:`c\,(\phi + \lambda\phi')`.
+
     Args:
         eigenvalues: The eigenvalues for the residual and for every carried vector, each `(m,)` in float64.
         factor: The measured factor c of the loss.
         starts: The coefficients of the carried vectors at step 0.
+        with_slopes: Whether to follow the derivatives too.
     """
 
-    def __init__(self, eigenvalues: Sequence[Tensor], factor: float, starts: Sequence[Start] = ()) -> None:
+    def __init__(
+        self, eigenvalues: Sequence[Tensor], factor: float, starts: Sequence[Start] = (), *, with_slopes: bool = False
+    ) -> None:
         self._eigenvalues = [values.clamp_min(0) for values in eigenvalues]
         self._factor = factor
         self._starts = [start.weight for start in starts]
-        values = [torch.zeros_like(v) for v in self._eigenvalues]
-        values += [torch.tensor([start.weight], dtype=torch.float64) for start in starts]
+        modes = self._eigenvalues * (2 if with_slopes else 1)
+        values = [torch.tensor([start.weight], dtype=torch.float64) for start in starts]
+        values += [torch.zeros_like(v) for v in modes]
         buffers = None
         if any(start.buffer for start in starts):
-            buffers = [torch.zeros_like(v) for v in self._eigenvalues]
-            buffers += [torch.tensor([start.buffer], dtype=torch.float64) for start in starts]
+            buffers = [torch.tensor([start.buffer], dtype=torch.float64) for start in starts]
+            buffers += [torch.zeros_like(v) for v in modes]
         self._sgd = LinearSGD(values, buffers)
 
     def step(self, settings: SGDSettings) -> None:
         """One optimizer step with these settings."""
         values, scales = self.filters
-        gradients = [
-            (eigenvalues * values).sub_(drive).mul_(self._factor)
-            for drive, eigenvalues, values in zip((1.0, *scales), self._eigenvalues, values, strict=True)
+        gradients = [torch.zeros(1, dtype=torch.float64) for _ in scales]
+        gradients += [
+            (eigenvalues * value).sub_(drive).mul_(self._factor)
+            for drive, eigenvalues, value in zip((1.0, *scales), self._eigenvalues, values, strict=True)
         ]
-        self._sgd.step([*gradients, *(torch.zeros(1, dtype=torch.float64) for _ in scales)], settings)
+        gradients += [
+            (eigenvalues * slope).add_(value).mul_(self._factor)
+            for slope, eigenvalues, value in zip(self.slopes, self._eigenvalues, values, strict=False)
+        ]
+        self._sgd.step(gradients, settings)
 
     @property
     def filters(self) -> Filters:
         """The filters after the steps so far; later steps change their tensors in place."""
-        values = self._sgd.values
-        count = len(self._eigenvalues)
-        scales = [value.item() - start for value, start in zip(values[count:], self._starts, strict=True)]
-        return Filters(tuple(values[:count]), tuple(scales))
+        values, carried = self._sgd.values, len(self._starts)
+        scales = [value.item() - start for value, start in zip(values[:carried], self._starts, strict=True)]
+        return Filters(tuple(values[carried : carried + len(self._eigenvalues)]), tuple(scales))
+
+    @property
+    def slopes(self) -> list[Tensor]:
+        """The derivatives of the filters after the steps so far; later steps change these tensors in place."""
+        return self._sgd.values[len(self._starts) + len(self._eigenvalues) :]
 
 
 def _require_rate(value: object) -> float:

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Generic, Literal, NamedTuple, Protocol, TypeVar
 
 import torch
@@ -60,7 +61,8 @@ class ErrorBound(NamedTuple):
 
     Attributes:
         truncation: What more products with the kernel could still change.
-        rounding: What rounding has changed, which no number of products repairs.
+        rounding: What rounding has changed, which no number of products repairs. Infinite where the passes cannot determine
+            the weights.
         displacement: |w - w0|, the scale of a relative error.
     """
 
@@ -81,10 +83,11 @@ class ErrorBound(NamedTuple):
         return self.total / self.displacement if self.displacement > 0 else math.inf
 
     def meets(self, tolerance: float) -> bool:
-        """Whether more products are useless: the truncation is below a relative tolerance or below the rounding."""
+        """Whether more products are useless: the truncation is below a relative tolerance, or a hundredth of the rounding."""
         if not math.isfinite(self.displacement):  # diverged beyond floating-point numbers
             return True
-        return self.truncation <= max(tolerance * self.displacement, self.rounding)
+        visible = self.rounding / 100 if math.isfinite(self.rounding) else 0.0
+        return self.truncation <= max(tolerance * self.displacement, visible)
 
 
 @dataclass(frozen=True)
@@ -93,16 +96,21 @@ class Solved(Generic[T]):
 
     Attributes:
         filters: The answer.
-        bound: The error of the weights that follow from it.
+        estimate: Computes the error of the weights that follow from it.
         products: Products with the kernel behind the modes; 0 for an eigendecomposition.
         stopped: Why there are no more modes: they are "complete", or the bound has met the "tolerance" or fallen below
             the "rounding", or "memory" allows no more.
     """
 
     filters: T
-    bound: ErrorBound
+    estimate: Callable[[], ErrorBound]
     products: int = 0
     stopped: Stop = "complete"
+
+    @cached_property
+    def bound(self) -> ErrorBound:
+        """The error of the weights, computed when it is first asked for."""
+        return self.estimate()
 
 
 class ModalSolver(Protocol):

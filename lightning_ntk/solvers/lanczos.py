@@ -67,15 +67,13 @@ class LanczosModes(Modes):
         coupling: :math:`\beta_k e_k^\top U`, `(k,)`: by how much each Ritz pair fails to be an eigenpair. Zero when the
             Krylov space is invariant and the answers exact.
         next_curvature: :math:`\alpha_{k+1} = |J^\top v_{k+1}|^2`.
-        largest_diagonal: The largest of :math:`\alpha_1, \ldots, \alpha_k`.
-        rounding: The error of the products as measured on the basis, in the Ritz vectors, `(k, k)`.
+        diagonal: :math:`\alpha_1, \ldots, \alpha_k`, with :math:`\alpha_l = |J^\top v_l|^2`, not negative.
     """
 
     rotation: Tensor
     coupling: Tensor
     next_curvature: float
-    largest_diagonal: float
-    rounding: Tensor
+    diagonal: Tensor
 
     @property
     def basis(self) -> Tensor:
@@ -105,9 +103,6 @@ class LanczosProcess:
        converged Ritz values appear;
     3. has no tolerance of its own: the caller stops when the answer is good enough, not the eigenpairs.
 
-    In exact arithmetic the coefficients on all but the last two vectors are zero. What they are instead measures the rounding
-    of the products.
-
     Args:
         vector: The vector to start from, f0 - Y or J e of a carried vector e, `(N K,)` in float64.
     """
@@ -119,7 +114,6 @@ class LanczosProcess:
         self._vectors = start.unsqueeze(0)
         self._diagonal: list[float] = []
         self._off_diagonal: list[float] = []
-        self._errors: list[Tensor] = []
         self._scale = 0.0
 
     @property
@@ -147,20 +141,15 @@ class LanczosProcess:
         vector = vector - first @ known
         vector = vector - (known @ vector) @ known
         # One transfer a product from a GPU.
-        size, beta, *coefficients = torch.cat([torch.stack([size, vector.norm()]), first]).tolist()
+        size, beta, coefficient = torch.stack([size, vector.norm(), first[-1]]).tolist()
         self._scale = max(self._scale, size)
         unit = torch.finfo(vector.dtype).eps * self._scale
-        errors = torch.tensor(coefficients, dtype=torch.float64)
-        if index > 0:
-            errors[-2] -= self._off_diagonal[-1]
-        errors[-1] = 0
-        self._errors.append(errors)
         # A remainder that is rounding alone has no direction of its own.
         if beta <= 4 * unit * math.sqrt(len(vector)) or index + 1 == len(vector):
             beta = 0.0
         else:
             self._vectors[index + 1] = vector / beta
-        self._diagonal.append(coefficients[-1])
+        self._diagonal.append(coefficient)
         self._off_diagonal.append(beta)
 
     def modes(self) -> LanczosModes:
@@ -178,9 +167,6 @@ class LanczosProcess:
         values, rotation = torch.linalg.eigh(matrix)
         # Without this, the arbitrary signs of the Ritz vectors would change as the basis grows.
         rotation *= signs(rotation, rotation[0])
-        errors = torch.zeros(size, size, dtype=torch.float64)
-        for index, column in enumerate(self._errors[:size]):
-            errors[: index + 1, index] = column
         return LanczosModes(
             eigenvalues=values,
             vectors=self._vectors[:size].T,
@@ -188,8 +174,7 @@ class LanczosProcess:
             rotation=rotation,
             coupling=self._off_diagonal[size - 1] * rotation[-1],
             next_curvature=0.0 if self.exhausted else max(self._diagonal[size], 0.0),
-            largest_diagonal=diagonal.max().item(),
-            rounding=rotation.T @ errors @ rotation,
+            diagonal=diagonal.clamp_min(0),
         )
 
     def _reserve(self, count: int) -> None:
@@ -268,7 +253,7 @@ class LanczosSolver:
                 "Lanczos stopped after %d products, at a relative error bound of %.3g where %.3g was wanted: more would not fit. "
                 "Ask for an earlier time, or use fewer samples.", self.num_products, solved.bound.relative, self._tolerance,
             )  # fmt: skip
-        return replace(solved, products=self.num_products, stopped=stopped)
+        return replace(solved, estimate=lambda: solved.bound, products=self.num_products, stopped=stopped)
 
     @property
     def _exhausted(self) -> bool:

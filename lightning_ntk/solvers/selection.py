@@ -3,6 +3,8 @@
 import math
 from typing import Literal, NamedTuple
 
+import torch
+
 from lightning_ntk.utilities.memory import format_bytes
 
 Solver = Literal["auto", "eigh", "lanczos"]
@@ -10,6 +12,7 @@ Solver = Literal["auto", "eigh", "lanczos"]
 # Relative costs of an operation: a matrix product is 1; a factorization and a product with a vector wait for memory.
 _EIGH_OPERATIONS = 20.0  # times rows^3
 _MEMORY_BOUND = 10.0
+_WIDENED = 20.0
 # A forward, a backward and a forward-mode pass, in forward passes.
 _PASSES = 6.0
 # Below, some seconds on one core, the complete decomposition is preferred: it answers every time exactly.
@@ -29,7 +32,7 @@ class Sizes(NamedTuple):
         samples: N.
         outputs: K.
         parameters: P.
-        itemsize: Bytes of a number in the passes.
+        dtype: The type of the passes.
         horizon: The largest number of optimizer steps that will be asked for, or None if unknown.
         kernel_given: Whether the kernel exists already.
         jacobian_stored: Whether J is kept in memory.
@@ -41,7 +44,7 @@ class Sizes(NamedTuple):
     samples: int
     outputs: int
     parameters: int
-    itemsize: int
+    dtype: torch.dtype
     horizon: float | None = None
     kernel_given: bool = False
     jacobian_stored: bool = False
@@ -61,12 +64,14 @@ class Choice(NamedTuple):
     Attributes:
         solver: "eigh" or "lanczos".
         matrix_free: Whether Lanczos works without a kernel.
+        kernel_dtype: The type in which to sum the kernel.
         reason: The choice and its cause, a sentence.
         max_products: How many products with the kernel memory allows.
     """
 
     solver: Literal["eigh", "lanczos"]
     matrix_free: bool
+    kernel_dtype: torch.dtype
     reason: str
     max_products: int
 
@@ -75,18 +80,23 @@ class Candidate(NamedTuple):
     """A way to the modes and its cost.
 
     Attributes:
+        name: The way, in words.
         solver: "eigh" or "lanczos".
-        matrix_free: Whether Lanczos works without a kernel.
         operations: Operations, in those of a matrix product.
         memory: Bytes.
-        name: The way, in words.
+        kernel_dtype: The type of the kernel, None without one.
     """
 
+    name: str
     solver: Literal["eigh", "lanczos"]
-    matrix_free: bool
     operations: float
     memory: float
-    name: str
+    kernel_dtype: torch.dtype | None = None
+
+    @property
+    def matrix_free(self) -> bool:
+        """Whether Lanczos works without a kernel."""
+        return self.kernel_dtype is None
 
 
 def expected_products(rows: int, horizon: float | None) -> int:
@@ -139,44 +149,42 @@ def choose_solver(
     products = int(
         min(sizes.rows, _MAX_PRODUCTS, max(16.0, _BASIS_SHARE * free_memory / (8 * sizes.rows * sizes.vectors)))
     )
-    return Choice(best.solver, best.matrix_free, _reason(sizes, best, fitting, candidates, few=bool(few)), products)
+    reason = _reason(sizes, best, fitting, candidates, few=bool(few))
+    return Choice(best.solver, best.matrix_free, best.kernel_dtype or torch.float64, reason, products)
 
 
 def _candidates(sizes: Sizes) -> list[Candidate]:
     rows, parameters = float(sizes.rows), float(sizes.parameters)
     products = expected_products(sizes.rows, sizes.horizon)
-    jacobian = rows * parameters * sizes.itemsize if sizes.jacobian_stored else 0.0
-    matrix = rows**2 * sizes.itemsize
+    jacobian = rows * parameters * sizes.dtype.itemsize if sizes.jacobian_stored else 0.0
     forming = rows**2 * parameters if sizes.kernel_operations is None else sizes.kernel_operations
     kernel = 0.0 if sizes.kernel_given else forming
-    held = jacobian if sizes.kernel_given else jacobian + matrix
-    reorthogonalization = 4 * rows * products**2 * sizes.vectors
+    orthogonalizing = 4 * rows * products**2 * sizes.vectors
     basis = 3 * 8 * rows * products * sizes.vectors
-    dense = Candidate(
-        "lanczos", False, kernel + 2 * _MEMORY_BOUND * products * rows**2 + reorthogonalization, held + basis,
-        "Lanczos on the kernel",
-    )  # fmt: skip
-    # The kernel in float64, a copy, the eigenvectors and the workspace of the eigensolver.
-    eigh = Candidate(
-        "eigh",
-        False,
-        kernel + _EIGH_OPERATIONS * rows**3,
-        jacobian + 5 * 8 * rows**2,
-        "the kernel's eigendecomposition",
-    )
+
+    def dense(dtype: torch.dtype, name: str, cost: float) -> Candidate:
+        held = 0.0 if sizes.kernel_given else dtype.itemsize * rows**2
+        operations = kernel + 2 * cost * products * rows**2 + orthogonalizing
+        return Candidate(name, "lanczos", operations, jacobian + held + basis, dtype)
+
+    candidates = [
+        # The kernel, a copy, the eigenvectors and the workspace of the eigensolver.
+        Candidate(
+            "the kernel's eigendecomposition", "eigh", kernel + _EIGH_OPERATIONS * rows**3,
+            jacobian + 5 * 8 * rows**2, torch.float64,
+        ),
+        dense(torch.float64, "Lanczos on the kernel", _MEMORY_BOUND),
+    ]  # fmt: skip
     if sizes.kernel_given:
-        return [eigh, dense]
+        return candidates
+    if sizes.dtype != torch.float64:
+        # Widened for every product, and of entries that are rounded: only where the other one is too large.
+        candidates.append(dense(sizes.dtype, f"Lanczos on the kernel in {_name(sizes.dtype)}", _WIDENED))
     forward = 2.0 * sizes.samples * parameters if sizes.forward_operations is None else sizes.forward_operations
     passes = 4 * _MEMORY_BOUND * rows * parameters if sizes.jacobian_stored else _PASSES * forward
+    operations = passes * products * sizes.vectors + orthogonalizing
     weights = 3 * 8 * parameters
-    free = Candidate(
-        "lanczos",
-        True,
-        passes * products * sizes.vectors + reorthogonalization,
-        jacobian + basis + weights,
-        "Lanczos without a kernel",
-    )
-    return [eigh, dense, free]
+    return [*candidates, Candidate("Lanczos without a kernel", "lanczos", operations, jacobian + basis + weights)]
 
 
 def _reason(sizes: Sizes, best: Candidate, fitting: list[Candidate], candidates: list[Candidate], *, few: bool) -> str:
@@ -191,3 +199,7 @@ def _reason(sizes: Sizes, best: Candidate, fitting: list[Candidate], candidates:
         for c in candidates
     )
     return f"{head}, by counted operations: {counts}."
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

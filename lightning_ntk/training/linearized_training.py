@@ -66,7 +66,8 @@ class LinearizedTraining:
             times are possible and extend the basis. Infinity takes nearly N K products on most networks, because
             eigenvalues reach down to what counts as zero. Default: unknown, and Lanczos starts when asked.
         tolerance: Truncation error that Lanczos allows in the weights, relative to |w_lin - w0|. It never asks for more than
-            the passes can give: in float32, without a kernel, about 1e-5 at 1000 steps of eta lambda_max = 1, 1e-4 at 10000.
+            a hundredth of what rounding leaves open, see `error_bound`: in float32, without a kernel, the weights are off by
+            about 1e-5 after 1000 steps of eta lambda_max = 1, by 1e-4 after 10000; with one, by a tenth of that.
         jacobian: "streamed" recomputes J minibatch by minibatch in every pass, with memory O(P + N K). "stored" keeps a small
             model's J, N K P numbers. Both give the same results.
         ntk: A kernel computed earlier, `(N K, N K)` in sample-major order, with `lr_scales` the weighted one. One pass checks
@@ -284,22 +285,24 @@ class LinearizedTraining:
         return self.problem.loss_of(self.state(t).predictions)
 
     def error_bound(self, t: float | None, *, relative: bool = False) -> float:
-        r"""Bound on :math:`|w_k(t) - w_\text{lin}(t)|`, the error of `weights(t)` that the solver makes.
+        r"""A bound on the error of `weights(t)`, as `lightning_ntk.dynamics.error_bounds` derives it.
 
-        For Lanczos the rigorous truncation error of `lightning_ntk.dynamics.error_bounds`, plus an estimate of the effect of the
-        measured rounding of its products. The basis is extended first, as `weights(t)` would. Not counted are the rounding
-        of the pass that turns coefficients into weights and, at t = infinity, eigenvalues that count as zero.
+        It is the truncation error of Lanczos, which is rigorous, and four times the effect of rounding, from errors of the
+        passes that were measured against float64 at construction. `weights(t)` and `displacement(t)` meet it.
 
         Args:
             t: Optimizer steps, as for `weights`.
-            relative: In units of |w_lin(t) - w0| in the place of those of the weights.
+            relative: Whether to give the bound in units of |w_lin(t) - w0|.
 
         Returns:
-            The bound; 0 for a complete eigendecomposition.
+            The bound. At t = infinity without decay it counts the eigenvalues that are zero for the passes but not for
+            float64, which may hold most of the solution. It is infinite where the passes do not determine these: in
+            float32, without a kernel.
+
+        Raises:
+            ValueError: If recorded `batches` are replayed, for which there is no bound, or there is no such `t`.
         """
-        if isinstance(self._engine, RecordedTraining):
-            return 0.0
-        bound = self._engine.error_bound(t)
+        bound = self._modal.error_bound(t)
         return bound.relative if relative else bound.total
 
     def state(self, t: float | None) -> LinearizedState:

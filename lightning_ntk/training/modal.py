@@ -1,18 +1,17 @@
 """Linearized training on the modes of the kernel, at any time: by a closed form where there is one, else step by step."""
 
 import math
-from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
 
 import torch
 
 from lightning_ntk.dynamics.closed_form import ClosedForm, Dynamics, is_infinite
-from lightning_ntk.dynamics.error_bounds import combined_bound, gradient_flow_bound
 from lightning_ntk.dynamics.filters import Filters
 from lightning_ntk.dynamics.sgd import Hyperparameters
 from lightning_ntk.dynamics.stability import max_learning_rate, ridge
-from lightning_ntk.solvers.base import ErrorBound, Modes, Solved
+from lightning_ntk.solvers.base import ErrorBound, Solved
 from lightning_ntk.solvers.eigh import CompleteModes
-from lightning_ntk.solvers.lanczos import LanczosModes
 from lightning_ntk.training.base import LinearizedState
 from lightning_ntk.training.modal_run import ModalRun
 from lightning_ntk.training.modes import ModalProblem
@@ -38,6 +37,7 @@ class ModalTraining:
             ridge=ridge(hyperparameters.template, modal.loss_factor),
             limits=tuple(term.limit for term in modal.terms),
             norms=tuple(term.norm for term in modal.terms),
+            rounding=modal.rounding,
         )
         self._run: ModalRun | None = None
 
@@ -109,12 +109,9 @@ class ModalTraining:
         steps = int(min(_whole(t), self.hyperparameters.steps))
         rates = sum(self.hyperparameters.settings(step).lr for step in range(steps))
         time = rates * self.modal.loss_factor * settings.gain / max(1 - settings.momentum, 1e-3)
-
-        def solve(modes: Sequence[Modes]) -> Solved[None]:
-            ritz = [m for m in modes if isinstance(m, LanczosModes)]
-            return Solved(None, combined_bound([gradient_flow_bound(m, time) for m in ritz]))
-
-        solver.refine(solve)
+        flow = replace(self._form, dynamics="gradient_flow", rate=1.0, ridge=0.0, limits=(), norms=())
+        for index in range(len(solver.modes)):
+            solver.refine(partial(lambda own, modes: flow.solve(modes[own : own + 1], time), index))
 
     def has_closed_form(self, t: float | None) -> bool:
         """Whether the state at this time takes no recurrence."""

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from lightning_ntk.dynamics.closed_form import ClosedForm
-from lightning_ntk.dynamics.error_bounds import RunningBound
+from lightning_ntk.dynamics.error_bounds import error_bound
 from lightning_ntk.dynamics.filters import Filters
 from lightning_ntk.dynamics.sgd import Hyperparameters, ModalSGD, SGDSettings
+from lightning_ntk.dynamics.truncation import RunningTruncation
 from lightning_ntk.linearization.parameters import Tensors
 from lightning_ntk.solvers.base import ErrorBound, Modes, Solved
 from lightning_ntk.solvers.lanczos import LanczosModes
@@ -162,15 +163,30 @@ class ModalRun:
                 for same in repeat(settings, count):
                     self._advance(same)
         filters = self._sgd.filters
-        bound = ErrorBound(0.0, 0.0, 0.0) if self._running is None else self._running.result(filters)
-        return Solved(filters, bound)
+        return Solved(filters, lambda: self._estimate(modes, filters))
+
+    def _estimate(self, modes: Sequence[Modes], filters: Filters) -> ErrorBound:
+        if self._running is None:
+            # The slopes of all modes would double the cost of a step, and few ask for them.
+            sgd = self._make_sgd(modes, with_slopes=True)
+            for settings, count in self.history:
+                for same in repeat(settings, count):
+                    sgd.step(same)
+            truncations, slopes = [0.0] * len(modes), sgd.slopes
+        else:
+            truncations, slopes = self._running.truncations, self._sgd.slopes
+        rounding, norms = self._modal.rounding, [term.norm for term in self._modal.terms]
+        return error_bound(modes, filters, slopes, truncations, rounding, norms, steps=self.steps)
 
     def _start(self, modes: Sequence[Modes]) -> None:
-        terms, factor = self._modal.terms, self._modal.loss_factor
-        self._modes = modes
-        self._sgd = ModalSGD([m.eigenvalues for m in modes], factor, [term.start for term in terms])
         ritz = [m for m in modes if isinstance(m, LanczosModes)]
-        self._running = RunningBound(ritz, factor, [term.norm for term in terms]) if ritz else None
+        self._modes = modes
+        self._sgd = self._make_sgd(modes, with_slopes=bool(ritz))
+        self._running = RunningTruncation(ritz, self._modal.loss_factor) if ritz else None
+
+    def _make_sgd(self, modes: Sequence[Modes], *, with_slopes: bool) -> ModalSGD:
+        starts = [term.start for term in self._modal.terms]
+        return ModalSGD([m.eigenvalues for m in modes], self._modal.loss_factor, starts, with_slopes=with_slopes)
 
     def _advance(self, settings: SGDSettings) -> None:
         if self._running is not None:

@@ -11,6 +11,7 @@ from lightning_ntk.solvers.base import ModalSolver
 from lightning_ntk.solvers.eigh import CompleteModes
 from lightning_ntk.solvers.lanczos import Lanczos, LanczosSolver
 from lightning_ntk.solvers.products import jacobian_product, kernel_product
+from lightning_ntk.solvers.rounding import measure_rounding
 from lightning_ntk.solvers.selection import Sizes, Solver, choose_solver, expected_products
 from lightning_ntk.training.base import LinearizedState
 from lightning_ntk.training.off_span import OffSpanTerm
@@ -33,6 +34,7 @@ class ModalProblem:
         solver: Where the modes come from, for the residual and for every term.
         kernel: The kernel `(N K, N K)`, or None where it was not formed.
         reason: Why this solver, in a sentence.
+        rounding: The errors of the passes and of the kernel.
 
     Raises:
         ValueError: If the loss is not a squared one, or if the kernel is not of this network and data.
@@ -57,10 +59,13 @@ class ModalProblem:
         choice = choose_solver(sizes, solver=solver, matrix_free=lanczos.matrix_free, free_memory=free)
         self.reason = choice.reason
         _log.info("%s", choice.reason)
-        # Summed in float32, the kernel puts the weights off by 2e-5 at eta * t * lambda_max = 1e4; in float64 by 3e-6.
-        # Lanczos is for kernels whose size matters more than that.
-        dtype = torch.float64 if choice.solver == "eigh" else problem.linearization.dtype
-        self.kernel = None if choice.matrix_free else problem.kernel(ntk, dtype=dtype)
+        self.kernel = None if choice.matrix_free else problem.kernel(ntk, dtype=choice.kernel_dtype)
+        # A kernel summed in float64 from passes in float32 has the errors of these passes, and no others.
+        own_errors = self.kernel is not None and (ntk is not None or self.kernel.dtype != torch.float64)
+        self.rounding = measure_rounding(
+            problem.linearization, problem.reference, problem.predictions, problem.objective.targets,
+            kernel=self.kernel if own_errors else None, lr_scales=problem.lr_scales,
+        )._replace(independent=choice.matrix_free)  # fmt: skip
         if choice.solver == "eigh":
             assert self.kernel is not None
             self.solver: ModalSolver = CompleteModes(self.kernel, vectors, progress=problem.progress)
@@ -104,7 +109,7 @@ def _sizes(problem: LinearizedProblem, ntk: Tensor | None, horizon: float | None
         samples=len(problem.reference),
         outputs=problem.predictions.shape[1],
         parameters=linearization.num_parameters,
-        itemsize=linearization.dtype.itemsize,
+        dtype=linearization.dtype,
         horizon=horizon,
         kernel_given=ntk is not None,
         jacobian_stored=isinstance(problem.jacobian, StoredJacobian),

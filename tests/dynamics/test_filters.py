@@ -7,7 +7,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lightning_ntk.dynamics.filters import gradient_descent_filter, gradient_flow_filter, minimum_norm_filter
+from lightning_ntk.dynamics.filters import (
+    Start,
+    gradient_descent_filter,
+    gradient_descent_slope,
+    gradient_flow_filter,
+    gradient_flow_slope,
+    minimum_norm_filter,
+)
 from lightning_ntk.dynamics.sgd import ModalSGD, SGDSettings
 
 eigenvalues = st.one_of(
@@ -97,3 +104,35 @@ def test_eigenvalues_above_the_stable_maximum_grow() -> None:
 def test_steps_must_be_whole_numbers(steps: float) -> None:
     with pytest.raises(ValueError, match=r"`t`|NaN"):
         gradient_descent_filter(torch.ones(1).double(), 1.0, steps)
+
+
+@pytest.mark.parametrize("steps", [0, 1, 2, 7, 300])
+def test_slopes_are_derivatives(steps: int) -> None:
+    values = torch.tensor([0.0, 1e-9, 1e-5, 1e-2, 0.3, 0.9, 1.0, 1.4, 1.9], dtype=torch.float64)
+    step = 1e-7
+    for filter_of, slope_of in ((gradient_descent_filter, gradient_descent_slope), (_flow, _flow_slope)):
+        expected = (filter_of(values + 2 * step, 1.0, steps) - filter_of(values + step, 1.0, steps)) / step
+        actual = slope_of(values + 1.5 * step, filter_of(values + 1.5 * step, 1.0, steps), 1.0, steps)
+        torch.testing.assert_close(actual, expected, rtol=2e-3, atol=1e-5)
+
+
+def _flow(values: torch.Tensor, rate: float, steps: float) -> torch.Tensor:
+    return gradient_flow_filter(values, rate * steps)
+
+
+def _flow_slope(values: torch.Tensor, filtered: torch.Tensor, rate: float, steps: float) -> torch.Tensor:
+    return gradient_flow_slope(values, filtered, rate * steps)
+
+
+@pytest.mark.parametrize("start", [Start(1.0, 0.0), Start(0.0, 1.0)])
+def test_the_recurrence_follows_slopes(start: Start) -> None:
+    values = torch.tensor([0.0, 0.3, 1.1], dtype=torch.float64)
+    settings = SGDSettings(0.4, momentum=0.8, nesterov=True, weight_decay=0.05)
+    both = [ModalSGD([v, v], 0.7, [start], with_slopes=True) for v in (values, values + 1e-6)]
+    for _ in range(40):
+        for sgd in both:
+            sgd.step(settings)
+    first, second = (sgd.filters.values for sgd in both)
+    for slope, low, high in zip(both[0].slopes, first, second, strict=True):
+        torch.testing.assert_close(slope, (high - low) / 1e-6, rtol=1e-4, atol=1e-6)
+    assert ModalSGD([values], 0.7).slopes == []

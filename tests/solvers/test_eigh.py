@@ -2,7 +2,7 @@
 
 import torch
 
-from lightning_ntk.solvers.base import Solved
+from lightning_ntk.solvers.base import ErrorBound, Solved
 from lightning_ntk.solvers.eigh import CompleteModes, eigh_modes
 
 
@@ -29,7 +29,7 @@ def test_the_residual_has_no_negative_coordinate() -> None:
 def test_complete_modes_answer_at_once() -> None:
     solver = CompleteModes(torch.eye(4), [torch.ones(2, 2)])
     calls = []
-    solved = Solved(None, None)
+    solved = Solved(None, lambda: ErrorBound(0.0, 1.0, 2.0))
     assert solver.refine(lambda modes: calls.append(modes) or solved) is solved
     assert (len(calls), solver.largest_eigenvalue) == (1, 1.0)
-    assert (solved.products, solved.stopped) == (0, "complete")
+    assert (solved.products, solved.stopped, solved.bound.relative) == (0, "complete", 0.5)

@@ -53,7 +53,8 @@ def test_weights_and_predictions_are_brute_force(options: dict, loss: nn.Module,
             assert relative_error(training.predictions(step + 1), model.predict(expected)) < 1e-12
             assert training.loss(step + 1) == pytest.approx(loss(model.predict(expected), targets).item(), rel=1e-12)
     assert torch.equal(flatten(training.weights(0)), model.start)  # back in time, too
-    assert training.error_bound(STEPS) == 0
+    with pytest.raises(ValueError, match="Expected full-batch training"):
+        training.error_bound(STEPS)
     assert training.ntk is not None
     assert training.ntk.shape == (33, 33)
 
