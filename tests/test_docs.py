@@ -1,5 +1,6 @@
 """The documentation: it builds, its snippets run and print what the pages show, and its pages name what there is."""
 
+import ast
 import importlib
 import re
 import subprocess
@@ -174,3 +175,13 @@ def test_the_scalars_page_has_every_scalar() -> None:
         name = re.sub(r"^mode/\d+", "mode/<i>", name.removeprefix("evaluation/"))
         name = re.sub(r"^parameter/.*", "parameter/<name>", name)
         assert f"`{name}`" in page, name
+
+
+def test_every_folder_is_in_the_architecture_with_its_sentence() -> None:
+    page = dict(re.findall(r"^`(\w+)/`\n: (.*)$", (DOCS / "architecture.md").read_text(), re.MULTILINE))
+    folders = {path.parent.name: path for path in (ROOT / "lightning_ntk").glob("*/__init__.py")}
+    assert page.keys() == folders.keys()
+    assert len(page) == 13
+    for name, path in folders.items():
+        assert ast.get_docstring(ast.parse(path.read_text())).splitlines()[0] == page[name]
+    assert {path.name for path in (ROOT / "lightning_ntk").glob("*") if path.is_file()} == {"__init__.py", "py.typed"}

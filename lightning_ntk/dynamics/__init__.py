@@ -1,1 +1,1 @@
-"""What an optimizer does to the modes of a linearized network."""
+"""What an optimizer does to one mode: closed forms, SGD's recurrence, stability, error bounds; no network."""

@@ -1,4 +1,4 @@
-"""The distances as pure functions of tensors."""
+"""The distances as pure functions: the only copy of every formula."""
 
 from lightning_ntk.functional.kernels import kernel_change, kernel_distance, kernel_target_alignment
 from lightning_ntk.functional.predictions import prediction_rmse, taylor_gap

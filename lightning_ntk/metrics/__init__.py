@@ -1,4 +1,4 @@
-"""The distances as `torchmetrics.Metric` classes.
+"""The distances as torchmetrics.Metric classes.
 
 They hold sums; the formulas are those of `lightning_ntk.functional`. Updates and processes may add different batches of outputs
 and different blocks of kernels, or all the same ones: the value is the same. Weights of several updates, such as an

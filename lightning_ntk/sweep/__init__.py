@@ -1,4 +1,4 @@
-"""Sweeps over configurations, on Optuna: one short file, from one process to a cluster."""
+"""One objective, many configurations, any number of processes, on an Optuna study."""
 
 from lightning_ntk.sweep.configurations import Range, grid, latin_hypercube, product, random_sample
 from lightning_ntk.sweep.plot import plot_scaling
