@@ -48,13 +48,16 @@ class Regression(LightningModule):
         self.body = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))
 
     def forward(self, inputs: Tensor) -> Tensor:
+        """Outputs `(B, 2)`."""
         outputs: Tensor = self.body(inputs)
         return outputs
 
     def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        """The mean squared error."""
         return nn.functional.mse_loss(self(batch[0]), batch[1])
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
+        """Plain gradient descent."""
         return torch.optim.SGD(self.parameters(), lr=0.1)
 
 

@@ -110,7 +110,7 @@ def _of_batches(trainer: Trainer) -> Iterable[str]:
     if samples is None or not isinstance(loader, DataLoader):
         return
     sampler, own, processes = loader.sampler, samples, 1
-    known = type(sampler) in (SequentialSampler, RandomSampler, DistributedSampler)
+    known = isinstance(sampler, SequentialSampler | RandomSampler | DistributedSampler)
     if not known or type(loader.batch_sampler) is not BatchSampler:
         yield f"it draws its samples with {type(sampler).__name__}"
     elif isinstance(sampler, RandomSampler) and sampler.replacement:

@@ -115,7 +115,7 @@ def assemble(
             del left  # before the next one is made
     if processes.size > 1:
         for owner, tile in zip(owners, tiles, strict=True):
-            write(tile, processes.broadcast_(kernel[tile.place(outputs)].contiguous(), owner))
+            write(tile, processes.broadcast_(kernel[tile.place(outputs)].clone(), owner))
     return kernel
 
 
