@@ -59,14 +59,15 @@ class ModalProblem:
         choice = choose_solver(sizes, solver=solver, matrix_free=lanczos.matrix_free, free_memory=free)
         self.reason = choice.reason
         _log.info("%s", choice.reason)
-        self.kernel = None if choice.matrix_free else problem.kernel(ntk, dtype=choice.kernel_dtype)
+        kernel_dtype = choice.way.kernel_dtype
+        self.kernel = None if kernel_dtype is None else problem.kernel(ntk, dtype=kernel_dtype)
         # A kernel summed in float64 from passes in float32 has the errors of these passes, and no others.
         own_errors = self.kernel is not None and (ntk is not None or self.kernel.dtype != torch.float64)
         self.rounding = measure_rounding(
             problem.linearization, problem.reference, problem.predictions, problem.objective.targets,
             kernel=self.kernel if own_errors else None, lr_scales=problem.lr_scales,
-        )._replace(independent=choice.matrix_free)  # fmt: skip
-        if choice.solver == "eigh":
+        )._replace(independent=kernel_dtype is None)  # fmt: skip
+        if choice.way.solver == "eigh":
             assert self.kernel is not None
             self.solver: ModalSolver = CompleteModes(self.kernel, vectors, progress=problem.progress)
             return
