@@ -50,16 +50,7 @@ class ClosestTime(NamedTuple):
 
 
 def find_closest(training: ModalTraining, displacement: Mapping[str, Tensor], until: float | None) -> ClosestTime:
-    """The time in [0, until] at which linearized training is closest to weights displaced from w0.
-
-    Args:
-        training: The linearized training.
-        displacement: w - w0, by parameter name.
-        until: The last time to look at. Default: that of the training.
-
-    Raises:
-        ValueError: If `until` is needed, if there is no such time, or if learning rates differ between parameters.
-    """
+    """The time in [0, until] at which linearized training is closest to w0 + displacement; see `LinearizedTraining.closest`."""
     problem, last = training.modal.problem, training.last_time if until is None else until
     if last is None or (last == math.inf and not training.has_closed_form(1)):
         raise ValueError(
@@ -75,22 +66,16 @@ def find_closest(training: ModalTraining, displacement: Mapping[str, Tensor], un
     displaced = {
         name: value.detach().double() for name, value in require_matching(displacement, problem.initial_weights).items()
     }
-    dtype = problem.linearization.dtype
-    squared = SquaredDistance(training, displaced)
-    time, state = closest_time(squared, training, until=last, dtype=dtype)
-    span = squared.in_span(dtype)
+    squared = _SquaredDistance(training, displaced)
+    time, state = _closest_time(squared, training, last)
+    span = squared.in_span(problem.linearization.dtype)
     floor = None if span is None else math.sqrt(1 - span**2)
     nearest = {name: value[0] for name, value in displacements(problem, training.modal.terms, [state]).items()}
     return ClosestTime(time, norm(difference(displaced, nearest)), span, floor)
 
 
-class SquaredDistance:
-    """The squared distance from fixed weights to the linearized ones, as a function of the state.
-
-    Args:
-        training: The linearized training.
-        displacement: w - w0, by parameter name.
-    """
+class _SquaredDistance:
+    """The squared distance from w0 + displacement to the linearized weights, as a function of the state."""
 
     def __init__(self, training: ModalTraining, displacement: Tensors) -> None:
         problem, self._modal = training.modal.problem, training.modal
@@ -122,19 +107,13 @@ class SquaredDistance:
         return math.sqrt(min(1.0, square / self.square)) if self.square > 0 else 1.0
 
 
-def closest_time(
-    squared_distance: SquaredDistance, training: ModalTraining, *, until: float, dtype: torch.dtype
+def _closest_time(
+    squared_distance: _SquaredDistance, training: ModalTraining, until: float
 ) -> tuple[float, LinearizedState]:
     """The time in [0, until] of the least distance, and the state there.
 
     The distance is looked at on a logarithmic grid, then between the neighbors of the best time, until nothing lies between:
     a minimum that is narrower than a sixth of its time may be missed.
-
-    Args:
-        squared_distance: The distances.
-        training: The linearized training.
-        until: The last time, infinity included.
-        dtype: Type of the passes, which decides which modes never move.
     """
     whole = training.dynamics == "gradient_descent" or not training.hyperparameters.constant
     squares: dict[float, float] = {}
@@ -149,7 +128,7 @@ def closest_time(
         moves = squares[0.0] - squares[best] > unresolved
         return math.inf if moves and squares.get(math.inf, math.inf) - squares[best] <= unresolved else best
 
-    shortest, longest = training.time_scales(dtype)
+    shortest, longest = training.time_scales()
     grid = _grid(min(until, _LAST_EXPONENT * longest), 1.0 if whole else 1e-3 * shortest, whole=whole)
     best = look([*grid, until] if until == math.inf or not whole else [*grid, math.floor(until)])
     refinements = 0

@@ -48,14 +48,13 @@ class LinearizedTraining:
         lr: Learning rate of `torch.optim.SGD`; or one for each step; or a function of the step, which counts from 0.
         loss: A squared loss of outputs and targets. Its factor c, with gradient c (f - Y), is measured; eta = lr * c.
         dynamics: "gradient_descent" (t is a whole number of steps) or "gradient_flow" (t is real; a step lasts `lr`).
-        momentum: As for `torch.optim.SGD`, like `dampening`, `nesterov`, `weight_decay` and `maximize`. Plain gradient descent
-            and gradient flow have closed forms. Momentum, schedules and decay toward zero take a recurrence over the steps.
+        momentum: As for `torch.optim.SGD`, like `dampening`, `nesterov` and `weight_decay`. Plain gradient descent and
+            gradient flow have closed forms. Momentum, schedules and decay toward zero take a recurrence over the steps.
         dampening: See `momentum`.
         nesterov: See `momentum`.
         weight_decay: See `momentum`.
         decay: How `weight_decay` acts: "coupled", through the gradient as in `torch.optim.SGD`; "decoupled", by multiplying
             the weights by 1 - lr * weight_decay; "initial", through the gradient, toward w0 instead of zero.
-        maximize: See `momentum`.
         momentum_buffers: The optimizer's momentum buffers at w0, by parameter, for a capture in the middle of a run.
         lr_scales: The learning rate of each named parameter as a multiple of `lr`; 0 freezes it. Default: 1. Then
             w_lin = w0 + D J^T a with the kernel J D J^T, and error bounds measure D^(-1/2) (w - w0).
@@ -108,7 +107,6 @@ class LinearizedTraining:
         nesterov: bool = False,
         weight_decay: float = 0.0,
         decay: Decay = "coupled",
-        maximize: bool = False,
         momentum_buffers: Mapping[str, Tensor] | None = None,
         lr_scales: Mapping[str, float] | None = None,
         solver: Solver | Lanczos = "auto",
@@ -127,10 +125,13 @@ class LinearizedTraining:
         require_choice("dynamics", dynamics, Dynamics)
         require_choice("decay", decay, Decay)
         name, lanczos = _solver_options(solver, Lanczos(tolerance, horizon, matrix_free))
-        template = SGDSettings(0.0, momentum, dampening, nesterov, weight_decay, maximize, decay == "decoupled")
+        template = SGDSettings(0.0, momentum, dampening, nesterov, weight_decay, decay == "decoupled")
         self.dynamics = dynamics
         self.hyperparameters = Hyperparameters(lr, template, decays_to_initial=decay == "initial")
-        _require_describable(dynamics, self.hyperparameters)
+        if dynamics == "gradient_flow" and momentum != 0:
+            raise ValueError(
+                f'Expected no momentum with dynamics="gradient_flow" but got {momentum}. Use dynamics="gradient_descent".'
+            )
         if batches is not None:
             beside = {"dynamics": dynamics != "gradient_descent", "solver": name != "auto", "tolerance": tolerance != 1e-6,
                       "matrix_free": matrix_free is not None, "horizon": horizon is not None}  # fmt: skip
@@ -371,12 +372,3 @@ def _refuse(given: Mapping[str, bool], beside: str) -> None:
     names = [f"`{name}`" for name, is_given in given.items() if is_given]
     if names:
         raise ValueError(f"Expected no argument {', '.join(names)} beside {beside}. Leave it out.")
-
-
-def _require_describable(dynamics: Dynamics, hyperparameters: Hyperparameters) -> None:
-    template = hyperparameters.template
-    if dynamics == "gradient_flow" and (template.momentum != 0 or template.maximize):
-        raise ValueError(
-            'Expected no momentum, and no maximization, with dynamics="gradient_flow", which has neither, but got momentum '
-            f'{template.momentum} and maximize={template.maximize}. Use dynamics="gradient_descent".'
-        )

@@ -18,6 +18,7 @@ from lightning_ntk.linearization.parameters import Tensors
 from lightning_ntk.solvers.base import ErrorBound, Modes, Solved
 from lightning_ntk.solvers.lanczos import LanczosModes
 from lightning_ntk.training.base import LinearizedState, StepSettings
+from lightning_ntk.training.function_space import require_prepared_decay
 from lightning_ntk.training.modes import ModalProblem
 from lightning_ntk.training.off_span import displacements
 
@@ -43,7 +44,7 @@ class ModalRun:
         self.dynamics: str = form.dynamics
         self._modal = modal
         self._flow = replace(form, rate=1.0)
-        self._decays = hyperparameters.decays_to_zero or hyperparameters.decays_to_initial
+        self._decays = hyperparameters.decays
         self.history: list[tuple[SGDSettings, int]] = []
         self.steps = 0
         self._time = 0.0
@@ -129,17 +130,13 @@ class ModalRun:
         return self._flow.ridge * self._modal.loss_factor
 
     def _require_settings(self, settings: SGDSettings) -> None:
-        if settings.weight_decay != 0 and not self._decays:
-            raise ValueError(
-                f"Expected steps without weight decay but got {settings.weight_decay}: the initial weights shrink then, for "
-                "which they have to be prepared. Give `weight_decay` from the start."
-            )
+        require_prepared_decay(settings, self._decays)
         if self.dynamics == "gradient_descent":
             return
-        if settings.momentum != 0 or settings.maximize:
+        if settings.momentum != 0:
             raise ValueError(
-                'Expected steps of plain gradient descent for dynamics="gradient_flow" but got momentum '
-                f'{settings.momentum} and maximize={settings.maximize}. Use dynamics="gradient_descent".'
+                'Expected steps without momentum for dynamics="gradient_flow" but got momentum '
+                f'{settings.momentum}. Use dynamics="gradient_descent".'
             )
         if not math.isclose(settings.weight_decay, self._flow_decay, rel_tol=1e-9):
             raise ValueError(
