@@ -31,7 +31,9 @@ class Lanczos:
     """The Lanczos solver and its options.
 
     Attributes:
-        tolerance: The truncation error to allow in the weights, relative to |w_lin - w0|.
+        tolerance: The truncation error to allow in the weights, relative to |w_lin - w0|. Lanczos never asks for more than a
+            hundredth of what rounding leaves open: in float32, without a kernel, the weights are off by about 1e-5 after
+            1000 steps of eta lambda_max = 1, by 1e-4 after 10000; with one, by a tenth of that.
         horizon: The largest number of steps that will be asked for. Lanczos prepares for it at once; later times extend
             the basis. Infinity takes nearly N K products on most networks, because eigenvalues reach down to what counts
             as zero. None: unknown, and Lanczos starts when asked.

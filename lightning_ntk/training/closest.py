@@ -9,7 +9,7 @@ It cancels where D is small, so that it serves the search; the distance found is
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -20,7 +20,7 @@ from lightning_ntk.linearization.parameters import Tensors
 from lightning_ntk.solvers.eigh import CompleteModes
 from lightning_ntk.training.base import LinearizedState
 from lightning_ntk.training.modal import ModalTraining
-from lightning_ntk.training.off_span import displacements
+from lightning_ntk.training.off_span import displacement as displacement_of
 from lightning_ntk.utilities.validation import require_matching
 
 # Times of the first look: all whole ones up to here, then this many for each factor of ten.
@@ -63,14 +63,13 @@ def find_closest(training: ModalTraining, displacement: Mapping[str, Tensor], un
             "Expected equal learning rates, or frozen parameters, for the closest time but got `lr_scales` "
             f"{problem.lr_scales}: the distance is no function of the kernel's modes then."
         )
-    displaced = {
-        name: value.detach().double() for name, value in require_matching(displacement, problem.initial_weights).items()
-    }
+    matching = require_matching(displacement, problem.linearization.params)
+    displaced = {name: value.detach().double() for name, value in matching.items()}
     squared = _SquaredDistance(training, displaced)
     time, state = _closest_time(squared, training, last)
     span = squared.in_span(problem.linearization.dtype)
     floor = None if span is None else math.sqrt(1 - span**2)
-    nearest = {name: value[0] for name, value in displacements(problem, training.modal.terms, [state]).items()}
+    nearest = displacement_of(problem, training.modal.terms, state)
     return ClosestTime(time, norm(difference(displaced, nearest)), span, floor)
 
 
@@ -146,13 +145,14 @@ def _closest_time(
 
 
 def _grid(last: float, first: float, *, whole: bool) -> list[float]:
-    times = [0.0, *(float(t) for t in range(1, int(min(last, _FIRST_TIMES)) + 1))] if whole else [0.0]
+    last = float(math.floor(last)) if whole else last
+    times = [float(t) for t in range(int(min(last, _FIRST_TIMES)) + 1)] if whole else [0.0]
     if last >= first:
         decades = math.log10(last / first)
         count = max(2, math.ceil(decades * _TIMES_PER_DECADE) + 1)
-        rounded: Callable[[float], float] = (lambda t: float(round(t))) if whole else float
-        times += [rounded(first * 10 ** (decades * i / (count - 1))) for i in range(count)]
-    return sorted({min(t, last) if not whole else min(t, float(math.floor(last))) for t in times})
+        later = [first * 10 ** (decades * i / (count - 1)) for i in range(count)]
+        times += [float(round(t)) for t in later] if whole else later
+    return sorted({min(t, last) for t in times})
 
 
 def _between(low: float, high: float, *, whole: bool) -> list[float]:

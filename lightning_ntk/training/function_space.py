@@ -110,17 +110,10 @@ class FunctionSpaceSGD:
         Raises:
             ValueError: If rows and targets do not fit each other or the samples.
         """
-        if rows.dim() != 1 or rows.is_floating_point() or rows.dtype == torch.bool or not len(rows):
-            raise ValueError(
-                f"Expected argument `rows` to be integers of shape (b,) but got {rows.dtype} of shape {tuple(rows.shape)}."
-            )
+        require_rows(rows, self.num_samples)
         if target.dim() == 0 or len(target) != len(rows):
             raise ValueError(
                 f"Expected the targets of {len(rows)} samples but got a tensor of shape {tuple(target.shape)}."
-            )
-        if rows.device.type == "cpu" and not 0 <= int(rows.min()) <= int(rows.max()) < self.num_samples:
-            raise ValueError(
-                f"Expected rows from 0 to {self.num_samples - 1} but got {int(rows.min())} to {int(rows.max())}."
             )
         # Prepared where they are: class labels are checked by their values, for which a GPU would have to be waited for.
         prepared = self._objective.prepare(target, torch.empty(len(rows), self.num_outputs, device=target.device))
@@ -235,6 +228,15 @@ class FunctionSpaceSGD:
         self._sgd = LinearSGD(values, [b.to(v) for b, v in zip(buffers, values, strict=True)] if known else None)
         self.discard()
         self.steps = int(state["steps"])
+
+
+def require_rows(rows: Tensor, samples: int, what: str = "argument `rows`") -> None:
+    """Raises a ValueError unless these are rows of samples, `(b,)`. A GPU is not asked for their values."""
+    valid = rows.dim() == 1 and len(rows) > 0 and not rows.is_floating_point() and rows.dtype != torch.bool
+    if not valid or (rows.device.type == "cpu" and not 0 <= int(rows.min()) <= int(rows.max()) < samples):
+        raise ValueError(
+            f"Expected {what} to be rows of the training set, integers (b,) from 0 to {samples - 1}, but got {rows.tolist()}."
+        )
 
 
 def require_prepared_decay(settings: SGDSettings, decays: bool) -> None:

@@ -22,7 +22,7 @@ from lightning_ntk.training.closest import ClosestTime, find_closest
 from lightning_ntk.training.modal import ModalTraining
 from lightning_ntk.training.modal_run import ModalRun
 from lightning_ntk.training.modes import ModalProblem
-from lightning_ntk.training.off_span import displacements, off_span_terms
+from lightning_ntk.training.off_span import displacement, displacements, off_span_terms
 from lightning_ntk.training.problem import JacobianStorage, LinearizedProblem
 from lightning_ntk.training.replay import Batches, RecordedTraining
 from lightning_ntk.utilities.contexts import preserved_rng
@@ -60,13 +60,9 @@ class LinearizedTraining:
             w_lin = w0 + D J^T a with the kernel J D J^T, and error bounds measure D^(-1/2) (w - w0).
         solver: "eigh", a dense eigendecomposition in float64; "lanczos", or `Lanczos` with its options, Ritz pairs from the
             residual f0 - Y; "auto" takes the cheapest by counted operations that fits into memory, see `solver_reason`.
-        matrix_free: Whether Lanczos goes without the kernel, in two passes a product. Default: what is cheaper.
-        horizon: The largest number of steps that will be asked for, at about `lr`. Lanczos prepares for it at once. Later
-            times are possible and extend the basis. Infinity takes nearly N K products on most networks, because
-            eigenvalues reach down to what counts as zero. Default: unknown, and Lanczos starts when asked.
-        tolerance: Truncation error that Lanczos allows in the weights, relative to |w_lin - w0|. It never asks for more than
-            a hundredth of what rounding leaves open, see `error_bound`: in float32, without a kernel, the weights are off by
-            about 1e-5 after 1000 steps of eta lambda_max = 1, by 1e-4 after 10000; with one, by a tenth of that.
+        matrix_free: See `lightning_ntk.solvers.lanczos.Lanczos`, like `horizon` and `tolerance`.
+        horizon: See `matrix_free`; steps are at about `lr`.
+        tolerance: See `matrix_free`.
         jacobian: "streamed" recomputes J minibatch by minibatch in every pass, with memory O(P + N K). "stored" keeps a small
             model's J, N K P numbers. Both give the same results.
         ntk: A kernel computed earlier, `(N K, N K)` in sample-major order, with `lr_scales` the weighted one. One pass checks
@@ -349,8 +345,7 @@ class LinearizedTraining:
 
     def _displacement(self, t: float | None) -> Tensors:
         if self._latest is None or self._latest[0] != t:
-            stacked = displacements(self.problem, self._terms, [self.state(t)])
-            self._latest = t, {name: value[0] for name, value in stacked.items()}
+            self._latest = t, displacement(self.problem, self._terms, self.state(t))
         return self._latest[1]
 
     def _add_to_initial(self, displacement: Tensors) -> Tensors:

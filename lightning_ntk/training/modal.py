@@ -16,13 +16,7 @@ from lightning_ntk.training.modes import ModalProblem
 
 
 class ModalTraining:
-    """Full-batch gradient descent or flow on the modes of the kernel.
-
-    Args:
-        modal: The problem in its modes.
-        dynamics: "gradient_descent" or "gradient_flow".
-        hyperparameters: The optimizer's settings.
-    """
+    """Full-batch gradient descent or flow on the modes of the kernel."""
 
     def __init__(self, modal: ModalProblem, dynamics: Dynamics, hyperparameters: Hyperparameters) -> None:
         self.modal = modal

@@ -9,8 +9,8 @@ from torch import Tensor
 from lightning_ntk.dynamics.sgd import Hyperparameters, SGDSettings
 from lightning_ntk.linearization.parameters import Tensors
 from lightning_ntk.training.base import LinearizedState, StepSettings
-from lightning_ntk.training.function_space import FunctionSpaceSGD
-from lightning_ntk.training.off_span import displacements, off_span_terms
+from lightning_ntk.training.function_space import FunctionSpaceSGD, require_rows
+from lightning_ntk.training.off_span import displacement, off_span_terms
 from lightning_ntk.training.problem import LinearizedProblem
 from lightning_ntk.utilities.contexts import preserved_rng
 
@@ -105,7 +105,7 @@ class Replay:
 
     def displacement(self) -> Tensors:
         """w_lin - w0, by parameter name in float64: one pass over the training set."""
-        return {name: value[0] for name, value in displacements(self.problem, self.terms, [self.state()]).items()}
+        return displacement(self.problem, self.terms, self.state())
 
     def predictions(self) -> Tensor:
         """Outputs on the training set, `(N, K)` in float64 on the CPU."""
@@ -161,10 +161,5 @@ def _micro_batches(batch: Rows | tuple[Rows, ...], samples: int, step: int) -> l
     several = isinstance(batch, tuple) and not all(isinstance(row, int) for row in batch)
     parts = [torch.as_tensor(rows) for rows in (batch if several else (batch,))]
     for rows in parts:
-        whole = not (rows.is_floating_point() or rows.dtype == torch.bool)
-        if rows.dim() != 1 or len(rows) == 0 or not whole or rows.min() < 0 or rows.max() >= samples:
-            raise ValueError(
-                f"Expected argument `batches` to hold, for every step, rows of the training set from 0 to {samples - 1}, but "
-                f"step {step} has {rows}."
-            )
+        require_rows(rows, samples, f"the batch of step {step}")
     return [rows.long() for rows in parts]
