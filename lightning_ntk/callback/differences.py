@@ -78,13 +78,13 @@ def _of_optimizer(optimizer: Optimizer, dynamics: str, *, clips: bool) -> Iterab
         yield f"its optimizer is {type(optimizer).__name__}"
         return
     groups = optimizer.param_groups
+    if any(group["maximize"] for group in groups):
+        yield "it maximizes its loss"
     if dynamics == "gradient_flow":
         for option in ("momentum", "weight_decay"):
             values = {group[option] for group in groups}
             if values != {0}:
                 yield f"it uses {option.replace('_', ' ')} {', '.join(map(str, sorted(values)))}"
-        if any(group["maximize"] for group in groups):
-            yield "it maximizes its loss"
     for option in SGD_OPTIONS:
         values = {float(group[option]) for group in groups}
         # Rates that differ are coordinates of the weights, unless something else acts on the weights themselves.

@@ -67,6 +67,7 @@ class ClosedForm:
             modes: The modes of the residual and of every carried vector.
             t: Optimizer steps, None for infinity. Finite times with carried vectors exist for gradient flow only.
         """
+        t = math.inf if t is None else t
         scales = self._scales(t)
         pairs = [self._pair(own, t, scale) for own, scale in zip(modes, (None, *scales), strict=True)]
         filters = Filters(tuple(values for values, _ in pairs), scales)
@@ -74,9 +75,9 @@ class ClosedForm:
 
     def filter(self, modes: Modes, t: float | None) -> Tensor:
         """The filter of the residual after t steps, `(m,)`."""
-        return self._pair(modes, t)[0]
+        return self._pair(modes, math.inf if t is None else t)[0]
 
-    def _bound(self, modes: Sequence[Modes], filters: Filters, slopes: Sequence[Tensor], t: float | None) -> ErrorBound:
+    def _bound(self, modes: Sequence[Modes], filters: Filters, slopes: Sequence[Tensor], t: float) -> ErrorBound:
         # A carried vector drives its modes with at most s in the place of 1, always with the same sign.
         drives = [1.0, *(abs(scale) for scale in filters.scales)]
         truncations = [
@@ -84,7 +85,7 @@ class ClosedForm:
             for own, drive in zip(modes, drives, strict=True)
         ]
         bound = error_bound(modes, filters, slopes, truncations, self.rounding, self.norms)
-        if not (is_infinite(t) and self.ridge == 0 and self.rate > 0):
+        if not (t == math.inf and self.ridge == 0 and self.rate > 0):
             return bound
         hidden = sum(
             drive * left_out(own, own.cutoff(self.dtype), self.rounding)
@@ -93,25 +94,20 @@ class ClosedForm:
         )
         return bound._replace(rounding=bound.rounding + hidden)
 
-    def _pair(self, modes: Modes, t: float | None, scale: float | None = None) -> tuple[Tensor, Tensor]:
+    def _pair(self, modes: Modes, t: float, scale: float | None = None) -> tuple[Tensor, Tensor]:
         """The filter and its slope, of the residual or of a carried vector that has changed by `scale`."""
         eigenvalues = modes.eigenvalues.clamp_min(0)
         shifted = eigenvalues + self.ridge
         if self.rate == 0:
             return torch.zeros_like(shifted), torch.zeros_like(shifted)
-        if is_infinite(t):
-            if self.ridge > 0:
-                filtered = 1 / shifted
-            else:
-                cutoff = modes.cutoff(self.dtype)
-                _report_dropped(modes, cutoff)
-                filtered = minimum_norm_filter(modes.eigenvalues, cutoff)
+        if t == math.inf:
+            filtered = 1 / shifted if self.ridge > 0 else self._minimum_norm(modes)
             factor = 1.0 if scale is None else scale
             return factor * filtered, -factor * filtered**2
-        values, slopes = self._at(shifted, _finite(t))
+        values, slopes = self._at(shifted, t)
         if scale is None:
             return values, slopes
-        free, free_slopes = self._at(eigenvalues, _finite(t))
+        free, free_slopes = self._at(eigenvalues, t)
         return (1 + scale) * free - values, (1 + scale) * free_slopes - slopes
 
     def _at(self, eigenvalues: Tensor, t: float) -> tuple[Tensor, Tensor]:
@@ -121,40 +117,36 @@ class ClosedForm:
         values = gradient_descent_filter(eigenvalues, self.rate, t)
         return values, gradient_descent_slope(eigenvalues, values, self.rate, t)
 
-    def _truncation(self, modes: LanczosModes, t: float | None) -> float:
+    def _minimum_norm(self, modes: Modes) -> Tensor:
+        cutoff = modes.cutoff(self.dtype)
+        dropped = modes.eigenvalues <= cutoff
+        energy = modes.coordinates[dropped].square().sum() / modes.coordinates.square().sum().clamp_min(1e-300)
+        _log.info(
+            "At t = infinity %d of %d modes, below %.3g, count as zero; they hold %.3g of the residual's energy.",
+            int(dropped.sum()), len(dropped), cutoff, energy.item(),
+        )  # fmt: skip
+        return minimum_norm_filter(modes.eigenvalues, cutoff)
+
+    def _truncation(self, modes: LanczosModes, t: float) -> float:
         """The truncation error of the residual's part of the weights."""
         if self.rate == 0:
             return 0.0
-        if is_infinite(t):
+        if t == math.inf:
             if self.ridge > 0:
                 return ridge_truncation(modes, self.ridge)
             return minimum_norm_truncation(modes, modes.cutoff(self.dtype))
         if self.dynamics == "gradient_flow":
-            return gradient_flow_truncation(modes, self.rate * _finite(t), self.ridge)
-        return gradient_descent_truncation(modes, self.rate, _finite(t), self.ridge)
+            return gradient_flow_truncation(modes, self.rate * t, self.ridge)
+        return gradient_descent_truncation(modes, self.rate, t, self.ridge)
 
-    def _scales(self, t: float | None) -> tuple[float, ...]:
+    def _scales(self, t: float) -> tuple[float, ...]:
         if self.rate == 0:
             return tuple(0.0 for _ in self.limits)
-        if is_infinite(t) or not self.limits:
+        if t == math.inf or not self.limits:
             return self.limits
-        return (math.expm1(-self.ridge * self.rate * _finite(t)),)
+        return (math.expm1(-self.ridge * self.rate * t),)
 
 
 def is_infinite(t: float | None) -> bool:
     """Whether a time stands for the end of training."""
     return t is None or t == math.inf
-
-
-def _finite(t: float | None) -> float:
-    assert t is not None
-    return t
-
-
-def _report_dropped(modes: Modes, cutoff: float) -> None:
-    dropped = modes.eigenvalues <= cutoff
-    energy = modes.coordinates[dropped].square().sum() / modes.coordinates.square().sum().clamp_min(1e-300)
-    _log.info(
-        "At t = infinity %d of %d modes, below %.3g, count as zero; they hold %.3g of the residual's energy.",
-        int(dropped.sum()), len(dropped), cutoff, energy.item(),
-    )  # fmt: skip

@@ -68,7 +68,11 @@ def error_bound(
         norms: The norms of the carried vectors.
         steps: The steps of a recurrence, each of which rounds the coefficients of the carried vectors.
     """
-    sizes = [displacement(m, values) for m, values in zip(modes, filters.values, strict=True)]
+    # |J^T a|, from the eigenvalues alone.
+    sizes = [
+        (m.eigenvalues.clamp_min(0).sqrt() * values * m.coordinates).norm().item()
+        for m, values in zip(modes, filters.values, strict=True)
+    ]
     carried = list(zip(filters.scales, norms, strict=True))
     size = math.hypot(*sizes, *(scale * norm for scale, norm in carried))
     if size == 0:
@@ -77,19 +81,12 @@ def error_bound(
     total += steps * torch.finfo(torch.float64).eps * sum((1 + abs(scale)) * norm for scale, norm in carried)
     errors = (rounding.outputs, *(rounding.forward * norm for norm in norms))
     for m, values, derivative, error in zip(modes, filters.values, slopes, errors, strict=True):
-        total += rounding_bound(m, values, derivative, rounding._replace(outputs=error))
+        total += _rounding_bound(m, values, derivative, rounding._replace(outputs=error))
     return ErrorBound(sum(truncations), total, size)
 
 
-def rounding_bound(modes: Modes, values: Tensor, slopes: Tensor, rounding: Rounding) -> float:
-    """The effect of rounding on the weights, see the top of this module.
-
-    Args:
-        modes: The modes of the vector that drives the weights.
-        values: Its filter, `(m,)`.
-        slopes: The derivative of the filter in the eigenvalue, `(m,)`.
-        rounding: The errors of the passes; `outputs` is the error of the vector.
-    """
+def _rounding_bound(modes: Modes, values: Tensor, slopes: Tensor, rounding: Rounding) -> float:
+    """The effect of rounding on one vector's part of the weights; `rounding.outputs` is the error of that vector."""
     eigenvalues = modes.eigenvalues.clamp_min(0)
     singular, driven = eigenvalues.sqrt(), modes.coordinates
     unit = torch.finfo(torch.float64).eps
@@ -116,11 +113,6 @@ def left_out(modes: Modes, cutoff: float, rounding: Rounding) -> float:
     An eigenvalue that counts as zero for the passes may be one that float64 would tell from zero. Its mode would move
     the weights by :math:`|\tilde r_i| / s_i`, with the least :math:`s_i` that the errors of the passes allow: infinitely far
     where that is zero. What a Krylov space does not hold, in passes that are not in float64, is not known at all.
-
-    Args:
-        modes: The modes of the vector that drives the weights.
-        cutoff: The largest eigenvalue that counts as zero.
-        rounding: The errors of the passes.
     """
     zero = modes.cutoff(torch.float64)
     eigenvalues, singular = modes.eigenvalues, modes.eigenvalues.clamp_min(0).sqrt()
@@ -136,27 +128,12 @@ def left_out(modes: Modes, cutoff: float, rounding: Rounding) -> float:
 
 
 def divided_differences(eigenvalues: Tensor, values: Tensor, slopes: Tensor, rows: Tensor) -> Tensor:
-    r""":math:`|\phi_i - \phi_j| / |\lambda_i - \lambda_j|`, and the mean slope where the values are too close to be subtracted.
-
-    Args:
-        eigenvalues: :math:`\lambda`, `(m,)`.
-        values: :math:`\phi(\lambda)`, `(m,)`.
-        slopes: :math:`\phi'(\lambda)`, `(m,)`.
-        rows: The wanted i, `(n,)`.
-
-    Returns:
-        The absolute differences, `(n, m)`.
-    """
+    """|phi_i - phi_j| / |lambda_i - lambda_j| for i in `rows`, and the mean slope where the values are too close to subtract."""
     distance = (eigenvalues[rows].unsqueeze(1) - eigenvalues).abs()
     change = (values[rows].unsqueeze(1) - values).abs()
     mean = (slopes[rows].abs().unsqueeze(1) + slopes.abs()) / 2
     close = (change <= 1e-7 * (values[rows].abs().unsqueeze(1) + values.abs())) | (distance == 0)
     return torch.where(close, mean, change / distance.masked_fill(close, 1))
-
-
-def displacement(modes: Modes, values: Tensor) -> float:
-    """|w - w0| = |J^T a|, from the eigenvalues alone."""
-    return float((modes.eigenvalues.clamp_min(0).sqrt() * values * modes.coordinates).norm())
 
 
 def _logarithmic_ranks(count: int) -> Tensor:

@@ -24,7 +24,6 @@ class SGDSettings(NamedTuple):
         dampening: One minus the factor of the gradient that enters the buffer, from the second step on.
         nesterov: Whether the step goes along gradient + momentum * buffer.
         weight_decay: The decay rate gamma.
-        maximize: Whether the loss is maximized.
         decoupled_weight_decay: Whether the weights are multiplied by 1 - lr * gamma before the step, instead of adding
             gamma * w to the gradient.
     """
@@ -34,7 +33,6 @@ class SGDSettings(NamedTuple):
     dampening: float = 0.0
     nesterov: bool = False
     weight_decay: float = 0.0
-    maximize: bool = False
     decoupled_weight_decay: bool = False
 
     @classmethod
@@ -100,6 +98,11 @@ class Hyperparameters:
         return len(self.lr) if isinstance(self.lr, Sequence) else math.inf
 
     @property
+    def decays(self) -> bool:
+        """Whether steps may have weight decay."""
+        return self.template.weight_decay > 0 or self.decays_to_initial
+
+    @property
     def decays_to_zero(self) -> bool:
         """Whether the initial weights themselves shrink."""
         return self.template.weight_decay > 0 and not self.decays_to_initial
@@ -146,7 +149,7 @@ class LinearSGD:
             torch._foreach_mul_(self.values, 1 - settings.lr * options.pop("weight_decay"))
             options["weight_decay"] = 0.0
         # The function behind the class, whose bookkeeping costs more than a step on a thousand modes.
-        sgd(self.values, list(gradients), self.buffers, foreach=True, **options)
+        sgd(self.values, list(gradients), self.buffers, foreach=True, maximize=False, **options)
 
 
 class ModalSGD:

@@ -19,19 +19,12 @@ def max_learning_rate(settings: SGDSettings, curvature: float) -> float:
         curvature: The largest curvature :math:`\kappa`, not negative.
 
     Returns:
-        The learning rate. Infinite where nothing bounds it. 0 for a momentum of 1 or more, and for a loss that is maximized
-        (dampening above 1 does that too) unless decay holds it back.
+        The learning rate. Infinite where nothing bounds it; 0 for a momentum of 1 or more, and for a dampening above 1.
     """
-    momentum, decay = settings.momentum, settings.weight_decay
-    gain = settings.gain
+    momentum, decay, gain = settings.momentum, settings.weight_decay, settings.gain
     if momentum >= 1 or gain < 0:
         return 0.0
     amplification = 1 + 2 * momentum if settings.nesterov else gain
-    if settings.maximize:
-        held = decay * (1 - momentum) if settings.decoupled_weight_decay else decay * gain
-        if gain * curvature > 0 and held <= gain * curvature:
-            return 0.0
-        curvature = 0.0
     total = amplification * curvature + (1 + momentum if settings.decoupled_weight_decay else amplification) * decay
     return 2 * (1 + momentum) / total if total > 0 else math.inf
 
@@ -78,9 +71,7 @@ def dominating_settings(settings: SGDSettings, curvature: float) -> tuple[SGDSet
     """
     momentum, decay, gain = settings.momentum, settings.weight_decay, settings.gain
     least = 0.0 if settings.decoupled_weight_decay else decay
-    own = settings._replace(maximize=False, weight_decay=decay - least)
-    if settings.maximize:
-        return own, least - curvature
+    own = settings._replace(weight_decay=decay - least)
     if settings.lr == 0 or gain <= 0:
         return own, least + curvature
     rate, kept = settings.lr * gain, 2 - settings.lr * own.weight_decay

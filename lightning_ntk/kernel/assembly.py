@@ -60,14 +60,8 @@ def assemble(
 ) -> Tensor:
     """The kernel `(N1 K, N2 K)` of a plan; that of one data set is computed above its diagonal and mirrored.
 
-    Args:
-        plan: What is computed, and how.
-        memory_limit: Bytes for the factors. Where they do not fit, those of two blocks of samples are held at a time and
-            made again when they are needed again.
-        dtype: Type in which the products are summed.
-        device: Where the kernel is kept, tile by tile as it is made.
-        progress: Whether to show a progress bar.
-        processes: The processes that share the tiles; each one holds the whole kernel in the end.
+    Where the factors do not fit into `memory_limit`, those of two blocks of samples are held at a time and made again when
+    they are needed again. The arguments are those of `PlannedKernel.compute`.
     """
     outputs, symmetric = plan.outputs, plan.columns is None
     columns = plan.columns or plan.rows

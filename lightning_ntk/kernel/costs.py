@@ -56,11 +56,8 @@ def cheapest_method(
 ) -> tuple[Method, Cost]:
     """The method with the fewest operations for parameters that share their output gradients.
 
-    Args:
-        factors: Their Jacobians, one row per sample, for any number of cotangents.
-        outputs: K.
-        forward: Multiply-adds of their layers in a forward pass, per sample.
-        size: Samples of the kernel, and pairs of samples.
+    The factors have one row per sample and any number of cotangents. `forward` is the multiply-adds of their layers in a
+    forward pass, per sample; `size` the samples of the kernel and the pairs of samples.
     """
     passes = _PASS_COST * (1 + 2 * outputs) * forward
     numel = sum(factor.shape.numel() for factor in factors)

@@ -127,11 +127,9 @@ class Gram:
 
 
 def gram_of(factors: Sequence[Outer], *, shared: bool) -> Gram:
-    """The factors, which share their gradients, laid out for products.
+    """Factors that share their gradients, one for each parameter, laid out for products.
 
-    Args:
-        factors: One for each parameter, rows being samples.
-        shared: Whether the gradients are those of a last layer, the same for all samples.
+    `shared` says that the gradients are the same for all samples, as those of a last layer are.
     """
     gradients = factors[0].gradients
     gradients = gradients[0, :, 0, 0] if shared else gradients.permute(0, 2, 3, 1, 4)

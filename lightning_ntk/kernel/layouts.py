@@ -17,13 +17,9 @@ class Layout(NamedTuple):
 
 
 def find_layout(support: Tensor) -> Layout | None:
-    """Finds which rows belong to which sample.
+    """Which rows belong to which sample, None if one belongs to several.
 
-    Args:
-        support: `(R, N)`, the size of the gradient of each sample's outputs in each row.
-
-    Returns:
-        The layout, or None if a row belongs to several samples.
+    `support`, `(R, N)`, is the size of the gradient of each sample's outputs in each row.
     """
     rows, samples = support.shape
     if rows % samples:
@@ -42,11 +38,7 @@ def find_layout(support: Tensor) -> Layout | None:
 
 
 def find_layouts(uses: Iterable[Use]) -> tuple[dict[str, Layout], set[str]]:
-    """The layout of every parameter, and the parameters that have none or several.
-
-    Args:
-        uses: Factors whose gradients, at index n, are those of sample n's outputs.
-    """
+    """The layout of every parameter, and those that have none or several; gradients n are those of sample n's outputs."""
     layouts: dict[str, Layout] = {}
     coupled: set[str] = set()
     known: dict[int, Layout | None] = {}

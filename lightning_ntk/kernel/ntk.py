@@ -4,7 +4,7 @@ import math
 import warnings
 from collections.abc import Iterable, Mapping
 from functools import partial
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,9 @@ from lightning_ntk.kernel.plan import PlanChangedError, make_plan, verify
 from lightning_ntk.linearization.linearization import Linearization, Predict
 from lightning_ntk.utilities.distributed import ALONE, Processes
 from lightning_ntk.utilities.memory import format_bytes
+from lightning_ntk.utilities.validation import require_choice
+
+Method: TypeAlias = Literal["auto", "structured", "contraction"]
 
 # Share of the free memory that the factors and Jacobians of the blocks at work may take.
 _DEFAULT_MEMORY_SHARE = 0.25
@@ -28,7 +31,7 @@ def empirical_ntk(
     params: Mapping[str, Tensor] | None = None,
     predict: Predict | None = None,
     unpack: Unpack | None = None,
-    method: Literal["auto", "structured", "contraction"] = "auto",
+    method: Method = "auto",
     batch_size: int = 256,
     memory_limit: int | None = None,
     progress: bool = False,
@@ -112,16 +115,13 @@ class PlannedKernel:
         rows: Reference,
         columns: Reference | None = None,
         *,
-        method: str = "auto",
+        method: Method = "auto",
         lr_scales: Mapping[str, float] | None = None,
     ) -> None:
-        if method not in ("auto", "structured", "contraction"):
-            raise ValueError(
-                f'Expected argument `method` to be "auto", "structured" or "contraction" but got {method!r}.'
-            )
-        scales = _positive(lr_scales or {}, linearization.params)
-        roots = {name: math.sqrt(scale) for name, scale in scales.items()}
-        linearization = linearization.restricted(list(scales))
+        require_choice("method", method, Method)
+        scales = complete_scales(lr_scales or {}, linearization.params)
+        roots = {name: math.sqrt(scale) for name, scale in scales.items() if scale}
+        linearization = linearization.restricted(list(roots))
         self._plan = make_plan(linearization, rows, columns, structured=method != "contraction", roots=roots)
 
     @property
@@ -184,7 +184,7 @@ def compute_kernel(
     rows: Reference,
     columns: Reference | None = None,
     *,
-    method: str = "auto",
+    method: Method = "auto",
     lr_scales: Mapping[str, float] | None = None,
     memory_limit: int | None = None,
     dtype: torch.dtype | None = None,
@@ -213,15 +213,17 @@ def count_operations(linearization: Linearization, reference: Reference) -> Oper
     return PlannedKernel(linearization, reference).operations
 
 
-def _positive(lr_scales: Mapping[str, float], names: Iterable[str]) -> dict[str, float]:
-    """The factor of every parameter that is not left out."""
+def complete_scales(given: Mapping[str, float], names: Iterable[str]) -> dict[str, float]:
+    """The factor of every parameter, 1 unless it is given; a ValueError for `lr_scales` that cannot be used."""
     scales = dict.fromkeys(names, 1.0)
-    if unknown := sorted(lr_scales.keys() - scales.keys()):
-        raise ValueError(f"Expected argument `lr_scales` to name parameters of {sorted(scales)} but got {unknown}.")
-    scales.update(lr_scales)
-    for name, scale in scales.items():
+    if unknown := sorted(given.keys() - scales.keys()):
+        raise ValueError(
+            f"Expected argument `lr_scales` to name trainable parameters, {sorted(scales)}, but got {unknown}."
+        )
+    for name, scale in given.items():
         if not 0 <= scale < math.inf:
             raise ValueError(f"Expected argument `lr_scales` to be finite and at least 0 but got {scale} for {name!r}.")
+        scales[name] = float(scale)
     if not any(scales.values()):
-        raise ValueError("Expected argument `lr_scales` to leave a parameter but all factors are 0.")
-    return {name: scale for name, scale in scales.items() if scale}
+        raise ValueError("Expected argument `lr_scales` to leave a parameter to train but all multiples are 0.")
+    return scales

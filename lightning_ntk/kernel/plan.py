@@ -108,15 +108,8 @@ def make_plan(
 ) -> Plan:
     """Decides how each parameter's part of the kernel is computed, from four backward passes over three samples.
 
-    Args:
-        linearization: The network.
-        rows: The first data set.
-        columns: The second one, or None for the first one again.
-        structured: Whether to use rules; otherwise all Jacobians are made by vmap.
-        roots: Square roots of the elements of D, by parameter. Default: 1.
-
-    Raises:
-        ValueError: If the outputs are not one row per sample, or depend on no trainable parameter.
+    With `structured=False` no rule is used. Raises a ValueError if the outputs are not one row per sample, or depend on no
+    trainable parameter. The other arguments are those of the plan.
     """
     inputs, samples = _probe_inputs(rows)
 
@@ -203,9 +196,8 @@ def _record(plan: Plan, inputs: Any) -> tuple[dict[tuple[str, ...], list[Factor]
     """The factors of every unit that has a rule, and the outputs."""
     usage = record_usage(plan.linearization, inputs, lambda outputs: [one_hot_cotangents(outputs)])
     skipped = set(plan.contracted)
-    if changed := {name for name, _ in usage.factors[0]} - plan.layouts.keys() - skipped:
-        raise PlanChangedError(f"Some samples use the parameters {sorted(changed)} and others do not.")
-    if changed := usage.uncovered - skipped:
+    unplanned = {name for name, _ in usage.factors[0]} - plan.layouts.keys() | usage.uncovered
+    if changed := unplanned - skipped:
         raise PlanChangedError(f"Some samples use the parameters {sorted(changed)} differently from others.")
     layouts = {name: layout for name, layout in plan.layouts.items() if name not in skipped}
     merged = _merge(arrange_by_sample(usage.factors[0], layouts, len(usage.outputs)), plan.roots)

@@ -10,6 +10,7 @@ from lightning_ntk.data.reference import Reference
 from lightning_ntk.functional.kernels import kernel_change, kernel_distance
 from lightning_ntk.kernel.ntk import compute_kernel
 from lightning_ntk.linearization.linearization import Linearization
+from lightning_ntk.utilities.validation import require_integer
 
 
 class KernelProbe:
@@ -49,8 +50,7 @@ class KernelProbe:
     def __init__(
         self, linearization: Linearization, reference: Reference, *, samples: int = 16, step: float = 0
     ) -> None:
-        if not isinstance(samples, int) or isinstance(samples, bool) or samples < 1:
-            raise ValueError(f"Expected argument `samples` to be a positive integer but got {samples!r}.")
+        require_integer("samples", samples, least=1)
         samples = min(samples, len(reference))
         self.rows = [index * len(reference) // samples for index in range(samples)]
         self._linearization = linearization

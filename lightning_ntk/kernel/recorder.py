@@ -146,14 +146,8 @@ class _Recorder(TorchFunctionMode):
 def record_usage(linearization: Linearization, inputs: Any, cotangents: Callable[[Tensor], Sequence[Tensor]]) -> Usage:
     """The factors of every use of a parameter, from one forward pass.
 
-    Args:
-        linearization: The network.
-        inputs: A batch of N samples.
-        cotangents: Maps the outputs `(N, K)` to stacks `(C, N, K)`; C backward passes each give the gradients of C
-            weighted sums of the outputs. As samples do not interact, one pass serves all samples.
-
-    Returns:
-        The factors for every stack, with C in the place of K.
+    `cotangents` maps the outputs `(N, K)` to stacks `(C, N, K)`. C backward passes each give the gradients of C weighted sums
+    of the outputs, and factors with C in the place of K. As samples do not interact, one pass serves all samples.
     """
     params = linearization.spare({name: p.detach() for name, p in linearization.params.items()})
     recorder = _Recorder(params)

@@ -104,13 +104,7 @@ def looked_up(name: str, parameter: Tensor, *args: Any, **kwargs: Any) -> Select
 
 
 def of_parameter(factor: Factor, selection: Selection, enlarged: dict[int, Tensor]) -> Factor:
-    """The Jacobian of a parameter from that of a selection of it.
-
-    Args:
-        factor: The Jacobian with respect to the selection.
-        selection: The elements.
-        enlarged: Gradients that were enlarged already, so that factors which shared theirs share them still.
-    """
+    """The Jacobian of a parameter from that of a selection of it; factors that share gradients share the `enlarged` ones."""
     shape, rows, width = selection.shape, selection.rows, selection.width
     total = shape.numel() // width
     if isinstance(factor, Outer) and factor.gradients.shape[2] == 1:

@@ -134,13 +134,9 @@ class ModalSolver(Protocol):
 
 
 def signs(basis: Tensor, coordinates: Tensor) -> Tensor:
-    """The signs `(m,)` that make a vector's coordinates positive: those of eigenvectors are arbitrary.
+    """The signs `(m,)` of eigenvectors, columns of `basis`, that make the coordinates `(m,)` of a vector positive.
 
     An eigenvector on which the vector has no part gets a largest component that is positive.
-
-    Args:
-        basis: Eigenvectors as columns, `(n, m)`.
-        coordinates: The vector in this basis, `(m,)`.
     """
     signs = coordinates.sign()
     (zero,) = (signs == 0).nonzero(as_tuple=True)

@@ -17,18 +17,11 @@ _ROWS_OF_SECONDS = 2000
 
 
 def eigh_modes(kernel: Tensor, *vectors: Tensor, progress: bool = False) -> tuple[Modes, ...]:
-    """All modes, by `torch.linalg.eigh` in float64 on the CPU.
+    """All modes of a kernel `(N K, N K)` for several vectors `(N K,)`, which differ in the coordinates only.
 
-    float64 always: float32 puts the weights off by 1e-3 at eta * t * lambda_max = 1e4 on real kernels. On the CPU,
-    because float64 is slow on most GPUs and their eigensolvers fail on ill-conditioned kernels.
-
-    Args:
-        kernel: `(N K, N K)`, symmetric.
-        vectors: The residual f0 - Y, and J e for every carried vector e, each `(N K,)`.
-        progress: Whether a decomposition that takes seconds shows a bar.
-
-    Returns:
-        The m = N K modes for each vector, which differ in the coordinates only. Those of the first vector are not negative.
+    By `torch.linalg.eigh` in float64, because float32 puts the weights off by 1e-3 at eta * t * lambda_max = 1e4 on real
+    kernels; and on the CPU, because float64 is slow on most GPUs and their eigensolvers fail on ill-conditioned kernels.
+    The coordinates of the first vector are not negative. Decompositions that take seconds may show a progress bar.
     """
     first, *others = (vector.detach().cpu().double() for vector in vectors)
     shown = progress and len(kernel) >= _ROWS_OF_SECONDS
@@ -42,13 +35,7 @@ def eigh_modes(kernel: Tensor, *vectors: Tensor, progress: bool = False) -> tupl
 
 
 class CompleteModes:
-    """The eigendecomposition of a kernel, which needs no refinement.
-
-    Args:
-        kernel: `(N K, N K)`.
-        vectors: The residual and the images of the carried vectors, `(N, K)` each.
-        progress: Whether a decomposition that takes seconds shows a bar.
-    """
+    """The eigendecomposition of a kernel for the residual and the images of the carried vectors, `(N, K)` each."""
 
     def __init__(self, kernel: Tensor, vectors: Sequence[Tensor], *, progress: bool = False) -> None:
         self.modes: Sequence[Modes] = eigh_modes(kernel, *(vector.flatten() for vector in vectors), progress=progress)

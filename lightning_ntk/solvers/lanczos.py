@@ -31,7 +31,9 @@ class Lanczos:
     """The Lanczos solver and its options.
 
     Attributes:
-        tolerance: The truncation error to allow in the weights, relative to |w_lin - w0|.
+        tolerance: The truncation error to allow in the weights, relative to |w_lin - w0|. Lanczos never asks for more than a
+            hundredth of what rounding leaves open: in float32, without a kernel, the weights are off by about 1e-5 after
+            1000 steps of eta lambda_max = 1, by 1e-4 after 10000; with one, by a tenth of that.
         horizon: The largest number of steps that will be asked for. Lanczos prepares for it at once; later times extend
             the basis. Infinity takes nearly N K products on most networks, because eigenvalues reach down to what counts
             as zero. None: unknown, and Lanczos starts when asked.
@@ -102,9 +104,6 @@ class LanczosProcess:
     2. orthogonalizes every new vector twice against all others (Parlett, 1998, section 6.9): without it, copies of
        converged Ritz values appear;
     3. has no tolerance of its own: the caller stops when the answer is good enough, not the eigenpairs.
-
-    Args:
-        vector: The vector to start from, f0 - Y or J e of a carried vector e, `(N K,)` in float64.
     """
 
     def __init__(self, vector: Tensor) -> None:
@@ -153,11 +152,7 @@ class LanczosProcess:
         self._off_diagonal.append(beta)
 
     def modes(self) -> LanczosModes:
-        """The Ritz pairs of all products but the last, which serves their error bound.
-
-        Raises:
-            ValueError: If there are fewer than two products.
-        """
+        """The Ritz pairs of all products but the last, which serves their error bound; of at least two products."""
         size = len(self._diagonal) - (not self.exhausted)
         if size < 1:
             raise ValueError(f"Expected at least two products before the first modes but got {self.num_products}.")
@@ -193,8 +188,7 @@ class LanczosSolver:
     Args:
         product: Products with the kernel.
         vectors: The residual and the images of the carried vectors, `(N K,)` each.
-        tolerance: The error of the weights, relative to their displacement from w0, that every answer has to meet, unless
-            the rounding of the products is larger.
+        tolerance: As for `Lanczos`.
         max_products: Products after which to stop in any case.
         expected: Products that it will probably take, for a progress bar; None for no bar.
         processes: The processes that share the products. All of them stop where the first one does, because rounding may
@@ -231,12 +225,7 @@ class LanczosSolver:
         return max(modes.largest_eigenvalue for modes in self.modes)
 
     def refine(self, solve: Callable[[Sequence[Modes]], Solved[T]], *, by_runs: bool = False) -> Solved[T]:
-        """Extends the Krylov spaces until an answer meets the tolerance, and returns that answer.
-
-        Args:
-            solve: Computes the answer and its bound on given modes.
-            by_runs: Whether `solve` repeats a whole run, so that it is better called seldom.
-        """
+        """Extends the Krylov spaces until an answer meets the tolerance, and returns that answer."""
         solved = solve(self.modes)
 
         def enough() -> bool:
@@ -256,15 +245,11 @@ class LanczosSolver:
         return replace(solved, estimate=lambda: solved.bound, products=self.num_products, stopped=stopped)
 
     @property
-    def _exhausted(self) -> bool:
-        return all(process.exhausted for process in self._krylov)
-
-    @property
     def _complete(self) -> bool:
-        return self._exhausted or self.num_products >= self._max_products
+        return self.num_products >= self._max_products or all(process.exhausted for process in self._krylov)
 
     def _stopped(self, bound: ErrorBound) -> Stop:
-        if self._exhausted:
+        if all(process.exhausted for process in self._krylov):
             return "complete"
         if self._complete and not bound.meets(self._tolerance):
             return "memory"

@@ -17,22 +17,16 @@ _WIDENED_AT_ONCE = {"cpu": 2**18, "cuda": 2**25}
 
 
 def kernel_product(kernel: Tensor, processes: Processes = ALONE) -> Product:
-    """Products with a dense kernel `(N K, N K)`: exact for its numbers, whatever their type.
+    """Products with a dense kernel `(N K, N K)`, whose rows the processes share: exact for its numbers, whatever their type.
 
     A float32 kernel is widened piece by piece and never copied as a whole: products rounded to float32 would cost five
     digits of what Lanczos can give.
-
-    Args:
-        kernel: `(N K, N K)`.
-        processes: The processes that share its rows.
     """
     kernel = kernel.detach()
     own = processes.rows(len(kernel))
     part = kernel[own.start : own.stop]
-    if kernel.dtype == torch.float64:
-        blocks: tuple[Tensor, ...] = (part,)
-    else:
-        blocks = torch.split(part, max(1, _WIDENED_AT_ONCE.get(kernel.device.type, 2**18) // kernel.shape[1]))
+    widened = _WIDENED_AT_ONCE.get(kernel.device.type, 2**18) // kernel.shape[1]
+    blocks = torch.split(part, len(kernel) if kernel.dtype == torch.float64 else max(1, widened))
 
     def product(vectors: Tensor) -> Tensor:
         products = torch.cat([vectors @ block.to(vectors.dtype).T for block in blocks], dim=1)
@@ -50,10 +44,7 @@ def jacobian_product(
 ) -> Product:
     """Products J (J^T v) without a kernel: a pass of vector-Jacobian products, and one of Jacobian-vector products per vector.
 
-    Args:
-        pull_back: Maps cotangents `(T, N, K)` to J^T u, by parameter.
-        push_forward: Maps a tangent, by parameter, to J v, `(N, K)`.
-        shape: (N, K).
+    `pull_back` maps cotangents `(T, N, K)` to J^T u, and `push_forward` a tangent v to J v, of the shape (N, K).
     """
 
     def product(vectors: Tensor) -> Tensor:

@@ -58,24 +58,6 @@ class Sizes(NamedTuple):
         return self.samples * self.outputs
 
 
-class Choice(NamedTuple):
-    """A way to the modes, and why it was chosen.
-
-    Attributes:
-        solver: "eigh" or "lanczos".
-        matrix_free: Whether Lanczos works without a kernel.
-        kernel_dtype: The type in which to sum the kernel.
-        reason: The choice and its cause, a sentence.
-        max_products: How many products with the kernel memory allows.
-    """
-
-    solver: Literal["eigh", "lanczos"]
-    matrix_free: bool
-    kernel_dtype: torch.dtype
-    reason: str
-    max_products: int
-
-
 class Candidate(NamedTuple):
     """A way to the modes and its cost.
 
@@ -84,7 +66,7 @@ class Candidate(NamedTuple):
         solver: "eigh" or "lanczos".
         operations: Operations, in those of a matrix product.
         memory: Bytes.
-        kernel_dtype: The type of the kernel, None without one.
+        kernel_dtype: The type in which to sum the kernel; None where Lanczos works without one.
     """
 
     name: str
@@ -93,10 +75,19 @@ class Candidate(NamedTuple):
     memory: float
     kernel_dtype: torch.dtype | None = None
 
-    @property
-    def matrix_free(self) -> bool:
-        """Whether Lanczos works without a kernel."""
-        return self.kernel_dtype is None
+
+class Choice(NamedTuple):
+    """The chosen way to the modes.
+
+    Attributes:
+        way: The way.
+        reason: The choice and its cause, a sentence.
+        max_products: How many products with the kernel memory allows.
+    """
+
+    way: Candidate
+    reason: str
+    max_products: int
 
 
 def expected_products(rows: int, horizon: float | None) -> int:
@@ -133,24 +124,23 @@ def choose_solver(
             f"Expected `matrix_free` to be False or None but got True where {cause}, do without one of the two."
         )
     candidates = [
-        c for c in _candidates(sizes) if solver in ("auto", c.solver) and matrix_free in (None, c.matrix_free)
+        c for c in _candidates(sizes) if solver in ("auto", c.solver) and matrix_free in (None, c.kernel_dtype is None)
     ]
     fitting = [c for c in candidates if c.memory <= free_memory]
     if not fitting:
         least = min(candidates, key=lambda c: c.memory)
-        share = free_memory / least.memory if least.matrix_free else math.sqrt(free_memory / least.memory)
-        advice = "" if least.matrix_free else ", or solver='lanczos' with matrix_free=True, which needs no kernel"
+        share, advice = free_memory / least.memory, ""
+        if least.kernel_dtype is not None:
+            share, advice = math.sqrt(share), ", or solver='lanczos' with matrix_free=True, which needs no kernel"
         raise MemoryError(
             f"The modes of {sizes.samples} samples with {sizes.outputs} outputs need {format_bytes(least.memory)} but "
             f"{format_bytes(free_memory)} are free. Use at most {int(sizes.samples * share)} samples as the reference{advice}."
         )
     few = [c for c in fitting if c.solver == "eigh" and c.operations <= _FEW_OPERATIONS]
     best = min(few or fitting, key=lambda c: c.operations)
-    products = int(
-        min(sizes.rows, _MAX_PRODUCTS, max(16.0, _BASIS_SHARE * free_memory / (8 * sizes.rows * sizes.vectors)))
-    )
+    basis = _BASIS_SHARE * free_memory / (8 * sizes.rows * sizes.vectors)
     reason = _reason(sizes, best, fitting, candidates, few=bool(few))
-    return Choice(best.solver, best.matrix_free, best.kernel_dtype or torch.float64, reason, products)
+    return Choice(best, reason, int(min(sizes.rows, _MAX_PRODUCTS, max(16.0, basis))))
 
 
 def _candidates(sizes: Sizes) -> list[Candidate]:
@@ -179,7 +169,9 @@ def _candidates(sizes: Sizes) -> list[Candidate]:
         return candidates
     if sizes.dtype != torch.float64:
         # Widened for every product, and of entries that are rounded: only where the other one is too large.
-        candidates.append(dense(sizes.dtype, f"Lanczos on the kernel in {_name(sizes.dtype)}", _WIDENED))
+        candidates.append(
+            dense(sizes.dtype, f"Lanczos on the kernel in {str(sizes.dtype).removeprefix('torch.')}", _WIDENED)
+        )
     forward = 2.0 * sizes.samples * parameters if sizes.forward_operations is None else sizes.forward_operations
     passes = 4 * _MEMORY_BOUND * rows * parameters if sizes.jacobian_stored else _PASSES * forward
     operations = passes * products * sizes.vectors + orthogonalizing
@@ -199,7 +191,3 @@ def _reason(sizes: Sizes, best: Candidate, fitting: list[Candidate], candidates:
         for c in candidates
     )
     return f"{head}, by counted operations: {counts}."
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

@@ -9,7 +9,7 @@ It cancels where D is small, so that it serves the search; the distance found is
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -20,7 +20,7 @@ from lightning_ntk.linearization.parameters import Tensors
 from lightning_ntk.solvers.eigh import CompleteModes
 from lightning_ntk.training.base import LinearizedState
 from lightning_ntk.training.modal import ModalTraining
-from lightning_ntk.training.off_span import displacements
+from lightning_ntk.training.off_span import displacement as displacement_of
 from lightning_ntk.utilities.validation import require_matching
 
 # Times of the first look: all whole ones up to here, then this many for each factor of ten.
@@ -50,16 +50,7 @@ class ClosestTime(NamedTuple):
 
 
 def find_closest(training: ModalTraining, displacement: Mapping[str, Tensor], until: float | None) -> ClosestTime:
-    """The time in [0, until] at which linearized training is closest to weights displaced from w0.
-
-    Args:
-        training: The linearized training.
-        displacement: w - w0, by parameter name.
-        until: The last time to look at. Default: that of the training.
-
-    Raises:
-        ValueError: If `until` is needed, if there is no such time, or if learning rates differ between parameters.
-    """
+    """The time in [0, until] at which linearized training is closest to w0 + displacement; see `LinearizedTraining.closest`."""
     problem, last = training.modal.problem, training.last_time if until is None else until
     if last is None or (last == math.inf and not training.has_closed_form(1)):
         raise ValueError(
@@ -72,25 +63,18 @@ def find_closest(training: ModalTraining, displacement: Mapping[str, Tensor], un
             "Expected equal learning rates, or frozen parameters, for the closest time but got `lr_scales` "
             f"{problem.lr_scales}: the distance is no function of the kernel's modes then."
         )
-    displaced = {
-        name: value.detach().double() for name, value in require_matching(displacement, problem.initial_weights).items()
-    }
-    dtype = problem.linearization.dtype
-    squared = SquaredDistance(training, displaced)
-    time, state = closest_time(squared, training, until=last, dtype=dtype)
-    span = squared.in_span(dtype)
+    matching = require_matching(displacement, problem.linearization.params)
+    displaced = {name: value.detach().double() for name, value in matching.items()}
+    squared = _SquaredDistance(training, displaced)
+    time, state = _closest_time(squared, training, last)
+    span = squared.in_span(problem.linearization.dtype)
     floor = None if span is None else math.sqrt(1 - span**2)
-    nearest = {name: value[0] for name, value in displacements(problem, training.modal.terms, [state]).items()}
+    nearest = displacement_of(problem, training.modal.terms, state)
     return ClosestTime(time, norm(difference(displaced, nearest)), span, floor)
 
 
-class SquaredDistance:
-    """The squared distance from fixed weights to the linearized ones, as a function of the state.
-
-    Args:
-        training: The linearized training.
-        displacement: w - w0, by parameter name.
-    """
+class _SquaredDistance:
+    """The squared distance from w0 + displacement to the linearized weights, as a function of the state."""
 
     def __init__(self, training: ModalTraining, displacement: Tensors) -> None:
         problem, self._modal = training.modal.problem, training.modal
@@ -122,19 +106,13 @@ class SquaredDistance:
         return math.sqrt(min(1.0, square / self.square)) if self.square > 0 else 1.0
 
 
-def closest_time(
-    squared_distance: SquaredDistance, training: ModalTraining, *, until: float, dtype: torch.dtype
+def _closest_time(
+    squared_distance: _SquaredDistance, training: ModalTraining, until: float
 ) -> tuple[float, LinearizedState]:
     """The time in [0, until] of the least distance, and the state there.
 
     The distance is looked at on a logarithmic grid, then between the neighbors of the best time, until nothing lies between:
     a minimum that is narrower than a sixth of its time may be missed.
-
-    Args:
-        squared_distance: The distances.
-        training: The linearized training.
-        until: The last time, infinity included.
-        dtype: Type of the passes, which decides which modes never move.
     """
     whole = training.dynamics == "gradient_descent" or not training.hyperparameters.constant
     squares: dict[float, float] = {}
@@ -149,7 +127,7 @@ def closest_time(
         moves = squares[0.0] - squares[best] > unresolved
         return math.inf if moves and squares.get(math.inf, math.inf) - squares[best] <= unresolved else best
 
-    shortest, longest = training.time_scales(dtype)
+    shortest, longest = training.time_scales()
     grid = _grid(min(until, _LAST_EXPONENT * longest), 1.0 if whole else 1e-3 * shortest, whole=whole)
     best = look([*grid, until] if until == math.inf or not whole else [*grid, math.floor(until)])
     refinements = 0
@@ -167,13 +145,14 @@ def closest_time(
 
 
 def _grid(last: float, first: float, *, whole: bool) -> list[float]:
-    times = [0.0, *(float(t) for t in range(1, int(min(last, _FIRST_TIMES)) + 1))] if whole else [0.0]
+    last = float(math.floor(last)) if whole else last
+    times = [float(t) for t in range(int(min(last, _FIRST_TIMES)) + 1)] if whole else [0.0]
     if last >= first:
         decades = math.log10(last / first)
         count = max(2, math.ceil(decades * _TIMES_PER_DECADE) + 1)
-        rounded: Callable[[float], float] = (lambda t: float(round(t))) if whole else float
-        times += [rounded(first * 10 ** (decades * i / (count - 1))) for i in range(count)]
-    return sorted({min(t, last) if not whole else min(t, float(math.floor(last))) for t in times})
+        later = [first * 10 ** (decades * i / (count - 1)) for i in range(count)]
+        times += [float(round(t)) for t in later] if whole else later
+    return sorted({min(t, last) for t in times})
 
 
 def _between(low: float, high: float, *, whole: bool) -> list[float]:

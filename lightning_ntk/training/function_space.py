@@ -1,34 +1,32 @@
 r"""Minibatch SGD of the linearized network, replayed in function space with the batches of the run.
 
-Every step of `torch.optim.SGD` stays in the span of what it has seen: the weights at capture w0, the momentum buffer b0 that the
-optimizer had then, and the rows of the Jacobian. So
+Every step of `torch.optim.SGD` stays in the span of what it has seen: the rows of the Jacobian, and the vectors :math:`e_j` that
+it carries along, which are the initial weights where they decay and the momentum buffer of a late start. So
 
-.. math::
-    w_{lin} = w_0 + (q - 1)\, w_0 + s\, b_0 + J^\top a, \qquad
-    f_{lin} = f_0 + (q - 1)\, J w_0 + s\, J b_0 + \Theta a,
+.. math:: w_{lin} = w_0 + \sum_j s_j e_j + J^\top a, \qquad f_{lin} = f_0 + \sum_j s_j\, J e_j + \Theta a,
 
 and a step needs the loss gradient at the batch's own predictions and its product with the batch's rows of the kernel: no pass
 through the network.
 """
 
-from collections.abc import Mapping
-from typing import Any, Literal
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from lightning_ntk.dynamics.filters import Start
 from lightning_ntk.dynamics.sgd import LinearSGD, SGDSettings
 from lightning_ntk.linearization.objective import Objective
 from lightning_ntk.utilities.contexts import full_precision
 from lightning_ntk.utilities.distributed import ALONE, Processes
 
-DecayToward = Literal["zero", "initial"]
-
-_DIRECT_NUMBERS = (
-    8192  # from this many numbers a sample on, reading them where they lie beats gathering them (measured)
-)
-_SUMMED_SAMPLES = 8  # in the kernel's own type, before float64 takes over: fewer passes over the result
-_GATHERED_BYTES = {"cpu": 2**20, "cuda": 2**28}  # what stays in a processor's cache; what keeps a GPU busy
+# Numbers of the kernel a sample from which a CPU reads them where they lie, three times faster than gathered ones.
+_DIRECT_NUMBERS = 8192
+# Samples that are summed in the kernel's own type, before float64 takes over: fewer passes over the result.
+_SUMMED_SAMPLES = 8
+# Bytes that are gathered at once: what stays in a processor's cache, and what keeps a GPU busy.
+_GATHERED_BYTES = {"cpu": 2**20, "cuda": 2**28}
 
 
 class FunctionSpaceSGD:
@@ -41,13 +39,12 @@ class FunctionSpaceSGD:
         kernel: Theta, `(N K, N K)`, symmetric, rows in sample-major order; read in its own type and never copied as a whole.
         predictions: f0, `(N, K)`.
         objective: The loss, of outputs `(b, K)` and the targets of their samples.
-        decay_toward: Where weight decay pulls the weights: "zero", as `torch.optim.SGD` does, or "initial", to w0.
-        initial_image: J w0, `(N, K)`. Needed for weight decay toward zero only.
-        momentum_image: J b0, `(N, K)`, if the optimizer had a momentum buffer b0 at capture.
+        carried: For every carried vector e its coefficients at step 0, and its image J e, `(N, K)`.
+        decays: Whether steps may have weight decay. It pulls the weights to zero if w0 is carried, and else to w0.
         processes: The processes whose gradients a step averages, as distributed training does; each accumulates its own batches.
 
     Raises:
-        ValueError: If shapes do not match, or `initial_image` is given for decay toward the initial weights.
+        ValueError: If shapes do not match.
 
     Example:
         >>> from torch import nn
@@ -66,50 +63,37 @@ class FunctionSpaceSGD:
         predictions: Tensor,
         objective: Objective,
         *,
-        decay_toward: DecayToward = "zero",
-        initial_image: Tensor | None = None,
-        momentum_image: Tensor | None = None,
+        carried: Sequence[tuple[Start, Tensor]] = (),
+        decays: bool = False,
         processes: Processes = ALONE,
     ) -> None:
-        if predictions.dim() != 2 or kernel.shape != (predictions.numel(), predictions.numel()):
+        size, shape = predictions.numel(), predictions.shape
+        shapes = [tuple(shape), tuple(kernel.shape), *(tuple(image.shape) for _, image in carried)]
+        if len(shape) != 2 or shapes != [shape, (size, size), *[shape] * len(carried)]:
             raise ValueError(
-                "Expected predictions of shape (N, K) and a kernel of shape (N K, N K) but got "
-                f"{tuple(predictions.shape)} and {tuple(kernel.shape)}."
-            )
-        if decay_toward not in ("zero", "initial"):
-            raise ValueError(f'Expected argument `decay_toward` to be "zero" or "initial" but got {decay_toward!r}.')
-        if decay_toward == "initial" and initial_image is not None:
-            raise ValueError(
-                "Expected no `initial_image` for decay toward the initial weights, which leaves these as they are. "
-                'Give it with decay_toward="zero" only.'
+                "Expected predictions of shape (N, K), a kernel of shape (N K, N K) and images of the shape of the predictions "
+                f"but got {', '.join(map(str, shapes))}."
             )
         self.num_samples, self.num_outputs = predictions.shape
         self._objective = objective
         self._processes = processes
         self._products = _KernelProducts(kernel, *predictions.shape)
-        self._decays_from_initial = decay_toward == "initial"
-        self._carries_initial = initial_image is not None
-
-        def double(image: Tensor | None, name: str) -> Tensor:
-            if image is None:
-                return torch.zeros(predictions.shape, dtype=torch.float64, device=kernel.device)
-            if image.shape != predictions.shape:
-                raise ValueError(
-                    f"Expected argument `{name}` to have the shape of the predictions, {tuple(predictions.shape)}, "
-                    f"but got {tuple(image.shape)}."
-                )
-            return image.detach().to(kernel.device, torch.float64, copy=True)
-
-        # The image J w_lin obeys the same linear recurrence as w_lin itself; predictions differ from it by a constant.
-        image = double(initial_image, "initial_image")
-        self._offset = double(predictions, "predictions") - image
-        coefficients = torch.zeros_like(image)
-        scales = image.new_tensor([1.0, 0.0])  # q, s
+        self._decays = decays
+        outputs = predictions.detach().to(kernel.device, torch.float64)
+        zeros = torch.zeros_like(outputs)
+        images = [image.detach().to(zeros) for _, image in carried]
+        self._starts = zeros.new_tensor([start.weight for start, _ in carried])
+        # J (w_lin - w0), or J w_lin where w0 is carried: it obeys the recurrence of the weights themselves.
+        self._image = sum(
+            (start.weight * image for (start, _), image in zip(carried, images, strict=True)), zeros.clone()
+        )
+        self._offset = outputs - self._image
+        self._coefficients, self._scales = zeros.clone(), self._starts.clone()
         buffers = None
-        if momentum_image is not None:
-            buffers = [torch.zeros_like(image), double(momentum_image, "momentum_image"), image.new_tensor([0.0, 1.0])]
-        self._coefficients, self._image, self._scales = coefficients, image, scales
-        self._sgd = LinearSGD([coefficients, image, scales], buffers)
+        if any(start.buffer for start, _ in carried):
+            buffer = sum((start.buffer * image for (start, _), image in zip(carried, images, strict=True)), zeros)
+            buffers = [zeros, buffer, zeros.new_tensor([start.buffer for start, _ in carried])]
+        self._sgd = LinearSGD([self._coefficients, self._image, self._scales], buffers)
         self._rows: list[Tensor] = []
         self._gradients: list[Tensor] = []
         self.steps = 0
@@ -126,17 +110,10 @@ class FunctionSpaceSGD:
         Raises:
             ValueError: If rows and targets do not fit each other or the samples.
         """
-        if rows.dim() != 1 or rows.is_floating_point() or rows.dtype == torch.bool or not len(rows):
-            raise ValueError(
-                f"Expected argument `rows` to be integers of shape (b,) but got {rows.dtype} of shape {tuple(rows.shape)}."
-            )
+        require_rows(rows, self.num_samples)
         if target.dim() == 0 or len(target) != len(rows):
             raise ValueError(
                 f"Expected the targets of {len(rows)} samples but got a tensor of shape {tuple(target.shape)}."
-            )
-        if rows.device.type == "cpu" and not 0 <= int(rows.min()) <= int(rows.max()) < self.num_samples:
-            raise ValueError(
-                f"Expected rows from 0 to {self.num_samples - 1} but got {int(rows.min())} to {int(rows.max())}."
             )
         # Prepared where they are: class labels are checked by their values, for which a GPU would have to be waited for.
         prepared = self._objective.prepare(target, torch.empty(len(rows), self.num_outputs, device=target.device))
@@ -160,7 +137,14 @@ class FunctionSpaceSGD:
             ValueError: If a setting has no meaning in function space, or an image that it needs was not given.
             RuntimeError: If nothing was accumulated.
         """
-        self._require_possible(settings, clip_norm, clip_value)
+        require_prepared_decay(settings, self._decays)
+        if clip_value is not None:
+            raise ValueError(
+                "Expected clipping by norm but got clipping by value, which depends on single weights: the clipped gradient "
+                "has no coefficients in function space. Clip by norm, or use dynamics that follow the weights themselves."
+            )
+        if clip_norm is not None and not clip_norm >= 0:
+            raise ValueError(f"Expected argument `clip_norm` to be at least 0 but got {clip_norm}.")
         if not self._rows:
             raise RuntimeError(
                 "Expected a call of `accumulate` before `step`, as no gradient has come since the last step."
@@ -183,20 +167,6 @@ class FunctionSpaceSGD:
         """Drops what was accumulated since the last step."""
         self._rows, self._gradients = [], []
 
-    def _require_possible(self, settings: SGDSettings, clip_norm: float | None, clip_value: float | None) -> None:
-        if clip_value is not None:
-            raise ValueError(
-                "Expected clipping by norm but got clipping by value, which depends on single weights: the clipped gradient "
-                "has no coefficients in function space. Clip by norm, or use dynamics that follow the weights themselves."
-            )
-        if clip_norm is not None and not clip_norm >= 0:
-            raise ValueError(f"Expected argument `clip_norm` to be at least 0 but got {clip_norm}.")
-        if settings.weight_decay != 0 and not (self._carries_initial or self._decays_from_initial):
-            raise ValueError(
-                f"Expected no weight decay but got {settings.weight_decay}: decay toward zero shrinks the "
-                'initial weights w0 too. Give their image, `initial_image` = J w0, or decay_toward="initial".'
-            )
-
     @property
     def coefficients(self) -> Tensor:
         """The coefficients a of the Jacobian's rows, `(N, K)` in float64.
@@ -216,14 +186,9 @@ class FunctionSpaceSGD:
         return self._finite(self._offset + self._image)
 
     @property
-    def initial_scale(self) -> float:
-        """The factor of w0 in w_lin - w0, q - 1; zero without weight decay and for decay toward w0."""
-        return float(self._scales[0]) - 1 if self._carries_initial else 0.0
-
-    @property
-    def momentum_scale(self) -> float:
-        """The factor s of the momentum buffer at capture in w_lin - w0."""
-        return float(self._scales[1])
+    def scales(self) -> tuple[float, ...]:
+        """The factor of every carried vector in w_lin - w0."""
+        return tuple((self._scales - self._starts).tolist())
 
     def _finite(self, values: Tensor) -> Tensor:
         if not values.isfinite().all():
@@ -235,12 +200,11 @@ class FunctionSpaceSGD:
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors and numbers from which `load_state_dict` continues, without what was accumulated since the last step."""
-        buffers = self._sgd.buffers
         return {
             "coefficients": self._coefficients.clone(),
             "image": self._image.clone(),
             "scales": self._scales.clone(),
-            "buffers": [None if buffer is None else buffer.clone() for buffer in buffers],
+            "buffers": [None if buffer is None else buffer.clone() for buffer in self._sgd.buffers],
             "steps": self.steps,
         }
 
@@ -266,27 +230,39 @@ class FunctionSpaceSGD:
         self.steps = int(state["steps"])
 
 
+def require_rows(rows: Tensor, samples: int, what: str = "argument `rows`") -> None:
+    """Raises a ValueError unless these are rows of samples, `(b,)`. A GPU is not asked for their values."""
+    valid = rows.dim() == 1 and len(rows) > 0 and not rows.is_floating_point() and rows.dtype != torch.bool
+    if not valid or (rows.device.type == "cpu" and not 0 <= int(rows.min()) <= int(rows.max()) < samples):
+        raise ValueError(
+            f"Expected {what} to be rows of the training set, integers (b,) from 0 to {samples - 1}, but got {rows.tolist()}."
+        )
+
+
+def require_prepared_decay(settings: SGDSettings, decays: bool) -> None:
+    """Raises a ValueError for a step with weight decay in a training that was not set up for it."""
+    if settings.weight_decay != 0 and not decays:
+        raise ValueError(
+            f"Expected steps without weight decay but got {settings.weight_decay}: the initial weights shrink then, for "
+            "which they have to be prepared. Give `weight_decay` from the start."
+        )
+
+
 class _KernelProducts:
     """Theta[:, rows] g for few rows, from the rows of the symmetric kernel, which are contiguous."""
 
     def __init__(self, kernel: Tensor, samples: int, outputs: int) -> None:
         self._blocks = torch.unflatten(kernel.detach(), 0, (samples, outputs))  # (N, K, N K)
         numbers = outputs * kernel.shape[1]
-        self._views: tuple[Tensor, ...] = ()
-        if (
-            kernel.device.type == "cpu"
-            and kernel.dtype in (torch.float32, torch.float64)
-            and numbers >= _DIRECT_NUMBERS
-        ):
-            self._views = self._blocks.mT.unbind(0)
+        direct = kernel.device.type == "cpu" and kernel.dtype in (torch.float32, torch.float64)
+        self._views = self._blocks.mT.unbind(0) if direct and numbers >= _DIRECT_NUMBERS else ()
         self._chunk = max(1, _GATHERED_BYTES.get(kernel.device.type, 2**24) // (8 * numbers))
 
     def image(self, rows: Tensor, gradients: Tensor) -> Tensor:
         """Sum over i of Theta[:, rows[i]] gradients[i], `(N, K)` in float64.
 
-        Where a sample's rows are long they are multiplied where they lie, in the kernel's own type, and the sums over few samples
-        are summed in float64: for a float32 kernel that is several times faster, with errors below those of its entries. Short
-        rows are gathered and multiplied in float64.
+        Long rows are multiplied where they lie, in the kernel's own type, with errors below those of its entries. Short rows are
+        gathered and multiplied in float64.
         """
         result = gradients.new_zeros(self._blocks.shape[2])
         if self._views:
@@ -299,8 +275,9 @@ class _KernelProducts:
                     result += partial
         else:
             index = rows.to(self._blocks.device, non_blocking=True)
-            parts = zip(torch.split(index, self._chunk), torch.split(gradients, self._chunk), strict=True)
-            for part, gradient in parts:
+            for part, gradient in zip(
+                torch.split(index, self._chunk), torch.split(gradients, self._chunk), strict=True
+            ):
                 block = self._blocks.index_select(0, part).flatten(0, 1).double()
                 result.addmv_(block.T, gradient.flatten())
         return result.reshape(-1, gradients.shape[1])

@@ -22,7 +22,7 @@ from lightning_ntk.training.closest import ClosestTime, find_closest
 from lightning_ntk.training.modal import ModalTraining
 from lightning_ntk.training.modal_run import ModalRun
 from lightning_ntk.training.modes import ModalProblem
-from lightning_ntk.training.off_span import displacements, off_span_terms
+from lightning_ntk.training.off_span import displacement, displacements, off_span_terms
 from lightning_ntk.training.problem import JacobianStorage, LinearizedProblem
 from lightning_ntk.training.replay import Batches, RecordedTraining
 from lightning_ntk.utilities.contexts import preserved_rng
@@ -48,26 +48,21 @@ class LinearizedTraining:
         lr: Learning rate of `torch.optim.SGD`; or one for each step; or a function of the step, which counts from 0.
         loss: A squared loss of outputs and targets. Its factor c, with gradient c (f - Y), is measured; eta = lr * c.
         dynamics: "gradient_descent" (t is a whole number of steps) or "gradient_flow" (t is real; a step lasts `lr`).
-        momentum: As for `torch.optim.SGD`, like `dampening`, `nesterov`, `weight_decay` and `maximize`. Plain gradient descent
-            and gradient flow have closed forms. Momentum, schedules and decay toward zero take a recurrence over the steps.
+        momentum: As for `torch.optim.SGD`, like `dampening`, `nesterov` and `weight_decay`. Plain gradient descent and
+            gradient flow have closed forms. Momentum, schedules and decay toward zero take a recurrence over the steps.
         dampening: See `momentum`.
         nesterov: See `momentum`.
         weight_decay: See `momentum`.
         decay: How `weight_decay` acts: "coupled", through the gradient as in `torch.optim.SGD`; "decoupled", by multiplying
             the weights by 1 - lr * weight_decay; "initial", through the gradient, toward w0 instead of zero.
-        maximize: See `momentum`.
         momentum_buffers: The optimizer's momentum buffers at w0, by parameter, for a capture in the middle of a run.
         lr_scales: The learning rate of each named parameter as a multiple of `lr`; 0 freezes it. Default: 1. Then
             w_lin = w0 + D J^T a with the kernel J D J^T, and error bounds measure D^(-1/2) (w - w0).
         solver: "eigh", a dense eigendecomposition in float64; "lanczos", or `Lanczos` with its options, Ritz pairs from the
             residual f0 - Y; "auto" takes the cheapest by counted operations that fits into memory, see `solver_reason`.
-        matrix_free: Whether Lanczos goes without the kernel, in two passes a product. Default: what is cheaper.
-        horizon: The largest number of steps that will be asked for, at about `lr`. Lanczos prepares for it at once. Later
-            times are possible and extend the basis. Infinity takes nearly N K products on most networks, because
-            eigenvalues reach down to what counts as zero. Default: unknown, and Lanczos starts when asked.
-        tolerance: Truncation error that Lanczos allows in the weights, relative to |w_lin - w0|. It never asks for more than
-            a hundredth of what rounding leaves open, see `error_bound`: in float32, without a kernel, the weights are off by
-            about 1e-5 after 1000 steps of eta lambda_max = 1, by 1e-4 after 10000; with one, by a tenth of that.
+        matrix_free: See `lightning_ntk.solvers.lanczos.Lanczos`, like `horizon` and `tolerance`.
+        horizon: See `matrix_free`; steps are at about `lr`.
+        tolerance: See `matrix_free`.
         jacobian: "streamed" recomputes J minibatch by minibatch in every pass, with memory O(P + N K). "stored" keeps a small
             model's J, N K P numbers. Both give the same results.
         ntk: A kernel computed earlier, `(N K, N K)` in sample-major order, with `lr_scales` the weighted one. One pass checks
@@ -108,7 +103,6 @@ class LinearizedTraining:
         nesterov: bool = False,
         weight_decay: float = 0.0,
         decay: Decay = "coupled",
-        maximize: bool = False,
         momentum_buffers: Mapping[str, Tensor] | None = None,
         lr_scales: Mapping[str, float] | None = None,
         solver: Solver | Lanczos = "auto",
@@ -127,10 +121,13 @@ class LinearizedTraining:
         require_choice("dynamics", dynamics, Dynamics)
         require_choice("decay", decay, Decay)
         name, lanczos = _solver_options(solver, Lanczos(tolerance, horizon, matrix_free))
-        template = SGDSettings(0.0, momentum, dampening, nesterov, weight_decay, maximize, decay == "decoupled")
+        template = SGDSettings(0.0, momentum, dampening, nesterov, weight_decay, decay == "decoupled")
         self.dynamics = dynamics
         self.hyperparameters = Hyperparameters(lr, template, decays_to_initial=decay == "initial")
-        _require_describable(dynamics, self.hyperparameters)
+        if dynamics == "gradient_flow" and momentum != 0:
+            raise ValueError(
+                f'Expected no momentum with dynamics="gradient_flow" but got {momentum}. Use dynamics="gradient_descent".'
+            )
         if batches is not None:
             beside = {"dynamics": dynamics != "gradient_descent", "solver": name != "auto", "tolerance": tolerance != 1e-6,
                       "matrix_free": matrix_free is not None, "horizon": horizon is not None}  # fmt: skip
@@ -348,8 +345,7 @@ class LinearizedTraining:
 
     def _displacement(self, t: float | None) -> Tensors:
         if self._latest is None or self._latest[0] != t:
-            stacked = displacements(self.problem, self._terms, [self.state(t)])
-            self._latest = t, {name: value[0] for name, value in stacked.items()}
+            self._latest = t, displacement(self.problem, self._terms, self.state(t))
         return self._latest[1]
 
     def _add_to_initial(self, displacement: Tensors) -> Tensors:
@@ -371,12 +367,3 @@ def _refuse(given: Mapping[str, bool], beside: str) -> None:
     names = [f"`{name}`" for name, is_given in given.items() if is_given]
     if names:
         raise ValueError(f"Expected no argument {', '.join(names)} beside {beside}. Leave it out.")
-
-
-def _require_describable(dynamics: Dynamics, hyperparameters: Hyperparameters) -> None:
-    template = hyperparameters.template
-    if dynamics == "gradient_flow" and (template.momentum != 0 or template.maximize):
-        raise ValueError(
-            'Expected no momentum, and no maximization, with dynamics="gradient_flow", which has neither, but got momentum '
-            f'{template.momentum} and maximize={template.maximize}. Use dynamics="gradient_descent".'
-        )

@@ -4,8 +4,6 @@ import math
 from dataclasses import replace
 from functools import partial
 
-import torch
-
 from lightning_ntk.dynamics.closed_form import ClosedForm, Dynamics, is_infinite
 from lightning_ntk.dynamics.filters import Filters
 from lightning_ntk.dynamics.sgd import Hyperparameters
@@ -18,13 +16,7 @@ from lightning_ntk.training.modes import ModalProblem
 
 
 class ModalTraining:
-    """Full-batch gradient descent or flow on the modes of the kernel.
-
-    Args:
-        modal: The problem in its modes.
-        dynamics: "gradient_descent" or "gradient_flow".
-        hyperparameters: The optimizer's settings.
-    """
+    """Full-batch gradient descent or flow on the modes of the kernel."""
 
     def __init__(self, modal: ModalProblem, dynamics: Dynamics, hyperparameters: Hyperparameters) -> None:
         self.modal = modal
@@ -82,14 +74,14 @@ class ModalTraining:
         steps = self.hyperparameters.steps
         return None if self.hyperparameters.constant or steps == math.inf else steps
 
-    def time_scales(self, dtype: torch.dtype) -> tuple[float, float]:
-        """Steps in which the fastest and the slowest mode above the rounding of `dtype` lose a factor e of their residual.
+    def time_scales(self) -> tuple[float, float]:
+        """Steps in which the fastest and the slowest mode above rounding lose a factor e of their residual.
 
         The slowest takes 0 steps where nothing moves.
         """
         rate, modes = self._form.rate, self.modal.solver.modes
         largest = max(m.eigenvalues[-1].item() for m in modes)
-        cutoff = max(m.cutoff(dtype) for m in modes)
+        cutoff = max(m.cutoff(self._form.dtype) for m in modes)
         moving = [m.eigenvalues[m.eigenvalues > cutoff] for m in modes]
         smallest = min((values.min().item() for values in moving if len(values)), default=math.inf)
         if rate == 0 or largest <= 0:
@@ -118,7 +110,7 @@ class ModalTraining:
         if is_infinite(t):
             return True
         template = self.hyperparameters.template
-        plain = template.momentum == 0 and not self.modal.terms and not template.maximize
+        plain = template.momentum == 0 and not self.modal.terms
         return self.hyperparameters.constant and (plain or self.dynamics == "gradient_flow")
 
     def require_time(self, t: float | None) -> None:
@@ -132,7 +124,7 @@ class ModalTraining:
             raise ValueError(
                 "Expected a finite `t` with a learning rate that changes: only a constant one has a limit."
             )
-        if rate > 0 and (rate >= self.max_learning_rate or template.maximize or template.gain == 0):
+        if rate > 0 and (rate >= self.max_learning_rate or template.gain == 0):
             raise ValueError(
                 f"Expected a stable learning rate for t = infinity but {rate:.4g} is not below the maximum "
                 f"{self.max_learning_rate:.4g}: the linearized network has no limit."

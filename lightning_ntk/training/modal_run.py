@@ -1,9 +1,9 @@
 """Full-batch gradient descent or flow on the modes of the kernel, step by step beside a run."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from itertools import repeat
+from itertools import chain, repeat
 from typing import Any
 
 import torch
@@ -18,20 +18,17 @@ from lightning_ntk.linearization.parameters import Tensors
 from lightning_ntk.solvers.base import ErrorBound, Modes, Solved
 from lightning_ntk.solvers.lanczos import LanczosModes
 from lightning_ntk.training.base import LinearizedState, StepSettings
+from lightning_ntk.training.function_space import require_prepared_decay
 from lightning_ntk.training.modes import ModalProblem
-from lightning_ntk.training.off_span import displacements
+from lightning_ntk.training.off_span import displacement
 
 
 class ModalRun:
     """The dynamics on the modes, advanced with the settings of every step: O(m) operations a step.
 
     With Lanczos, asking for the state extends the bases where the steps so far need it. The settings are kept for that and
-    replayed on the new Ritz values, which gives the state that a run on these values from the start would have.
-
-    Args:
-        modal: The problem in its modes. Several runs may share it.
-        form: The dynamics with constant settings. It serves gradient flow, whose steps only add up their durations.
-        hyperparameters: They say whether weight decay is possible, and toward what; the settings come with every step.
+    replayed on the new Ritz values, which gives the state that a run on these values from the start would have. Gradient flow
+    has a closed form, as its steps only add up their durations.
 
     Attributes:
         dynamics: "gradient_descent" or "gradient_flow".
@@ -43,7 +40,7 @@ class ModalRun:
         self.dynamics: str = form.dynamics
         self._modal = modal
         self._flow = replace(form, rate=1.0)
-        self._decays = hyperparameters.decays_to_zero or hyperparameters.decays_to_initial
+        self._decays = hyperparameters.decays
         self.history: list[tuple[SGDSettings, int]] = []
         self.steps = 0
         self._time = 0.0
@@ -104,8 +101,7 @@ class ModalRun:
 
     def displacement(self) -> Tensors:
         """w_lin - w0, by parameter name in float64: one pass over the training set."""
-        stacked = displacements(self._modal.problem, self._modal.terms, [self.state()])
-        return {name: value[0] for name, value in stacked.items()}
+        return displacement(self._modal.problem, self._modal.terms, self.state())
 
     def predictions(self) -> Tensor:
         """Outputs on the training set, `(N, K)` in float64 on the CPU."""
@@ -129,17 +125,13 @@ class ModalRun:
         return self._flow.ridge * self._modal.loss_factor
 
     def _require_settings(self, settings: SGDSettings) -> None:
-        if settings.weight_decay != 0 and not self._decays:
-            raise ValueError(
-                f"Expected steps without weight decay but got {settings.weight_decay}: the initial weights shrink then, for "
-                "which they have to be prepared. Give `weight_decay` from the start."
-            )
+        require_prepared_decay(settings, self._decays)
         if self.dynamics == "gradient_descent":
             return
-        if settings.momentum != 0 or settings.maximize:
+        if settings.momentum != 0:
             raise ValueError(
-                'Expected steps of plain gradient descent for dynamics="gradient_flow" but got momentum '
-                f'{settings.momentum} and maximize={settings.maximize}. Use dynamics="gradient_descent".'
+                'Expected steps without momentum for dynamics="gradient_flow" but got momentum '
+                f'{settings.momentum}. Use dynamics="gradient_descent".'
             )
         if not math.isclose(settings.weight_decay, self._flow_decay, rel_tol=1e-9):
             raise ValueError(
@@ -159,9 +151,8 @@ class ModalRun:
             return self._flow.solve(modes, self._modal.loss_factor * self._time)
         if modes is not self._modes:
             self._start(modes)
-            for settings, count in self.history:
-                for same in repeat(settings, count):
-                    self._advance(same)
+            for settings in self._taken():
+                self._advance(settings)
         filters = self._sgd.filters
         return Solved(filters, lambda: self._estimate(modes, filters))
 
@@ -169,14 +160,16 @@ class ModalRun:
         if self._running is None:
             # The slopes of all modes would double the cost of a step, and few ask for them.
             sgd = self._make_sgd(modes, with_slopes=True)
-            for settings, count in self.history:
-                for same in repeat(settings, count):
-                    sgd.step(same)
+            for settings in self._taken():
+                sgd.step(settings)
             truncations, slopes = [0.0] * len(modes), sgd.slopes
         else:
             truncations, slopes = self._running.truncations, self._sgd.slopes
         rounding, norms = self._modal.rounding, [term.norm for term in self._modal.terms]
         return error_bound(modes, filters, slopes, truncations, rounding, norms, steps=self.steps)
+
+    def _taken(self) -> Iterator[SGDSettings]:
+        return chain.from_iterable(repeat(settings, count) for settings, count in self.history)
 
     def _start(self, modes: Sequence[Modes]) -> None:
         ritz = [m for m in modes if isinstance(m, LanczosModes)]

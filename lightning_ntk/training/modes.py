@@ -23,13 +23,6 @@ _log = logging.getLogger(__name__)
 class ModalProblem:
     """The modes that the residual and the off-span terms of a problem reach.
 
-    Args:
-        problem: The network on its training set.
-        terms: The vectors that the weights carry along.
-        solver: "eigh", "lanczos", or "auto" for the cheapest that fits into memory.
-        lanczos: The options of Lanczos.
-        ntk: A kernel computed earlier.
-
     Attributes:
         solver: Where the modes come from, for the residual and for every term.
         kernel: The kernel `(N K, N K)`, or None where it was not formed.
@@ -59,14 +52,15 @@ class ModalProblem:
         choice = choose_solver(sizes, solver=solver, matrix_free=lanczos.matrix_free, free_memory=free)
         self.reason = choice.reason
         _log.info("%s", choice.reason)
-        self.kernel = None if choice.matrix_free else problem.kernel(ntk, dtype=choice.kernel_dtype)
+        kernel_dtype = choice.way.kernel_dtype
+        self.kernel = None if kernel_dtype is None else problem.kernel(ntk, dtype=kernel_dtype)
         # A kernel summed in float64 from passes in float32 has the errors of these passes, and no others.
         own_errors = self.kernel is not None and (ntk is not None or self.kernel.dtype != torch.float64)
         self.rounding = measure_rounding(
             problem.linearization, problem.reference, problem.predictions, problem.objective.targets,
             kernel=self.kernel if own_errors else None, lr_scales=problem.lr_scales,
-        )._replace(independent=choice.matrix_free)  # fmt: skip
-        if choice.solver == "eigh":
+        )._replace(independent=kernel_dtype is None)  # fmt: skip
+        if choice.way.solver == "eigh":
             assert self.kernel is not None
             self.solver: ModalSolver = CompleteModes(self.kernel, vectors, progress=problem.progress)
             return
@@ -104,18 +98,10 @@ class ModalProblem:
 
 
 def _sizes(problem: LinearizedProblem, ntk: Tensor | None, horizon: float | None, vectors: int) -> Sizes:
-    linearization = problem.linearization
-    sizes = Sizes(
-        samples=len(problem.reference),
-        outputs=problem.predictions.shape[1],
-        parameters=linearization.num_parameters,
-        dtype=linearization.dtype,
-        horizon=horizon,
-        kernel_given=ntk is not None,
-        jacobian_stored=isinstance(problem.jacobian, StoredJacobian),
-        vectors=vectors,
-    )
-    if sizes.kernel_given or sizes.jacobian_stored:
+    (samples, outputs), network = problem.predictions.shape, problem.linearization
+    stored = isinstance(problem.jacobian, StoredJacobian)
+    sizes = Sizes(samples, outputs, network.num_parameters, network.dtype, horizon, ntk is not None, stored, vectors)
+    if ntk is not None or stored:
         return sizes
     operations = problem.planned_kernel.operations
     return sizes._replace(kernel_operations=operations.kernel, forward_operations=operations.forward)

@@ -46,24 +46,27 @@ class OffSpanTerm(NamedTuple):
 def off_span_terms(
     problem: LinearizedProblem, hyperparameters: Hyperparameters, momentum_buffers: Mapping[str, Tensor] | None
 ) -> tuple[OffSpanTerm, ...]:
-    """The terms that training with these hyperparameters needs.
-
-    Args:
-        problem: The network at w0.
-        hyperparameters: The optimizer's settings.
-        momentum_buffers: The buffers that the optimizer has at step 0, by parameter.
+    """The terms that training with these hyperparameters, and momentum buffers at step 0, needs.
 
     Raises:
         ValueError: If weight decay meets unequal learning rates, or if there are buffers without momentum or of other
             names or shapes than the weights.
     """
-    require_commuting(problem, hyperparameters.template.weight_decay)
+    template, weights = hyperparameters.template, problem.linearization.params
+    if template.weight_decay != 0 and not problem.freezes_only:
+        raise ValueError(
+            f"Expected no weight decay with learning rates that differ between parameters but got {template.weight_decay}: "
+            'weights that shrink at different rates leave the modes of the kernel. Use dynamics="twin", which trains the '
+            "linearized network itself."
+        )
     terms = []
     if hyperparameters.decays_to_zero:
-        terms.append(OffSpanTerm.of(problem, decaying_weights(problem), Start(1.0, 0.0), -1.0))
+        # An optimizer skips what the outputs do not depend on, as it has no gradient.
+        unused = problem.linearization.unused(problem.reference.read(0, 1).inputs)
+        decaying = {name: torch.zeros_like(w) if name in unused else w for name, w in weights.items()}
+        terms.append(OffSpanTerm.of(problem, decaying, Start(1.0, 0.0), -1.0))
     if momentum_buffers is not None:
-        buffers, template = require_matching(momentum_buffers, problem.initial_weights), hyperparameters.template
-        momentum = template.momentum
+        buffers, momentum = require_matching(momentum_buffers, weights), template.momentum
         if momentum == 0:
             raise ValueError("Expected `momentum` above 0 where `momentum_buffers` are given but got 0.")
         limit = 0.0
@@ -74,20 +77,9 @@ def off_span_terms(
     return tuple(terms)
 
 
-def require_commuting(problem: LinearizedProblem, weight_decay: float) -> None:
-    """Raises a ValueError where weight decay meets unequal learning rates."""
-    if weight_decay != 0 and not problem.freezes_only:
-        raise ValueError(
-            f"Expected no weight decay with learning rates that differ between parameters but got {weight_decay}: weights "
-            'that shrink at different rates leave the modes of the kernel. Use dynamics="twin", which trains the '
-            "linearized network itself."
-        )
-
-
-def decaying_weights(problem: LinearizedProblem) -> Tensors:
-    """w0, with zeros for the parameters that the outputs do not depend on: an optimizer skips them, having no gradient."""
-    unused = problem.linearization.unused(problem.reference.read(0, 1).inputs)
-    return {name: torch.zeros_like(w) if name in unused else w for name, w in problem.initial_weights.items()}
+def displacement(problem: LinearizedProblem, terms: Sequence[OffSpanTerm], state: LinearizedState) -> Tensors:
+    """w_lin - w0 of one state, by parameter name in float64: one pass over the training set."""
+    return {name: value[0] for name, value in displacements(problem, terms, [state]).items()}
 
 
 def displacements(

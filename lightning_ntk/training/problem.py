@@ -1,6 +1,5 @@
 """The problem that linearized training solves: a network at its initial weights on a training set."""
 
-import math
 from collections.abc import Mapping
 from copy import copy
 from typing import Literal
@@ -10,7 +9,7 @@ from torch import Tensor, nn
 
 from lightning_ntk.data.reference import Data, Reference, Unpack
 from lightning_ntk.data.targets import Classes
-from lightning_ntk.kernel import PlannedKernel
+from lightning_ntk.kernel.ntk import PlannedKernel, complete_scales
 from lightning_ntk.kernel.per_sample import contract, sample_jacobians
 from lightning_ntk.linearization.jacobian import Jacobian, StoredJacobian, StreamedJacobian
 from lightning_ntk.linearization.linearization import Linearization, Predict
@@ -95,7 +94,7 @@ class LinearizedProblem:
                 self.linearization.load_state_dict(start)
             self.linearization.share_buffers(processes)
         self.device = device or self.linearization.device
-        self.lr_scales = _checked_scales(lr_scales or {}, self.linearization.params)
+        self.lr_scales = complete_scales(lr_scales or {}, self.linearization.params)
         self._read(data)
 
     def on(self, data: Data) -> "LinearizedProblem":
@@ -121,18 +120,15 @@ class LinearizedProblem:
         self._planned: PlannedKernel | None = None
 
     @property
-    def initial_weights(self) -> Tensors:
-        """w0: clones of the trainable parameters, under their names in `named_parameters()`."""
-        return self.linearization.params
-
-    @property
     def freezes_only(self) -> bool:
         """Whether all parameters that train have the same learning rate."""
         return set(self.lr_scales.values()) <= {0.0, 1.0}
 
     def scaled(self, vector: Mapping[str, Tensor]) -> Tensors:
         """D v for a vector with the names of the weights."""
-        return {name: _times(value, self.lr_scales[name]) for name, value in vector.items()}
+        return {
+            name: value if self.lr_scales[name] == 1 else value * self.lr_scales[name] for name, value in vector.items()
+        }
 
     @preserved_rng()
     def predict(self, weights: Mapping[str, Tensor]) -> Tensor:
@@ -187,21 +183,6 @@ class LinearizedProblem:
         return kernel
 
 
-def _checked_scales(given: Mapping[str, float], weights: Tensors) -> dict[str, float]:
-    unknown = sorted(given.keys() - weights.keys())
-    if unknown:
-        raise ValueError(
-            f"Expected argument `lr_scales` to name trainable parameters, {sorted(weights)}, but got {unknown}."
-        )
-    for name, value in given.items():
-        if not (math.isfinite(value) and value >= 0):
-            raise ValueError(f"Expected argument `lr_scales` to be finite and at least 0 but got {value} for {name!r}.")
-    scales = {name: float(given.get(name, 1.0)) for name in weights}
-    if not any(scales.values()):
-        raise ValueError("Expected argument `lr_scales` to leave a parameter to train but all multiples are 0.")
-    return scales
-
-
 def _checked_kernel(given: Tensor, size: int) -> Tensor:
     if tuple(given.shape) != (size, size):
         raise ValueError(f"Expected argument `ntk` of shape {(size, size)} but got {tuple(given.shape)}.")
@@ -210,7 +191,3 @@ def _checked_kernel(given: Tensor, size: int) -> Tensor:
     if not torch.allclose(given, given.T, rtol=1e-3, atol=1e-4 * given.abs().max().item()):
         raise ValueError("Expected argument `ntk` to be symmetric, the kernel of the training set with itself.")
     return given.detach()
-
-
-def _times(value: Tensor, scale: float) -> Tensor:
-    return value if scale == 1 else value * scale

@@ -9,8 +9,8 @@ from torch import Tensor
 from lightning_ntk.dynamics.sgd import Hyperparameters, SGDSettings
 from lightning_ntk.linearization.parameters import Tensors
 from lightning_ntk.training.base import LinearizedState, StepSettings
-from lightning_ntk.training.function_space import DecayToward, FunctionSpaceSGD
-from lightning_ntk.training.off_span import displacements, off_span_terms
+from lightning_ntk.training.function_space import FunctionSpaceSGD, require_rows
+from lightning_ntk.training.off_span import displacement, off_span_terms
 from lightning_ntk.training.problem import LinearizedProblem
 from lightning_ntk.utilities.contexts import preserved_rng
 
@@ -50,20 +50,18 @@ class Replay:
     ) -> None:
         self.problem = problem
         self.terms = off_span_terms(problem, hyperparameters, momentum_buffers)
-        self._toward: DecayToward = "initial" if hyperparameters.decays_to_initial else "zero"
+        self._decays = hyperparameters.decays
         self.kernel = problem.kernel(ntk, dtype=problem.linearization.dtype)
         self.restart()
 
     def restart(self) -> None:
         """Goes back to step 0."""
-        images = {bool(term.start.weight): term.image for term in self.terms}
         self._sgd = FunctionSpaceSGD(
             self.kernel,
             self.problem.predictions,
             self.problem.objective,
-            decay_toward=self._toward,
-            initial_image=images.get(True),
-            momentum_image=images.get(False),
+            carried=[(term.start, term.image) for term in self.terms],
+            decays=self._decays,
             processes=self.problem.processes,
         )
 
@@ -103,12 +101,11 @@ class Replay:
 
     def state(self) -> LinearizedState:
         """The linearized network after the steps so far, without a pass."""
-        scales = [self._sgd.initial_scale if t.start.weight else self._sgd.momentum_scale for t in self.terms]
-        return LinearizedState(self._sgd.coefficients.cpu(), self._sgd.predictions.cpu(), tuple(scales))
+        return LinearizedState(self._sgd.coefficients.cpu(), self._sgd.predictions.cpu(), self._sgd.scales)
 
     def displacement(self) -> Tensors:
         """w_lin - w0, by parameter name in float64: one pass over the training set."""
-        return {name: value[0] for name, value in displacements(self.problem, self.terms, [self.state()]).items()}
+        return displacement(self.problem, self.terms, self.state())
 
     def predictions(self) -> Tensor:
         """Outputs on the training set, `(N, K)` in float64 on the CPU."""
@@ -124,18 +121,7 @@ class Replay:
 
 
 class RecordedTraining:
-    """A replay of recorded minibatches, asked for any step.
-
-    Args:
-        problem: The network on its training set.
-        hyperparameters: The optimizer's settings in every step.
-        batches: For every step the rows of its samples `(b,)`, or a tuple of such: micro-batches whose gradients are averaged.
-        momentum_buffers: The optimizer's momentum buffers at step 0, by parameter.
-        ntk: A kernel computed earlier.
-
-    Raises:
-        ValueError: If a batch is empty or has a row that is no sample.
-    """
+    """A replay asked for any step; the batches are those of `LinearizedTraining`, the other arguments those of `Replay`."""
 
     def __init__(
         self,
@@ -175,10 +161,5 @@ def _micro_batches(batch: Rows | tuple[Rows, ...], samples: int, step: int) -> l
     several = isinstance(batch, tuple) and not all(isinstance(row, int) for row in batch)
     parts = [torch.as_tensor(rows) for rows in (batch if several else (batch,))]
     for rows in parts:
-        whole = not (rows.is_floating_point() or rows.dtype == torch.bool)
-        if rows.dim() != 1 or len(rows) == 0 or not whole or rows.min() < 0 or rows.max() >= samples:
-            raise ValueError(
-                f"Expected argument `batches` to hold, for every step, rows of the training set from 0 to {samples - 1}, but "
-                f"step {step} has {rows}."
-            )
+        require_rows(rows, samples, f"the batch of step {step}")
     return [rows.long() for rows in parts]

@@ -77,14 +77,6 @@ class Twin:
         """The weights of the linearized network, views without a gradient."""
         return {name: weight.detach() for name, weight in self._weights.items()}
 
-    @property
-    def gradients(self) -> Tensors:
-        """Clones of the gradients accumulated since the last step, zero where there are none."""
-        return {
-            name: torch.zeros_like(weight) if weight.grad is None else weight.grad.clone()
-            for name, weight in self._weights.items()
-        }
-
     def displacement(self) -> Tensors:
         """w_lin - w0, by parameter name in float64, without a pass."""
         return difference(self.weights, self._linearization.params)
@@ -141,7 +133,8 @@ class Twin:
             ValueError: If the groups hold trainable parameters that are unknown here.
         """
         if self._processes.size > 1:
-            for name, gradient in mean_over(self._processes, self.gradients).items():
+            own = {n: torch.zeros_like(w) if w.grad is None else w.grad for n, w in self._weights.items()}
+            for name, gradient in mean_over(self._processes, own).items():
                 self._weights[name].grad = gradient
         self._follow(settings.groups)
         for name in settings.frozen:

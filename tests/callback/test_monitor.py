@@ -271,7 +271,7 @@ def test_gradient_flow_and_float64_passes() -> None:
         ({"module": {"optimizer": torch.optim.Adam, "lr": 1e-3}}, "its optimizer is Adam"),
         ({"module": {"momentum": 0.9}, "monitor": {"dynamics": "gradient_flow"}}, "it uses momentum 0.9"),
         ({"module": {"weight_decay": 0.01}, "monitor": {"dynamics": "gradient_flow"}}, "it uses weight decay 0.01"),
-        ({"module": {"maximize": True, "lr": 1e-3}, "monitor": {"dynamics": "gradient_flow"}}, "it maximizes its loss"),
+        ({"module": {"maximize": True, "lr": 1e-3}}, "it maximizes its loss"),
         ({"module": {"body": ConvNet}}, "batch statistics in BatchNorm.*; it trains with dropout"),
         ({"batch_size": 4}, "each step sees 4 of 11 samples"),
         ({"batch_size": 4, "accumulate_grad_batches": 2}, "each step sees 8 of 11 samples"),

@@ -102,7 +102,6 @@ SETTINGS = {
     ),
     "workers": ({}, {"max_epochs": 2}, {"num_workers": 1, "persistent_workers": True}),
     "drop_last": ({"nesterov": True, "momentum": 0.9}, {}, {"drop_last": True}),
-    "maximization": ({"maximize": True, "lr": 0.01}, {}, {}),
     "inference between epochs": ({}, {"val": True, "inference_mode": True, "check_val_every_n_epoch": 2}, {}),
     "deterministic and profiled": ({}, {"deterministic": True, "profiler": "simple", "detect_anomaly": True}, {}),
 }  # fmt: skip
@@ -144,6 +143,14 @@ def test_any_optimizer_is_followed_by_the_twin() -> None:
         monitors = watch(("twin",))
         assert_trains_alike(run, monitors)
         check(monitors, steps=8)
+
+
+def test_a_run_that_maximizes_its_loss_gets_the_twin() -> None:
+    monitor = LinearizationMonitor(steps=1, strict=True)
+    train(make(maximize=True, lr=0.01), loader(11), [monitor])
+    assert monitor.dynamics_used == "twin"
+    assert "it maximizes its loss" in monitor.reason
+    assert distance(monitor) < EXACT
 
 
 def test_scheduled_accumulation_is_no_gradient_descent() -> None:

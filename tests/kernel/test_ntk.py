@@ -137,10 +137,10 @@ def test_learning_rates_are_verified(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("lr_scales", "message"),
     [
-        ({"weight": 1.0}, r"to name parameters of \['0.bias', .*\] but got \['weight'\]"),
+        ({"weight": 1.0}, r"to name trainable parameters, \['0.bias', .*\], but got \['weight'\]"),
         ({"0.bias": -1.0}, "at least 0 but got -1.0 for '0.bias'"),
         ({"0.bias": float("nan")}, "finite"),
-        (dict.fromkeys(("0.weight", "0.bias", "2.weight", "2.bias"), 0.0), "all factors are 0"),
+        (dict.fromkeys(("0.weight", "0.bias", "2.weight", "2.bias"), 0.0), "all multiples are 0"),
     ],
 )
 def test_learning_rates_that_cannot_be_used(lr_scales: dict[str, float], message: str) -> None:

@@ -68,7 +68,7 @@ CHANGES = {
     ),
     "not at all": (
         lambda network, hidden, long: network.square(hidden) if long else hidden,
-        r"use the parameters \['square\.bias', 'square\.weight'\] and others do not",
+        r"use the parameters \['square\.bias', 'square\.weight'\] differently from others",
     ),
     "one by one": (
         lambda network, hidden, long: (

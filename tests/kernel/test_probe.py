@@ -114,7 +114,7 @@ def test_a_probe_goes_on_from_its_saved_state() -> None:
 @pytest.mark.parametrize("samples", [0, -1, True, 2.0])
 def test_bad_number_of_samples(samples: object) -> None:
     module, inputs, targets = make("mlp")
-    with pytest.raises(ValueError, match="positive integer"):
+    with pytest.raises(ValueError, match="integer, at least 1"):
         KernelProbe(Linearization(module), Reference((inputs, targets)), samples=samples)
 
 

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from lightning_ntk.dynamics.filters import Start
 from lightning_ntk.dynamics.sgd import ModalSGD, SGDSettings
 from lightning_ntk.linearization.objective import Objective
 from lightning_ntk.training.function_space import FunctionSpaceSGD
@@ -103,15 +104,18 @@ class Problem:
     ) -> FunctionSpaceSGD:
         return FunctionSpaceSGD(
             self.kernel.to(dtype), self.model.outputs, self.objective,
-            decay_toward="initial" if decay == "initial" else "zero",
-            initial_image=self.image(self.model.start) if decay in ("coupled", "decoupled") else None,
-            momentum_image=None if buffer is None else self.image(buffer),
+            carried=[
+                *([(Start(1.0, 0.0), self.image(self.model.start))] if decay in ("coupled", "decoupled") else []),
+                *([] if buffer is None else [(Start(0.0, 1.0), self.image(buffer))]),
+            ],
+            decays=decay != "none",
         )  # fmt: skip
 
     def displacement(self, replay: FunctionSpaceSGD, buffer: Tensor | None = None) -> Tensor:
         """w_lin - w0 from what the replay carries."""
-        moved = self.model.jacobian.T @ replay.coefficients.flatten() + replay.initial_scale * self.model.start
-        return moved if buffer is None else moved + replay.momentum_scale * buffer
+        moved, scales = self.model.jacobian.T @ replay.coefficients.flatten(), list(replay.scales)
+        moved += 0 if buffer is None else scales.pop() * buffer
+        return moved + scales.pop() * self.model.start if scales else moved
 
 
 def settings_of(optimizer: str, decay: str, schedule: str, steps: int) -> list[SGDSettings]:
@@ -175,7 +179,7 @@ def test_a_late_start_continues_the_momentum_buffer(optimizer: str, decay: str) 
     moved = problem.train(batches, options, decay=decay, clip_norm=0.5, buffer=buffer)
     replay = problem.replay(decay, buffer)
     run(problem, replay, batches, options, clip_norm=0.5)
-    assert abs(replay.momentum_scale) > 0.1
+    assert abs(replay.scales[-1]) > 0.1
     assert_same(problem, replay, moved, 1e-13, buffer)
 
 
@@ -183,7 +187,7 @@ def test_settings_may_change_during_the_run() -> None:
     problem, steps = Problem(), 20
     batches = problem.batches(steps)
     options = settings_of("plain", "none", "constant", 5) + settings_of("momentum", "coupled", "cosine", 10)
-    options += [option._replace(maximize=True) for option in settings_of("nesterov", "none", "warm-up", 5)]
+    options += settings_of("nesterov", "none", "warm-up", 5)
     moved = problem.train(batches, options)
     replay = problem.replay("coupled")
     run(problem, replay, batches, options)
@@ -261,7 +265,7 @@ def test_a_saved_state_continues_exactly(optimizer: str) -> None:
     for replay in (first, second):
         assert torch.equal(replay.coefficients, whole.coefficients)
         assert torch.equal(replay.predictions, whole.predictions)
-        assert replay.initial_scale == whole.initial_scale
+        assert replay.scales == whole.scales
         assert replay.steps == steps
 
 
@@ -297,7 +301,7 @@ def test_what_has_no_meaning_in_function_space_is_refused() -> None:
         replay.step(SGDSettings(lr=0.1), clip_value=0.5)
     with pytest.raises(ValueError, match="clip_norm"):
         replay.step(SGDSettings(lr=0.1), clip_norm=-1.0)
-    with pytest.raises(ValueError, match="initial_image"):
+    with pytest.raises(ValueError, match="without weight decay"):
         replay.step(SGDSettings(lr=0.1, weight_decay=1e-2))
 
 
@@ -305,10 +309,10 @@ def test_what_has_no_meaning_in_function_space_is_refused() -> None:
     ("rows", "count", "message"),
     [
         (torch.tensor([0.0, 1.0]), 2, "integers"),
-        (torch.tensor([[0, 1]]), 1, r"shape \(b,\)"),
-        (torch.tensor([], dtype=torch.long), 0, r"shape \(b,\)"),
-        (torch.tensor([0, 11]), 2, "from 0 to 10 but got 0 to 11"),
-        (torch.tensor([-1, 3]), 2, "from 0 to 10 but got -1 to 3"),
+        (torch.tensor([[0, 1]]), 1, r"integers \(b,\)"),
+        (torch.tensor([], dtype=torch.long), 0, r"integers \(b,\)"),
+        (torch.tensor([0, 11]), 2, r"from 0 to 10, but got \[0, 11\]"),
+        (torch.tensor([-1, 3]), 2, r"from 0 to 10, but got \[-1, 3\]"),
         (torch.tensor([0, 1, 2]), 2, "targets of 3 samples"),
     ],
 )
@@ -321,16 +325,10 @@ def test_rows_and_targets_must_fit(rows: Tensor, count: int, message: str) -> No
 def test_shapes_and_options_are_checked() -> None:
     problem = Problem()
     outputs, objective = problem.model.outputs, problem.objective
-    with pytest.raises(ValueError, match=r"\(11, 3\) and \(32, 33\)"):
+    with pytest.raises(ValueError, match=r"\(11, 3\), \(32, 33\)"):
         FunctionSpaceSGD(problem.kernel[1:], outputs, objective)
-    with pytest.raises(ValueError, match="`initial_image` to have the shape"):
-        FunctionSpaceSGD(problem.kernel, outputs, objective, initial_image=outputs[:1])
-    with pytest.raises(ValueError, match="`momentum_image` to have the shape"):
-        FunctionSpaceSGD(problem.kernel, outputs, objective, momentum_image=outputs.flatten())
-    with pytest.raises(ValueError, match="no `initial_image`"):
-        FunctionSpaceSGD(problem.kernel, outputs, objective, decay_toward="initial", initial_image=outputs)
-    with pytest.raises(ValueError, match='"zero" or "initial"'):
-        FunctionSpaceSGD(problem.kernel, outputs, objective, decay_toward="start")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"images of the shape of the predictions but got .* \(1, 3\)"):
+        FunctionSpaceSGD(problem.kernel, outputs, objective, carried=[(Start(1.0, 0.0), outputs[:1])])
 
 
 @settings(max_examples=30, deadline=None)

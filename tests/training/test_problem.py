@@ -78,6 +78,6 @@ def test_momentum_buffers_of_a_checkpoint_go_to_the_device_of_the_network() -> N
     module, inputs, targets = make("mlp")
     problem = LinearizedProblem(module, (inputs, targets))
     hyperparameters = Hyperparameters(0.1, SGDSettings(0.1, momentum=0.9))
-    elsewhere = {name: torch.empty_like(w, device="meta") for name, w in problem.initial_weights.items()}
+    elsewhere = {name: torch.empty_like(w, device="meta") for name, w in problem.linearization.params.items()}
     with pytest.raises(NotImplementedError, match="Cannot copy out of meta tensor"):  # asked to move, as to a GPU
         off_span_terms(problem, hyperparameters, elsewhere)
