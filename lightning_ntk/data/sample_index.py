@@ -29,9 +29,6 @@ class SampleIndex:
     data set's are converted if that loses nothing (`precision="64-true"` makes such batches). Leaves that are not tensors are
     not compared. A sample that repeats an earlier one is found as that one, whose kernel rows are the same.
 
-    Args:
-        batches: The data set in order; `add` adds more.
-
     Example:
         >>> inputs = torch.tensor([[1.0], [2.0], [3.0]])
         >>> index = SampleIndex([Batch(slice(0, 3), inputs, None)])
@@ -60,14 +57,7 @@ class SampleIndex:
         return hashlib.blake2b(self._digests, digest_size=_DIGEST_BYTES).hexdigest()
 
     def rows(self, inputs: Any, target: Tensor | None) -> Tensor:
-        """The row of each sample of a batch in the data set.
-
-        Args:
-            inputs: A tensor, or tensors in tuples, lists and dicts, each `(b, ...)`, on any device.
-            target: Targets `(b, ...)`.
-
-        Returns:
-            Rows `(b,)`, int64 on the CPU.
+        """The row of each sample of a batch in the data set, `(b,)`, int64 on the CPU, from tensors on any device.
 
         Raises:
             UnknownSamplesError: If samples are not in the data set.
