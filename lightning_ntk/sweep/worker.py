@@ -35,15 +35,8 @@ def work(
     """Runs waiting trials one after another; returns how many.
 
     A trial that raises is recorded with its traceback, and the next one is taken. If this process is asked to stop (SIGINT or
-    SIGTERM), the trial in flight goes back to the queue.
-
-    Args:
-        queue: The sweep's queue.
-        objective: Called with the configuration of each trial.
-        patience: Seconds without a heartbeat after which a worker on another machine counts as dead.
-        identity: This worker's identity. Default: this process's.
-        wait: Whether to stay until every configuration has ended, to run those of workers that die.
-        after_trial: Called after each trial.
+    SIGTERM), the trial in flight goes back to the queue. With `wait`, the worker stays until every configuration has ended, to
+    run those of workers that die.
     """
     identity = identity or worker_identity()
     observer = Observer(patience)
