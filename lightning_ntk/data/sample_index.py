@@ -88,9 +88,8 @@ class SampleIndex:
             named = ", ".join(map(str, unknown[:8])) + (", ..." if len(unknown) > 8 else "")
             raise UnknownSamplesError(
                 f"Expected a batch of samples of the reference set but {len(unknown)} of its {len(found)} samples are not in it, "
-                f"at the positions {named}. Most likely the data set augments at random or adds noise, training reads another "
-                "data set or split, or its transforms differ from those of the reference. Give the data set that training "
-                "reads as the reference, without augmentation, or use dynamics that take any stream of data."
+                f"at the positions {named}. Training augments at random, or reads other data or through other transforms. Give "
+                "what it reads as the reference, without augmentation, or use dynamics that take any stream of data."
             )
         return torch.tensor(found)
 

@@ -94,14 +94,13 @@ def plot_effective_time(history: History, title: str | None = None) -> "tuple[Fi
         ValueError: If the history is empty or has no closest time.
     """
     require_any(history, ["closest_time"])
-    distances = {
-        "relative_weight_distance": "at the same step",
-        "closest_distance": "at the closest time",
-        "distance_floor": "smallest in the span of $J^\\top$",
-    }
     groups = {
         "How far along the linearized path the run is": {"closest_time": "trained network"},
-        "How much of the distance is a matter of time": distances,
+        "How much of the distance is a matter of time": {
+            "relative_weight_distance": "at the same step",
+            "closest_distance": "at the closest time",
+            "distance_floor": "smallest in the span of $J^\\top$",
+        },
     }
     figure, (time, distance) = _draw_panels(history, title, groups)
     steps, _ = series(history, "closest_time")

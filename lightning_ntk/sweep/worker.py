@@ -90,13 +90,11 @@ def _stop_signals() -> Iterator[list[int]]:
             raise KeyboardInterrupt
 
     previous = {}
-    try:
+    with contextlib.suppress(ValueError):  # outside of the main thread, to which no signal comes
         for number in (signal.SIGINT, signal.SIGTERM):
             # Workers of `run` ignore SIGINT, which the terminal sends to all of them: their parent decides.
             if signal.getsignal(number) is not signal.SIG_IGN:
                 previous[number] = signal.signal(number, stop)
-    except ValueError:
-        pass  # not the main thread, to which no signal comes
     try:
         yield received
     finally:
