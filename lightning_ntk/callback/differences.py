@@ -1,6 +1,7 @@
 """What a run does that linearized dynamics do not describe, in words."""
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -20,36 +21,28 @@ _HALF = (torch.float16, torch.bfloat16)
 def run_differences(
     trainer: Trainer, module: LightningModule, optimizer: Optimizer, dynamics: str, reference_size: int | None
 ) -> list[str]:
-    """Phrases, one for each respect in which the optimization of a run is not that of the dynamics.
-
-    Args:
-        trainer: The Trainer, at the start of training.
-        module: The module that it trains.
-        optimizer: Its only optimizer.
-        dynamics: "gradient_descent", "gradient_flow", "replay" or "twin".
-        reference_size: Samples in the reference set; None if there is none.
-
-    Returns:
-        Phrases such as "its optimizer is Adam".
-    """
+    """Phrases such as "its optimizer is Adam", for each respect in which a run is not optimized as the dynamics say."""
     phrases = list(_of_training_step(trainer, module))
-    if dynamics != "twin":
-        phrases += _of_optimizer(optimizer, dynamics, clips=bool(trainer.gradient_clip_val))
-        if trainer.gradient_clip_val and (dynamics != "replay" or trainer.gradient_clip_algorithm == "value"):
-            by = " by value" if trainer.gradient_clip_algorithm == "value" else ""
-            phrases.append(f"it clips gradients{by} at {trainer.gradient_clip_val}")
-        phrases += _of_data(trainer, reference_size)
-    if dynamics in ("gradient_descent", "gradient_flow"):
-        phrases += _of_batches(trainer)
+    if dynamics == "twin":
+        return phrases
+    phrases += _of_optimizer(optimizer, dynamics, clips=bool(trainer.gradient_clip_val))
+    if trainer.gradient_clip_val and (dynamics != "replay" or trainer.gradient_clip_algorithm == "value"):
+        by = " by value" if trainer.gradient_clip_algorithm == "value" else ""
+        phrases.append(f"it clips gradients{by} at {trainer.gradient_clip_val}")
+    loader: Any = trainer.train_dataloader
+    samples = seen_samples(loader, trainer.num_training_batches) if isinstance(loader, DataLoader) else None
+    if samples is None:
+        return [*phrases, "its training data is no data set of known size"]
+    if samples != reference_size:
+        phrases.append(f"it trains on {samples} samples while the reference has {reference_size}")
+    if dynamics != "replay":
+        phrases += _of_batches(trainer, loader, samples)
     return phrases
 
 
 def forward_differences(trainer: Trainer, module: LightningModule) -> list[str]:
     """Phrases for what the forward passes of the run do and those of every linearized network do not."""
-    modes = {
-        "batch statistics in BatchNorm": nn.modules.batchnorm._BatchNorm,
-        "dropout": nn.modules.dropout._DropoutNd,
-    }
+    modes = {"batch statistics in BatchNorm": nn.modules.batchnorm._BatchNorm, "dropout": nn.modules.dropout._DropoutNd}
     half = {str(p.dtype).removeprefix("torch.") for p in module.parameters() if p.dtype in _HALF}
     phrases = [f"it keeps weights in {dtype}, where the linearized network has float32" for dtype in sorted(half)]
     if str(trainer.precision).endswith("-mixed"):
@@ -94,21 +87,8 @@ def _of_optimizer(optimizer: Optimizer, dynamics: str, *, clips: bool) -> Iterab
             yield f"its parameter groups have different {name} ({', '.join(f'{value:g}' for value in sorted(values))})"
 
 
-def _of_data(trainer: Trainer, reference_size: int | None) -> Iterable[str]:
-    loader = trainer.train_dataloader
-    samples = seen_samples(loader, trainer.num_training_batches) if isinstance(loader, DataLoader) else None
-    if samples is None:
-        yield "its training data is no data set of known size"
-    elif samples != reference_size:
-        yield f"it trains on {samples} samples while the reference has {reference_size}"
-
-
-def _of_batches(trainer: Trainer) -> Iterable[str]:
+def _of_batches(trainer: Trainer, loader: DataLoader[Any], samples: int) -> Iterable[str]:
     """What keeps a step from seeing every sample once, with equal weight."""
-    loader = trainer.train_dataloader
-    samples = seen_samples(loader, trainer.num_training_batches) if isinstance(loader, DataLoader) else None
-    if samples is None or not isinstance(loader, DataLoader):
-        return
     sampler, own, processes = loader.sampler, samples, 1
     known = isinstance(sampler, SequentialSampler | RandomSampler | DistributedSampler)
     if not known or type(loader.batch_sampler) is not BatchSampler:

@@ -91,14 +91,7 @@ def figures_of(
     kernel_time: float | None,
     outputs: tuple[Tensor, Tensor] | None,
 ) -> dict[str, Draw]:
-    """Functions that draw the figures of a finished run, by name.
-
-    Args:
-        history: The monitor's history.
-        spectrum: Eigenvalues of the kernel, and coefficients of the initial residual along its modes.
-        kernel_time: The kernel time at the end.
-        outputs: Outputs of the trained and of the linearized network, `(N, K)`.
-    """
+    """Functions that draw the figures of a finished run, by name, with arguments as `plot_spectrum` and others take them."""
     over_steps = {
         "history": ("relative_weight_distance", plot_history),
         "accuracies": ("accuracy", plot_accuracies),

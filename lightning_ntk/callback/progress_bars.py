@@ -62,10 +62,6 @@ class RichBar:
 
     The display keeps one task for each depth, hidden until it is needed again. Removing a task would shift the others, and
     `RichProgressBar.train_progress_bar` finds the Trainer's by their place.
-
-    Args:
-        progress: The display, started if it is not.
-        work: The work to show.
     """
 
     def __init__(self, progress: "Progress", work: Work) -> None:

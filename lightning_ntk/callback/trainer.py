@@ -22,11 +22,7 @@ from lightning_ntk.utilities.distributed import ALONE, Processes
 
 
 def require_supported_strategy(trainer: Trainer) -> None:
-    """Refuses strategies in which no process holds the whole network.
-
-    Raises:
-        MisconfigurationException: With the name of the strategy.
-    """
+    """Refuses strategies in which no process holds the whole network."""
     strategy = trainer.strategy
     supported = isinstance(strategy, SingleDeviceStrategy | DDPStrategy)
     if not supported or isinstance(strategy, DeepSpeedStrategy):  # which derives from DDPStrategy
@@ -44,11 +40,7 @@ def processes_of(trainer: Trainer) -> Processes:
 
 
 def single_optimizer(trainer: Trainer) -> Optimizer:
-    """The optimizer of the run.
-
-    Raises:
-        MisconfigurationException: If there is none, or several.
-    """
+    """The only optimizer of the run; refuses runs with none, or several."""
     if len(trainer.optimizers) != 1:
         raise MisconfigurationException(
             f"LinearizationMonitor expects a LightningModule with one optimizer but it has {len(trainer.optimizers)}. "
@@ -58,11 +50,7 @@ def single_optimizer(trainer: Trainer) -> Optimizer:
 
 
 def require_available(device: str | None) -> None:
-    """Refuses a device that this machine has not.
-
-    Raises:
-        MisconfigurationException: If nothing can be put there.
-    """
+    """Refuses a device that this machine does not have."""
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:  # the latter in builds of PyTorch without CUDA
@@ -83,17 +71,13 @@ def step_settings(trainer: Trainer, optimizer: Optimizer, parameters: Mapping[st
 
 def momentum_buffers(module: LightningModule, optimizer: Optimizer) -> dict[str, Tensor] | None:
     """Clones of the momentum buffers that SGD has by now, zero where a parameter has none; None if none has."""
-    buffers = {
-        name: optimizer.state[parameter]["momentum_buffer"]
-        for name, parameter in trainable_parameters(module).items()
-        if parameter in optimizer.state and optimizer.state[parameter].get("momentum_buffer") is not None
-    }
+    parameters = trainable_parameters(module)
+    # `optimizer.state` makes an entry for whatever is looked up.
+    found = {n: optimizer.state[p].get("momentum_buffer") for n, p in parameters.items() if p in optimizer.state}
+    buffers = {name: buffer.detach().clone() for name, buffer in found.items() if buffer is not None}
     if not buffers:
         return None
-    return {
-        name: buffers[name].detach().clone() if name in buffers else torch.zeros_like(parameter)
-        for name, parameter in trainable_parameters(module).items()
-    }
+    return {name: buffers[name] if name in buffers else torch.zeros_like(p) for name, p in parameters.items()}
 
 
 def loss_scale(trainer: Trainer) -> float | None:
@@ -107,12 +91,6 @@ def step_was_taken(trainer: Trainer, settings: StepSettings, scale_before: float
 
     A GradScaler leaves out the step when a gradient is not finite, and lowers its scale then and only then. Parameters without
     a gradient are left out by the optimizer, all of them where `training_step` returned None.
-
-    Args:
-        trainer: The Trainer, after the step.
-        settings: Those of the step.
-        scale_before: The scale before it.
-        parameters: The number of trainable parameters.
     """
     scale = loss_scale(trainer)
     lowered = scale is not None and scale_before is not None and scale < scale_before
@@ -175,28 +153,18 @@ def _averaging(trainer: Trainer) -> list[StochasticWeightAveraging]:
 
 
 def training_data(trainer: Trainer) -> DataLoader[Any]:
-    """The samples that training sees: those of its DataLoader, or the first of them where it sees no others.
-
-    Raises:
-        NoFixedOrderError: If there are several loaders, or one that is no DataLoader.
-    """
+    """The samples that training sees: those of its DataLoader, or the first of them where it sees no others."""
     loader = trainer.train_dataloader
     if not isinstance(loader, DataLoader):
+        got = f"{len(loader)} of them" if isinstance(loader, list | tuple | dict) else f"a {type(loader).__name__}"
         raise NoFixedOrderError(
-            f'Expected one training DataLoader for reference="train" but got {_describe(loader)}. '
-            "Give the reference data set itself."
+            f'Expected one training DataLoader for reference="train" but got {got}. Give the reference data set itself.'
         )
     seen = seen_samples(loader, trainer.num_training_batches)
     if seen is None or seen == len(loader.dataset):  # type: ignore[arg-type]
         return loader
     first = Subset(loader.dataset, range(seen))
     return DataLoader(first, loader.batch_size, collate_fn=loader.collate_fn, num_workers=loader.num_workers)
-
-
-def _describe(loaders: Any) -> str:
-    if isinstance(loaders, list | tuple | dict):
-        return f"{len(loaders)} of them"
-    return f"a {type(loaders).__name__}"
 
 
 def precision(trainer: Trainer, module: LightningModule) -> torch.dtype:

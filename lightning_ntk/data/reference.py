@@ -109,9 +109,6 @@ class Reference:
         batch_size: Samples per batch.
         unpack: Maps one batch of the data set to `(inputs, target)`. Default: batches are such pairs already.
 
-    Attributes:
-        num_samples: N.
-
     Raises:
         ValueError: If the data is empty or has no fixed order.
         TypeError: If `data` is none of the above.
@@ -123,39 +120,35 @@ class Reference:
         self.batch_size = batch_size
         self._unpack = unpack or unpack_pair
         self._source = _source_of(data)
-        self.num_samples = len(self._source)
-        if self.num_samples == 0:
+        if len(self) == 0:
             raise ValueError("Expected argument `data` to hold at least one sample but it is empty.")
 
     def __len__(self) -> int:
-        return self.num_samples
+        return len(self._source)
 
     def batches(self, *ranges: range) -> Iterator[Batch]:
         """Batches of all samples in order, or of the rows in some ranges; no batch crosses the end of a range.
 
         Reading leaves the global random state alone, unless the data set itself draws from it.
         """
-        size, whole = self.batch_size, range(self.num_samples)
-        parts = [part[start : start + size] for part in ranges or (whole,) for start in range(0, len(part), size)]
+        size = self.batch_size
+        parts = [
+            part[start : start + size] for part in ranges or (range(len(self)),) for start in range(0, len(part), size)
+        ]
         if parts:
             yield from self._unpacked(parts, self._source.read(parts))
 
     def read(self, start: int, stop: int) -> Batch:
         """The samples `start` to `stop` as one batch, read in this process."""
-        part = range(start, min(stop, self.num_samples))
-        raw = self._source.read([part], workers=False)
-        return next(self._unpacked([part], raw))
+        part = range(start, min(stop, len(self)))
+        return next(self._unpacked([part], self._source.read([part], workers=False)))
 
     def subset(self, rows: Sequence[int]) -> "Reference":
-        """The samples `rows` alone, in that order, read as they are here.
-
-        Raises:
-            ValueError: If there are none, or if a row is not among the samples.
-        """
-        if not rows or not all(0 <= row < self.num_samples for row in rows):
-            raise ValueError(f"Expected rows from 0 to {self.num_samples - 1} but got {list(rows)}.")
+        """The samples `rows` alone, in that order, read as they are here."""
+        if not rows or not all(0 <= row < len(self) for row in rows):
+            raise ValueError(f"Expected rows from 0 to {len(self) - 1} but got {list(rows)}.")
         other = copy(self)
-        other._source, other.num_samples = self._source.subset(rows), len(rows)
+        other._source = self._source.subset(rows)
         return other
 
     def _unpacked(self, parts: Sequence[range], raw: Iterator[Any]) -> Iterator[Batch]:
@@ -186,11 +179,7 @@ def seen_samples(loader: DataLoader[Any], batches: float) -> int | None:
 
 
 def unpack_pair(batch: Any) -> tuple[Any, Tensor | None]:
-    """The default `unpack`: batches `(inputs, target)`, or inputs alone.
-
-    Raises:
-        ValueError: If the batch is anything else, a dict for example.
-    """
+    """The default `unpack`: batches `(inputs, target)`, or inputs alone."""
     if isinstance(batch, Tensor):
         return batch, None
     if isinstance(batch, tuple | list) and len(batch) == 1:

@@ -29,9 +29,6 @@ class SampleIndex:
     data set's are converted if that loses nothing (`precision="64-true"` makes such batches). Leaves that are not tensors are
     not compared. A sample that repeats an earlier one is found as that one, whose kernel rows are the same.
 
-    Args:
-        batches: The data set in order; `add` adds more.
-
     Example:
         >>> inputs = torch.tensor([[1.0], [2.0], [3.0]])
         >>> index = SampleIndex([Batch(slice(0, 3), inputs, None)])
@@ -60,14 +57,7 @@ class SampleIndex:
         return hashlib.blake2b(self._digests, digest_size=_DIGEST_BYTES).hexdigest()
 
     def rows(self, inputs: Any, target: Tensor | None) -> Tensor:
-        """The row of each sample of a batch in the data set.
-
-        Args:
-            inputs: A tensor, or tensors in tuples, lists and dicts, each `(b, ...)`, on any device.
-            target: Targets `(b, ...)`.
-
-        Returns:
-            Rows `(b,)`, int64 on the CPU.
+        """The row of each sample of a batch in the data set, `(b,)`, int64 on the CPU, from tensors on any device.
 
         Raises:
             UnknownSamplesError: If samples are not in the data set.
@@ -98,9 +88,8 @@ class SampleIndex:
             named = ", ".join(map(str, unknown[:8])) + (", ..." if len(unknown) > 8 else "")
             raise UnknownSamplesError(
                 f"Expected a batch of samples of the reference set but {len(unknown)} of its {len(found)} samples are not in it, "
-                f"at the positions {named}. Most likely the data set augments at random or adds noise, training reads another "
-                "data set or split, or its transforms differ from those of the reference. Give the data set that training "
-                "reads as the reference, without augmentation, or use dynamics that take any stream of data."
+                f"at the positions {named}. Training augments at random, or reads other data or through other transforms. Give "
+                "what it reads as the reference, without augmentation, or use dynamics that take any stream of data."
             )
         return torch.tensor(found)
 

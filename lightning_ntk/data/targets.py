@@ -11,18 +11,9 @@ _OFFSETS = (-0.3, 0.1, 0.4)
 
 
 def match_targets(targets: Tensor, outputs: Tensor, *, flat: bool) -> Tensor:
-    """Targets in the shape of the outputs in float64, with class labels as one-hot rows.
+    """Targets `(N, K)` in float64 from those of the data: the same, class labels `(N,)`, or `(N,)` if the network is `flat`.
 
-    Args:
-        targets: `(N, K)`; `(N,)` if the network returns `(N,)`; or integer class labels `(N,)`.
-        outputs: Predictions `(N, K)`.
-        flat: Whether the network returns `(N,)`, so that `K = 1`.
-
-    Returns:
-        The targets, `(N, K)`.
-
-    Raises:
-        ValueError: If a label is not below K, or if shapes differ: subtracting `(N,)` from `(N, 1)` would broadcast.
+    Other shapes than that of the outputs are refused: subtracting `(N,)` from `(N, 1)` would broadcast.
     """
     count, classes = outputs.shape
     targets = targets.to(outputs.device)
@@ -44,15 +35,10 @@ def match_targets(targets: Tensor, outputs: Tensor, *, flat: bool) -> Tensor:
 
 @dataclass(frozen=True)
 class Classes:
-    """The class of every sample.
+    """The class of every sample."""
 
-    Attributes:
-        labels: Classes, `(N,)`.
-        threshold: The value above which a single output means class 1; None if the largest output decides.
-    """
-
-    labels: Tensor
-    threshold: float | None = None
+    labels: Tensor  # (N,)
+    threshold: float | None = None  # above which a single output means class 1; None if the largest output decides
 
     @classmethod
     def of(cls, targets: Tensor, outputs: int, gradient: Callable[[Tensor, Tensor], Tensor]) -> "Classes | None":
@@ -61,12 +47,8 @@ class Classes:
         Classes are integer labels `(N,)`, one-hot rows for several outputs, and two target values :math:`y_0 < y_1` for a single
         one. There the threshold is the :math:`\theta` about which the loss is symmetric,
         :math:`\ell'(\theta + d, y_1) = -c\,\ell'(\theta - d, y_0)` for all d: midway between the targets for squared losses and
-        losses of probabilities, 0 for losses of logits and margins, whatever the weights c of the classes are.
-
-        Args:
-            targets: `(N, K)`, `(N, 1)` or `(N,)`.
-            outputs: K.
-            gradient: Maps outputs `(N, K)` and targets to the gradient of the loss in the outputs.
+        losses of probabilities, 0 for losses of logits and margins, whatever the weights c of the classes are. `gradient` maps
+        outputs `(N, K)` and targets to the gradient of the loss in the outputs.
 
         Example:
             >>> Classes.of(torch.tensor([[0.0, 1.0], [1.0, 0.0]]), 2, lambda f, y: f - y).labels

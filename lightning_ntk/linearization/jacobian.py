@@ -33,14 +33,10 @@ class StreamedJacobian:
 
     Every pass recomputes the predictions and compares them with those of the capture: data that changed its order or content
     would give a plausible wrong answer.
-
-    Args:
-        passes: The network on the data set.
-        predictions: The outputs at capture, `(N, K)`.
     """
 
     passes: DataPasses
-    predictions: Tensor
+    predictions: Tensor  # at capture, (N, K)
 
     def jvp(self, tangent: Mapping[str, Tensor]) -> Tensor:
         """J v, `(N, K)` in float64: one forward-mode pass."""
@@ -97,13 +93,9 @@ def _add_rows(totals: Tensors, rows: list[list[Tensor]]) -> None:
 
 @dataclass(frozen=True)
 class StoredJacobian:
-    """J kept in memory, for small models: N K P numbers.
+    """J kept in memory, for small models: N K P numbers."""
 
-    Args:
-        blocks: The Jacobian of every parameter, `(N, K, *shape)`.
-    """
-
-    blocks: Tensors
+    blocks: Tensors  # the Jacobian of every parameter, (N, K, *shape)
 
     @classmethod
     def cat(cls, batches: Iterable[Tensors]) -> "StoredJacobian":

@@ -90,11 +90,7 @@ class FrozenNetwork:
         return sum(p.numel() for p in self.params.values())
 
     def at(self: Frozen, params: Mapping[str, Tensor]) -> Frozen:
-        """The same network around clones of other weights, with the captured buffers and frozen weights.
-
-        Args:
-            params: Weights with the names and shapes of `params`; others raise a ValueError.
-        """
+        """The same network around clones of other weights, with the captured buffers and frozen weights."""
         other = copy(self)
         with torch.inference_mode(False), torch.no_grad():
             other.params = {name: value.clone() for name, value in self._convert_all(params).items()}

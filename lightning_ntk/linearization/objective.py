@@ -23,22 +23,18 @@ class Objective:
         outputs: Initial predictions `(N, K)`.
         targets: Targets of the same samples, as the data gives them.
         flat: Whether the network returns `(N,)`, so that `K = 1`.
-
-    Attributes:
-        factor: The c of a squared loss, see `measure_loss_factor`; None for other losses.
-        targets: The prepared targets of all samples, on the CPU.
-
-    Raises:
-        ValueError: If the loss cannot be computed from these outputs and targets, or has no gradient.
     """
 
+    factor: float | None = None
+    """The c of a squared loss, see `measure_loss_factor`; None for other losses."""
+    targets: Tensor
+    """The prepared targets of all samples, on the CPU."""
+
     def __init__(self, loss: Loss, outputs: Tensor, targets: Tensor, *, flat: bool = False) -> None:
-        self._flat = flat
+        self._loss, self._flat = loss, flat
         self._losses: dict[torch.device, Loss] = {}
-        self._loss = loss
         self._dtype = torch.float64
         outputs, targets = outputs.detach().cpu(), targets.detach().cpu()
-        self.factor: float | None = None
         self._reason: ValueError | None = None
         matched: Tensor | None = None
         try:

@@ -13,11 +13,7 @@ def plain_name(name: str) -> str:
 
 
 def trainable_parameters(module: nn.Module) -> Tensors:
-    """The live parameters that require a gradient, by their names in `named_parameters()`; tied ones once.
-
-    Raises:
-        ValueError: If there are none, or if one is uninitialized (lazy modules) or not real-valued.
-    """
+    """The live parameters that require a gradient, by their names in `named_parameters()`; tied ones once."""
     for name, parameter in module.named_parameters():
         if isinstance(parameter, nn.parameter.UninitializedParameter):
             raise ValueError(

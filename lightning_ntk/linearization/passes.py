@@ -16,16 +16,7 @@ from lightning_ntk.utilities.progress import track
 
 @dataclass(frozen=True)
 class DataPasses:
-    """Passes of a network over a data set: batches in order, under a progress bar, divided among processes.
-
-    Several data sets can share one linearization.
-
-    Args:
-        linearization: The network.
-        reference: The data set.
-        progress: Whether passes show a progress bar.
-        processes: The processes that share every pass.
-    """
+    """Passes of a network over a data set: batches in order, under a progress bar, divided among processes."""
 
     linearization: Linearization
     reference: Reference
@@ -49,13 +40,10 @@ class DataPasses:
         return self._join([self.linearization.predict_at(weights, b.inputs) for b in self.batches("predictions")])
 
     def first(self) -> tuple[Tensor, Tensor, SampleIndex]:
-        """The first pass, in which every process reads all samples and predicts its own.
+        """The first pass: outputs `(N, K)`, targets on the CPU as the data gives them, and samples by content.
 
-        Returns:
-            The outputs `(N, K)`, the targets as the data gives them, on the CPU, and the samples by content.
-
-        Raises:
-            ValueError: If targets are missing, anything is NaN or infinite, or the processes hold different data.
+        Every process reads all samples and predicts its own. Anything missing, not finite or not the same in all of them raises
+        a ValueError.
         """
         outputs, targets, samples = [], [], SampleIndex()
         around = range(self.rows.start), self.rows, range(self.rows.stop, len(self.reference))

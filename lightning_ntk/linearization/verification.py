@@ -19,13 +19,7 @@ _PROBE_ROUNDINGS = 1e4
 def check_determinism(linearization: Linearization, reference: Reference, predictions: Tensor) -> None:
     """Requires data and outputs that do not change, and outputs that do not depend on the rest of the batch.
 
-    Args:
-        linearization: The network.
-        reference: The data set.
-        predictions: Outputs of a complete pass, `(N, K)`.
-
-    Raises:
-        ValueError: If data or outputs are random, or samples are coupled; the message gives the cause.
+    `predictions` are the outputs of a complete pass, `(N, K)`.
     """
     batch = reference.read(0, reference.batch_size)
     again = reference.read(0, reference.batch_size)
@@ -78,15 +72,7 @@ def check_kernel(
 ) -> None:
     """Requires u^T Theta u = |D^(1/2) J^T u|^2 for a random u: the kernel is of these weights, data and row order.
 
-    Args:
-        jacobian: J.
-        kernel: Theta, `(N K, N K)`.
-        predictions: The initial outputs, `(N, K)`.
-        lr_scales: D, one number for every parameter.
-        dtype: The type in which the kernel was computed, which sets the tolerance.
-
-    Raises:
-        ValueError: If the kernel is that of other weights, data or rows.
+    D are the `lr_scales`. The tolerance is that of `dtype`, the type in which the kernel was computed.
     """
     cotangent = _probe(predictions, torch.Generator().manual_seed(0))
     flat = cotangent.flatten().to(kernel)

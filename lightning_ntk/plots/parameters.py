@@ -13,7 +13,7 @@ _PREFIX = "parameter/"
 # Values below this fraction of the largest get its color: after one step, distances are zero to rounding.
 _DYNAMIC_RANGE = 1e-3
 _NAME_LENGTH = 36
-_MOST_LABELS = 90
+_MOST_LABELS, _MOST_STEPS = 90, 14
 _MOST_OUTLINED = 30
 
 
@@ -55,25 +55,20 @@ def plot_parameters(history: History, title: str | None = None) -> "tuple[Figure
     grid: dict[str, Any] = {"edgecolors": "white", "linewidth": 0.4} if len(names) <= _MOST_OUTLINED else {}
     image = axis.pcolormesh(shown, cmap="cividis", norm=LogNorm(smallest, largest), **grid)
     axis.invert_yaxis()
-    stride = max(1, math.ceil(len(names) / _MOST_LABELS))
-    labels = [_shorten(name.removeprefix(_PREFIX)) for name in names]
-    axis.set_yticks([row + 0.5 for row in range(0, len(names), stride)], labels[::stride], fontsize=8)
+    short = [name.removeprefix(_PREFIX) for name in names]
+    labels = [name if len(name) <= _NAME_LENGTH else "…" + name[1 - _NAME_LENGTH :] for name in short]
+    rows = range(0, len(names), math.ceil(len(names) / _MOST_LABELS))
+    axis.set_yticks([row + 0.5 for row in rows], [labels[row] for row in rows], fontsize=8)
     # Counted from the end, so that the last step has a label.
-    columns = range(len(moved) - 1, -1, -max(1, math.ceil(len(moved) / 14)))
-    axis.set_xticks(
-        [column + 0.5 for column in columns], [f"{moved[column]['step']:g}" for column in columns], fontsize=8
-    )
+    columns = range(len(moved) - 1, -1, -math.ceil(len(moved) / _MOST_STEPS))
+    steps = [f"{moved[column]['step']:g}" for column in columns]
+    axis.set_xticks([column + 0.5 for column in columns], steps, fontsize=8)
     axis.tick_params(length=0)
     axis.spines[:].set_visible(False)
     axis.set_xlabel("optimizer step")
     axis.set_title(title or "How far each parameter leaves its linearized path", fontsize=10)
-    bar = figure.colorbar(
-        image, ax=axis, extend="min" if min(finite, default=1.0) < smallest else "neither", pad=0.02, aspect=30
-    )
+    extend = "min" if min(finite, default=1.0) < smallest else "neither"
+    bar = figure.colorbar(image, ax=axis, extend=extend, pad=0.02, aspect=30)
     bar.set_label("relative weight distance", fontsize=9)
     bar.outline.set_visible(False)
     return figure, axis
-
-
-def _shorten(name: str) -> str:
-    return name if len(name) <= _NAME_LENGTH else "…" + name[1 - _NAME_LENGTH :]

@@ -55,10 +55,11 @@ def plot_predictions(
     values = real[finite].tolist() + predicted[finite].tolist()
     low, high = min(values, default=0.0), max(values, default=1.0)
     margin = 0.04 * (high - low) or 0.5
+    limits = low - margin, high + margin
     for k, (axis, label) in enumerate(zip(axes, labels, strict=True)):
         axis.axline((0, 0), slope=1, color=GREY, linewidth=1)
-        _draw(axis, real[:, k], predicted[:, k], (low - margin, high + margin))
-        axis.set(xlim=(low - margin, high + margin), ylim=(low - margin, high + margin), aspect="equal")
+        _draw(axis, real[:, k], predicted[:, k], limits)
+        axis.set(xlim=limits, ylim=limits, aspect="equal")
         rmse = prediction_rmse(real[:, k], predicted[:, k])
         axis.set_title(f"{label}  rms {rmse:.2g}".strip(), fontsize=9)
         tidy(axis)

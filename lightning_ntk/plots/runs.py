@@ -6,14 +6,13 @@ from typing import TYPE_CHECKING, Any
 
 from lightning_ntk.plots.history import LABELS, History, require_any
 from lightning_ntk.plots.scalars import draw_scalars
-from lightning_ntk.plots.style import GREY, PALETTE, TRAINED, panels
+from lightning_ntk.plots.style import GREY, MARKERS, PALETTE, TRAINED, panels
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 # More curves in one panel cannot be told apart.
 _MOST_CURVES = 6
-_MARKERS = "osD^vP"
 _DEFAULT_SCALARS = ("relative_weight_distance", "prediction_rmse", "loss")
 
 
@@ -39,33 +38,21 @@ def plot_runs(
     if not runs:
         raise ValueError("Expected at least one run, a pair (label, history), but got none.")
     rows = [row for _, history in runs for row in history]
-    if scalars is None:
-        scalars = require_any(rows, _DEFAULT_SCALARS)
+    scalars = require_any(rows, _DEFAULT_SCALARS) if scalars is None else scalars
     for key in scalars:
         require_any(rows, [key])
-    if len(runs) <= _MOST_CURVES:
-        return _overlay(runs, scalars, title)
-    return _small_multiples(runs, scalars[0], title)
-
-
-def _overlay(
-    runs: Sequence[tuple[str, History]], scalars: Sequence[str], title: str | None
-) -> "tuple[Figure, tuple[Any, ...]]":
+    if len(runs) > _MOST_CURVES:
+        return _small_multiples(runs, scalars[0], title)
     figure, axes = panels(len(scalars), title, size=(4.4, 3.7))
     styles = [
         {"label": label, "color": color, "marker": marker, "markersize": 3.5, "linewidth": 1.4}
-        for (label, _), color, marker in zip(runs, PALETTE, _MARKERS, strict=False)
+        for (label, _), color, marker in zip(runs, PALETTE, MARKERS, strict=False)
     ]
     for axis, key in zip(axes, scalars, strict=True):
         draw_scalars(axis, [(history, key, style) for (_, history), style in zip(runs, styles, strict=True)])
-    columns = int(11 * figure.get_figwidth()) // (max(len(label) for label, _ in runs) + 8)
-    figure.legend(
-        handles=axes[0].lines,
-        loc="outside lower center",
-        ncols=min(max(1, columns), len(runs)),
-        frameon=False,
-        fontsize=9,
-    )
+    fitting = int(11 * figure.get_figwidth()) // (max(len(label) for label, _ in runs) + 8)
+    columns = min(max(1, fitting), len(runs))
+    figure.legend(handles=axes[0].lines, loc="outside lower center", ncols=columns, frameon=False, fontsize=9)
     return figure, axes
 
 

@@ -4,16 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from lightning_ntk.plots.history import LABELS, History, require_any, series, tells_at_start
-from lightning_ntk.plots.style import (
-    GREY,
-    LINEARIZED_LINE,
-    TAYLOR_LINE,
-    TRAINED_LINE,
-    new_figure,
-    panels,
-    step_axis,
-    value_axis,
-)
+from lightning_ntk.plots.style import GREY, LINES, new_figure, panels, step_axis, value_axis
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -33,11 +24,11 @@ def plot_history(history: History, title: str | None = None) -> "tuple[Figure, A
     Raises:
         ValueError: If the history is empty or has none of these scalars.
     """
-    losses = {"loss": "trained network", "linearized_loss": "linearized network"}
-    distance = {"relative_weight_distance": ""}
-    return _draw_panels(
-        history, title, {"How far the weights leave the linearized path": distance, "Loss of both networks": losses}
-    )
+    groups = {
+        "How far the weights leave the linearized path": {"relative_weight_distance": ""},
+        "Loss of both networks": {"loss": "trained network", "linearized_loss": "linearized network"},
+    }
+    return _draw_panels(history, title, groups)
 
 
 def plot_accuracies(history: History, title: str | None = None) -> "tuple[Figure, Any]":
@@ -80,15 +71,12 @@ def plot_kernel(history: History, title: str | None = None) -> "tuple[Figure, An
     Raises:
         ValueError: If the history is empty or has none of these scalars.
     """
-    return _draw_panels(
-        history,
-        title,
-        {
-            "How far the kernel has turned": {"kernel_distance": ""},
-            "How much the kernel has changed": {"kernel_change": ""},
-            "How fast it turns, per step": {"kernel_velocity": ""},
-        },
-    )
+    groups = {
+        "How far the kernel has turned": {"kernel_distance": ""},
+        "How much the kernel has changed": {"kernel_change": ""},
+        "How fast it turns, per step": {"kernel_velocity": ""},
+    }
+    return _draw_panels(history, title, groups)
 
 
 def plot_effective_time(history: History, title: str | None = None) -> "tuple[Figure, Any]":
@@ -106,19 +94,15 @@ def plot_effective_time(history: History, title: str | None = None) -> "tuple[Fi
         ValueError: If the history is empty or has no closest time.
     """
     require_any(history, ["closest_time"])
-    distances = {
-        "relative_weight_distance": "at the same step",
-        "closest_distance": "at the closest time",
-        "distance_floor": "smallest in the span of $J^\\top$",
-    }
-    figure, (time, distance) = _draw_panels(
-        history,
-        title,
-        {
-            "How far along the linearized path the run is": {"closest_time": "trained network"},
-            "How much of the distance is a matter of time": distances,
+    groups = {
+        "How far along the linearized path the run is": {"closest_time": "trained network"},
+        "How much of the distance is a matter of time": {
+            "relative_weight_distance": "at the same step",
+            "closest_distance": "at the closest time",
+            "distance_floor": "smallest in the span of $J^\\top$",
         },
-    )
+    }
+    figure, (time, distance) = _draw_panels(history, title, groups)
     steps, _ = series(history, "closest_time")
     time.plot(steps, steps, color=GREY, linewidth=1, zorder=1, label="as fast as the linearized network")
     time.legend(frameon=False)
@@ -151,7 +135,7 @@ def plot_values(
         raise ValueError("Expected at least one value to plot but got none.")
     if ax is None:
         ax = new_figure(4.6, 3.6).subplots()
-    ax.plot(range(1, len(values) + 1), values, **TRAINED_LINE)  # type: ignore[arg-type]
+    ax.plot(range(1, len(values) + 1), values, **LINES[0])
     ax.set_ylabel(label)
     if len(values) == 1:
         ax.annotate(f"{values[0]:.4g}", (1, values[0]), xytext=(8, 0), textcoords="offset points", va="center")
@@ -190,10 +174,8 @@ def _draw_panels(
     shown = [(heading, labels) for heading, labels in groups.items() if not labels.keys().isdisjoint(present)]
     figure, axes = panels(len(shown), title)
     for axis, (heading, labels) in zip(axes, shown, strict=True):
-        styles = zip(labels.items(), (TRAINED_LINE, LINEARIZED_LINE, TAYLOR_LINE), strict=False)
-        draw_scalars(
-            axis, [(history, key, {**line, "label": label}) for (key, label), line in styles if key in present]
-        )
+        lines = zip(labels.items(), LINES, strict=False)
+        draw_scalars(axis, [(history, key, {**line, "label": label}) for (key, label), line in lines if key in present])
         axis.set_title(heading, fontsize=10)
         if any(labels.values()):
             axis.legend(frameon=False)

@@ -10,9 +10,6 @@ from lightning_ntk.plots.style import GREY, LINEARIZED, TRAINED, new_figure, tid
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-# How many decades below the largest value are drawn; the rest is rounding.
-_DECADES = 12
-
 
 def plot_spectrum(
     eigenvalues: Tensor, residual: Tensor, *, time: float | None = None, title: str | None = None
@@ -52,7 +49,7 @@ def plot_spectrum(
     spectrum.plot(ranks[positive], eigenvalues[positive], "o", color=TRAINED, markersize=3, rasterized=True)
     spectrum.set_yscale("log")
     spectrum.set_ylabel(r"eigenvalue $\lambda$ of the kernel")
-    _keep_decades(spectrum, eigenvalues[0].item())
+    _keep_decades(spectrum, eigenvalues[0].item(), decades=12)
     energies.plot(ranks, shares, "o", color=TRAINED, markersize=3, alpha=0.7, rasterized=True, label="one mode")
     energies.plot(ranks, shares.cumsum(0), "-", color=LINEARIZED, linewidth=2, label="this and all larger modes")
     energies.set_yscale("log")
@@ -61,23 +58,20 @@ def plot_spectrum(
     _keep_decades(energies, 1.0, decades=8)
     if len(ranks) > 20:
         energies.set_xscale("log")
-    spectrum.set_title(title or "Spectrum of the kernel, and where the residual lies", fontsize=10)
+    title = title or "Spectrum of the kernel, and where the residual lies"
     if time is not None:
-        learned = _mark_learned((spectrum, energies), eigenvalues, shares, time)
-        spectrum.set_title(f"{spectrum.get_title()}\n{learned}", fontsize=10)
+        learned = int((eigenvalues * time > 1).sum())
+        title += f"\nshaded: {learned} of {len(ranks)} modes learned, $\\lambda > 1/(\\eta t)$, "
+        title += f"with {shares[:learned].sum().item():.1%} of the energy"
+        for axis in (spectrum, energies):
+            axis.axvspan(0.8, learned + 0.5, color=GREY, alpha=0.18, linewidth=0)
+    spectrum.set_title(title, fontsize=10)
     energies.legend(frameon=False, loc="lower left")
     for axis in (spectrum, energies):
         tidy(axis)
     return figure, (spectrum, energies)
 
 
-def _mark_learned(axes: Any, eigenvalues: Tensor, shares: Tensor, time: float) -> str:
-    learned = int((eigenvalues * time > 1).sum())
-    for axis in axes:
-        axis.axvspan(0.8, learned + 0.5, color=GREY, alpha=0.18, linewidth=0)
-    share = shares[:learned].sum().item()
-    return f"shaded: {learned} of {len(eigenvalues)} modes learned, $\\lambda > 1/(\\eta t)$, with {share:.1%} of the energy"
-
-
-def _keep_decades(axis: Any, largest: float, decades: int = _DECADES) -> None:
+def _keep_decades(axis: Any, largest: float, decades: int) -> None:
+    """Leaves out what is too far below the largest value, which is rounding."""
     axis.set_ylim(bottom=max(axis.get_ylim()[0], largest * 10.0**-decades), top=largest * 3)

@@ -11,12 +11,13 @@ if TYPE_CHECKING:
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 TRAINED, LINEARIZED, TAYLOR = PALETTE[:3]
 GREY = "#999999"
+MARKERS = "osD^vPX"
 # The curves of the trained network, of the linearized one, and of one that is neither.
-TRAINED_LINE = {"color": TRAINED, "linestyle": "-", "marker": "o", "markersize": 4}
-LINEARIZED_LINE = {
-    "color": LINEARIZED, "linestyle": "--", "marker": "s", "markersize": 3.5, "markerfacecolor": "none",
-}  # fmt: skip
-TAYLOR_LINE = {"color": TAYLOR, "linestyle": ":", "marker": "^", "markersize": 4, "markerfacecolor": "none"}
+LINES: tuple[dict[str, Any], ...] = (
+    {"color": TRAINED, "linestyle": "-", "marker": "o", "markersize": 4},
+    {"color": LINEARIZED, "linestyle": "--", "marker": "s", "markersize": 3.5, "markerfacecolor": "none"},
+    {"color": TAYLOR, "linestyle": ":", "marker": "^", "markersize": 4, "markerfacecolor": "none"},
+)
 # An axis is logarithmic if the largest value exceeds the smallest by this factor.
 _WIDE = 5
 # A logarithmic axis is labeled at 1, 2 and 5 if its limits differ by less than this factor.

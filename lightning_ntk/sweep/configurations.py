@@ -130,21 +130,16 @@ def latin_hypercube(ranges: Mapping[str, Range | Sequence[Any]], *, samples: int
 
 
 def check_configurations(configurations: Iterable[Mapping[str, Any]]) -> list[Configuration]:
-    """The configurations as a list of distinct dictionaries that a storage can keep.
-
-    Raises:
-        ValueError: If there are none, two are the same, a name is reserved, or a value is not JSON.
-        TypeError: If one is not a mapping.
-    """
+    """The configurations as dictionaries, at least one, all of them distinct and JSON; raises a ValueError or TypeError."""
     checked: dict[str, Configuration] = {}
     for index, configuration in enumerate(configurations):
         if not isinstance(configuration, Mapping):
             raise TypeError(f"Expected every configuration to be a dictionary but number {index} is {configuration!r}.")
-        wrong = [name for name in configuration if not isinstance(name, str) or name in RESERVED]
-        if wrong:
-            raise ValueError(
-                f"Expected parameter names to be strings other than {RESERVED}, columns of the table, but got {wrong[0]!r}."
-            )
+        for name in configuration:
+            if not isinstance(name, str) or name in RESERVED:
+                raise ValueError(
+                    f"Expected parameter names to be strings other than {RESERVED}, columns of the table, but got {name!r}."
+                )
         key = configuration_key(configuration)
         if key in checked:
             raise ValueError(

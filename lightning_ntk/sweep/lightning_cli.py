@@ -18,23 +18,15 @@ class CommandLineObjective:
 
     A `LinearizationMonitor` is added to the Trainer's callbacks if the configuration has none. Each configuration gets its own
     `trainer.default_root_dir`, so that logs and checkpoints do not collide.
-
-    Args:
-        config: The files of `python main.py fit --config ...`; later ones override earlier ones.
-        model: Import path of the LightningModule that the project gives to its LightningCLI. None: the configuration names it by
-            `class_path`.
-        data: Import path of the LightningDataModule, as for `model`.
-        cli: Import path of the project's own subclass of LightningCLI. None: LightningCLI itself.
-        directory: Directory for logs and checkpoints.
-        search: Directory in which to look for modules and files.
     """
 
-    config: tuple[str, ...]
+    config: tuple[str, ...]  # the files of `python main.py fit --config ...`; later ones override earlier ones
+    # Import paths of the LightningModule and the LightningDataModule. None: the configuration names them by `class_path`.
     model: str | None = None
     data: str | None = None
-    cli: str | None = None
-    directory: str = "sweep.runs"
-    search: str = "."
+    cli: str | None = None  # import path of a subclass of LightningCLI
+    directory: str = "sweep.runs"  # of logs and checkpoints
+    search: str = "."  # the directory of modules and files
 
     def __post_init__(self) -> None:
         if not self.config:

@@ -57,9 +57,6 @@ class Observer:
 
     A process of this machine is looked up by its number and start time. The heartbeat of any other one must change within
     `patience` seconds of the observer's own clock, so the clocks of different machines need not agree.
-
-    Args:
-        patience: Seconds without a new heartbeat after which a worker counts as dead.
     """
 
     def __init__(self, patience: float) -> None:

@@ -63,11 +63,7 @@ class ImportedObjective:
 
 
 def import_path(path: str, directory: str = ".") -> Any:
-    """Imports "package.module:name", "package.module.name" or "file.py:name" from a directory.
-
-    Raises:
-        ImportError: If there is no such module, file or name, or its code raises or exits.
-    """
+    """Imports "package.module:name", "package.module.name" or "file.py:name" from a directory, or raises an ImportError."""
     add_to_path(directory)
     module, _, name = path.rpartition(":" if ":" in path else ".")
     try:
@@ -114,11 +110,7 @@ def objective_identity(objective: Objective) -> str:
 
 
 def require_for_processes(objective: Objective) -> None:
-    """Requires an objective that another process can import.
-
-    Raises:
-        TypeError: If it is a lambda, a local function, or defined in a notebook.
-    """
+    """Raises a TypeError unless another process can import the objective: no lambda, local function or notebook cell."""
     try:
         pickle.dumps(objective)
     except Exception as error:
@@ -136,9 +128,7 @@ def require_for_processes(objective: Objective) -> None:
 def rows_of(result: Any) -> list[Row]:
     """The measurements that an objective returned: at least one row with a scalar besides "step".
 
-    Args:
-        result: A `LinearizationMonitor`, which gives its history with the tags that it logs ("ntk/weight_distance"); or a
-            dictionary of scalars, with or without a "step".
+    The history of a `LinearizationMonitor` gets the tags that it logs ("ntk/weight_distance"); a dictionary is one row.
     """
     rows: Sequence[Mapping[str, Any]]
     if isinstance(result, Mapping):
@@ -148,9 +138,8 @@ def rows_of(result: Any) -> list[Row]:
             {tag if tag == "step" else f"{result.name}/{tag}": v for tag, v in row.items()} for row in result.history
         ]
     else:
-        returned = "nothing" if result is None else f"{result!r} of type {type(result).__name__}"
         raise TypeError(
-            f"Expected the objective to return a LinearizationMonitor or a dictionary of scalars but it returned {returned}."
+            f"Expected the objective to return a LinearizationMonitor or a dictionary of scalars but it returned {result!r}."
         )
     if all(set(row) <= {"step"} for row in rows):
         raise ValueError(
@@ -174,6 +163,4 @@ def _scalar(tag: Any, value: Any) -> float:
         value = value.item()
     if isinstance(value, numbers.Real):
         return float(value)
-    raise TypeError(
-        f"Expected the scalar {tag!r} of a result to be a number but got {value!r} of type {type(value).__name__}."
-    )
+    raise TypeError(f"Expected the scalar {tag!r} of a result to be a number but got {value!r}.")

@@ -3,14 +3,12 @@
 import itertools
 from typing import TYPE_CHECKING, Any
 
-from lightning_ntk.plots.style import PALETTE, new_figure, tidy
+from lightning_ntk.plots.style import MARKERS, PALETTE, new_figure, tidy
 from lightning_ntk.sweep.results import Results
 from lightning_ntk.sweep.statistics import log_log_slope, mean_interval
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-_MARKERS = "osD^vPX"
 
 
 def plot_scaling(
@@ -38,7 +36,7 @@ def plot_scaling(
     figure = new_figure(6.4, 4.4)
     axis = figure.subplots()
     series = results.series(x, y, over=over, step=step)
-    styles = zip(itertools.cycle(PALETTE), itertools.cycle(_MARKERS))
+    styles = zip(itertools.cycle(PALETTE), itertools.cycle(MARKERS))
     for (others, points), (color, marker) in zip(series.items(), styles, strict=False):
         xs, ys = zip(*points, strict=True)
         law = log_log_slope(xs, ys, confidence)

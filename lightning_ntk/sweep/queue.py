@@ -69,16 +69,7 @@ class Task:
 
 
 class Queue:
-    """The configurations of one study in a storage.
-
-    Args:
-        storage: An Optuna storage, see `open_storage`.
-        name: The study's name.
-        objective: The objective's identity. None: open an existing study, whatever its objective.
-
-    Raises:
-        ValueError: If the study has another objective, is not a sweep's, or does not exist and `objective` is None.
-    """
+    """The configurations of one study, which must exist unless the identity of its `objective` is given."""
 
     def __init__(self, storage: BaseStorage, name: str, objective: str | None = None) -> None:
         self.storage, self.name = storage, name
@@ -128,10 +119,7 @@ class Queue:
     def complete(self, task: Task, rows: Sequence[Row], metric: str) -> bool:
         """Stores a result; False if the trial has ended, so another worker's counts.
 
-        Args:
-            task: What `claim` returned.
-            rows: One row for each measurement.
-            metric: The scalar that Optuna's dashboard shows as the trial's curve and, from the last row, value.
+        Optuna's dashboard shows the scalar `metric` as the trial's curve and, from the last row, as its value.
         """
         text = json.dumps(rows)
         parts = {f"{_ROWS}/{part}": text[i : i + _CHUNK] for part, i in enumerate(range(0, len(text), _CHUNK))}
@@ -153,12 +141,7 @@ class Queue:
         self._end(trial_id, TrialState.FAIL, {_INTERRUPTED: True} if interrupted else {})
 
     def recover(self, observer: Observer, dead: Mapping[str, bool] | None = None) -> None:
-        """Enqueues again what dead workers were running.
-
-        Args:
-            observer: Judges workers that are not in `dead`.
-            dead: Ids of workers known to have ended, and whether they were asked to.
-        """
+        """Enqueues again what dead workers were running; `dead` maps known ones to whether they were asked to end."""
         dead = dead or {}
         for trial in self._trials():
             if trial.state == TrialState.RUNNING:
@@ -192,24 +175,14 @@ class Queue:
     def _keep(self, trial: FrozenTrial, identity: Identity) -> bool:
         try:
             self.storage.set_trial_user_attr(trial._trial_id, WORKER, identity)
-            rival = self._rival(trial)
-            if rival is not None:
-                self._end(trial._trial_id, TrialState.PRUNED, {_DUPLICATE: rival})
+            for other in self._trials():
+                if other.number != trial.number and _has_result_for(trial, other):
+                    self._end(trial._trial_id, TrialState.PRUNED, {_DUPLICATE: other.number})
+                    return False
         except (KeyboardInterrupt, SystemExit):
             self.release(trial._trial_id, interrupted=True)
             raise
-        return rival is None
-
-    def _rival(self, mine: FrozenTrial) -> int | None:
-        """The trial that has, or will have, the result for which `mine` was enqueued."""
-        for trial in self._trials():
-            if trial.user_attrs[_KEY] != mine.user_attrs[_KEY] or trial.number == mine.number:
-                continue
-            open_and_older = not trial.state.is_finished() and trial.number < mine.number
-            failed_already = _raised(trial) and trial.user_attrs[_ATTEMPT] >= mine.user_attrs[_ATTEMPT]
-            if trial.state == TrialState.COMPLETE or open_and_older or failed_already:
-                return trial.number
-        return None
+        return True
 
     def _end(self, trial_id: int, state: TrialState, attributes: Mapping[str, Any], value: float | None = None) -> bool:
         try:
@@ -247,6 +220,15 @@ def _entry(trials: Sequence[FrozenTrial], rows: bool) -> Entry:
         worker=trial.user_attrs.get(WORKER),
         seconds=trial.duration.total_seconds() if state == "complete" and trial.duration else None,
     )
+
+
+def _has_result_for(mine: FrozenTrial, other: FrozenTrial) -> bool:
+    """Whether `other` has, or will have, the result for which `mine` was enqueued."""
+    if other.user_attrs[_KEY] != mine.user_attrs[_KEY]:
+        return False
+    open_and_older = not other.state.is_finished() and other.number < mine.number
+    failed_already = _raised(other) and other.user_attrs[_ATTEMPT] >= mine.user_attrs[_ATTEMPT]
+    return other.state == TrialState.COMPLETE or open_and_older or failed_already
 
 
 def _raised(trial: FrozenTrial) -> bool:

@@ -47,11 +47,7 @@ class PowerLaw:
 
 
 def mean_interval(values: Sequence[float], confidence: float = 0.95) -> Mean:
-    """Mean of independent values, with Student's interval, mean ± t s / sqrt(n).
-
-    Args:
-        values: At least one.
-        confidence: Probability that the interval contains the expectation, for normal values.
+    """Mean of independent values, at least one, with Student's interval for normal ones, mean ± t s / sqrt(n).
 
     Example:
         >>> mean_interval([1.0, 2.0, 3.0]).mean

@@ -38,13 +38,7 @@ class SweepFile:
 
     @staticmethod
     def read(path: str | os.PathLike[str], *, storage: str | None = None, name: str | None = None) -> "SweepFile":
-        """Reads and checks a file; `storage`, relative to the current directory, and `name` replace those in it.
-
-        Raises:
-            FileNotFoundError: If there is no such file.
-            ValueError: If it is not YAML, lacks the objective or the configurations, or has an unknown key or one twice.
-            TypeError: If a value has another type.
-        """
+        """Reads and checks a file; `storage`, relative to the current directory, and `name` replace those in it."""
         file = Path(path)
         if not file.is_file():
             raise FileNotFoundError(f"Expected a YAML file that describes a sweep at {file} but there is none.")

@@ -35,15 +35,8 @@ def work(
     """Runs waiting trials one after another; returns how many.
 
     A trial that raises is recorded with its traceback, and the next one is taken. If this process is asked to stop (SIGINT or
-    SIGTERM), the trial in flight goes back to the queue.
-
-    Args:
-        queue: The sweep's queue.
-        objective: Called with the configuration of each trial.
-        patience: Seconds without a heartbeat after which a worker on another machine counts as dead.
-        identity: This worker's identity. Default: this process's.
-        wait: Whether to stay until every configuration has ended, to run those of workers that die.
-        after_trial: Called after each trial.
+    SIGTERM), the trial in flight goes back to the queue. With `wait`, the worker stays until every configuration has ended, to
+    run those of workers that die.
     """
     identity = identity or worker_identity()
     observer = Observer(patience)
@@ -97,13 +90,11 @@ def _stop_signals() -> Iterator[list[int]]:
             raise KeyboardInterrupt
 
     previous = {}
-    try:
+    with contextlib.suppress(ValueError):  # outside of the main thread, to which no signal comes
         for number in (signal.SIGINT, signal.SIGTERM):
             # Workers of `run` ignore SIGINT, which the terminal sends to all of them: their parent decides.
             if signal.getsignal(number) is not signal.SIG_IGN:
                 previous[number] = signal.signal(number, stop)
-    except ValueError:
-        pass  # not the main thread, to which no signal comes
     try:
         yield received
     finally:

@@ -3,9 +3,10 @@
 import socket
 import sys
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import NoReturn
 
 import torch
@@ -22,26 +23,16 @@ class Processes:
     Every process reads its own rows, and sums over the processes give all of them the same numbers. All processes must make
     the same exchanges in the same order. A process that fails cannot, so every exchange first asks whether any process has
     failed; if one has, all of them raise the error of the lowest failed rank. Errors are caught inside `agreement`.
-
-    Args:
-        rank: The number of this process.
-        size: The number of processes.
-        neighbors: Processes on this machine, including this one, which share its memory.
-        device: The device on which to exchange tensors; others are copied there and back.
     """
 
     rank: int = 0
     size: int = 1
-    neighbors: int = 1
-    device: torch.device | None = None
+    neighbors: int = 1  # processes on this machine, including this one, which share its memory
+    device: torch.device | None = None  # on which tensors are exchanged; others are copied there and back
 
     @classmethod
     def of_process_group(cls, device: torch.device) -> "Processes":
-        """The default process group; call it on every rank.
-
-        Args:
-            device: A device on which the group can exchange tensors.
-        """
+        """The default process group, which exchanges tensors on `device`; call it on every rank."""
         rank, size = dist.get_rank(), dist.get_world_size()
         hosts: list[str | None] = [None] * size
         dist.all_gather_object(hosts, socket.gethostname())
@@ -53,19 +44,11 @@ class Processes:
 
     def sum_(self, tensor: Tensor) -> Tensor:
         """Replaces the tensor by its sum over the processes."""
-        if self.size > 1:
-            self._agree()
-            with self._exchangeable(tensor) as exchanged:
-                dist.all_reduce(exchanged)
-        return tensor
+        return self._exchange(tensor, dist.all_reduce)
 
     def broadcast_(self, tensor: Tensor, source: int = 0) -> Tensor:
         """Replaces the tensor by that of process `source`."""
-        if self.size > 1:
-            self._agree()
-            with self._exchangeable(tensor) as exchanged:
-                dist.broadcast(exchanged, source)
-        return tensor
+        return self._exchange(tensor, partial(dist.broadcast, src=source))
 
     def minimum(self, value: float) -> float:
         """The smallest value over the processes."""
@@ -83,11 +66,7 @@ class Processes:
         return int(self.minimum(min(own)))
 
     def require_same(self, digest: str, what: str) -> None:
-        """Requires the same hexadecimal digest in all processes.
-
-        Raises:
-            ValueError: In all processes, if the digests differ.
-        """
+        """Raises a ValueError in all processes unless they have the same hexadecimal digest."""
         own = torch.frombuffer(bytearray.fromhex(digest), dtype=torch.uint8)
         if self.any(not torch.equal(self.broadcast_(own.clone()), own)):
             raise ValueError(
@@ -137,13 +116,14 @@ class Processes:
         first.agreed = True  # type: ignore[attr-defined]
         raise first
 
-    @contextmanager
-    def _exchangeable(self, tensor: Tensor) -> Iterator[Tensor]:
-        device = tensor.device if self.device is None else self.device
-        exchanged = tensor.detach().to(device).contiguous()
-        yield exchanged
-        if exchanged.data_ptr() != tensor.data_ptr():
-            tensor.copy_(exchanged)
+    def _exchange(self, tensor: Tensor, collective: Callable[[Tensor], object]) -> Tensor:
+        if self.size > 1:
+            self._agree()
+            exchanged = tensor.detach().to(self.device or tensor.device).contiguous()
+            collective(exchanged)
+            if exchanged.data_ptr() != tensor.data_ptr():
+                tensor.copy_(exchanged)
+        return tensor
 
 
 ALONE = Processes()

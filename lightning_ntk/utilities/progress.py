@@ -16,19 +16,12 @@ _SHARE_FORMAT = "{l_bar}{bar}| [{elapsed}<{remaining}]"
 
 
 class Work(NamedTuple):
-    """What a bar shows.
-
-    Attributes:
-        description: The work, in a few words.
-        total: Steps or other units of the whole work; None if unknown.
-        counted: Whether a reader would count these units.
-        depth: How many bars are open around this one.
-    """
+    """What a bar shows."""
 
     description: str
-    total: float | None
-    counted: bool = True
-    depth: int = 0
+    total: float | None  # units of the whole work; None if unknown
+    counted: bool = True  # whether a reader would count these units
+    depth: int = 0  # how many bars are open around this one
 
 
 class Bar(Protocol):
@@ -80,16 +73,9 @@ def track(iterable: Iterable[T], description: str, *, total: int | None = None, 
 def track_operations(
     description: str, *, total: float | None, counted: bool = False, enabled: bool = True
 ) -> Iterator[Callable[[float], object]]:
-    """A bar for steps of unequal cost, which estimates the time left from operations.
+    """A bar for steps of unequal cost; yields a function to call after each step with its operations.
 
-    Args:
-        description: The work.
-        total: Operations of all steps; None for a single call that cannot report its progress.
-        counted: Whether a reader would count the operations; otherwise the bar shows only their share.
-        enabled: Whether to show the bar.
-
-    Yields:
-        A function to call after each step with its operations.
+    `total` is None for a single call that cannot report its progress.
     """
     if not enabled:
         yield lambda n: None

@@ -46,16 +46,7 @@ def require_integer(name: str, value: object, *, least: int) -> None:
 def require_matching(
     tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor], what: str = "tensors"
 ) -> dict[str, Tensor]:
-    """The tensors in the order of `expected`, which must have the same names and shapes.
-
-    Args:
-        tensors: The tensors to check, by name.
-        expected: Tensors with the names and shapes that are wanted.
-        what: What the tensors are, for the message.
-
-    Raises:
-        ValueError: If a name or a shape differs.
-    """
+    """The tensors in the order of `expected`; raises a ValueError, about `what`, unless names and shapes are the same."""
     differing = sorted(expected.keys() ^ tensors.keys())
     if differing:
         raise ValueError(

@@ -42,7 +42,7 @@ def test_other_results_are_refused(result: object) -> None:
 
 
 def test_a_result_of_nothing_says_so() -> None:
-    with pytest.raises(TypeError, match="but it returned nothing"):
+    with pytest.raises(TypeError, match="but it returned None"):
         rows_of(None)
     with pytest.raises(ValueError, match="at least one scalar besides the step"):
         rows_of({"step": 3.0})

@@ -67,7 +67,7 @@ def test_a_failure_is_recorded_and_does_not_stop_the_others(tmp_path: Path) -> N
 
 def test_an_objective_that_returns_nothing_is_a_failure_in_words(tmp_path: Path) -> None:
     with pytest.warns(
-        UserWarning, match="TypeError: Expected the objective to return a LinearizationMonitor .* returned nothing"
+        UserWarning, match="TypeError: Expected the objective to return a LinearizationMonitor .* returned None"
     ):
         assert len(make(tmp_path, lambda config: None).run(workers=0, progress=False)) == 0
 

@@ -12,9 +12,7 @@ def test_matching_tensors_come_in_the_expected_order() -> None:
     matching = require_matching(tensors, expected)
     assert list(matching) == ["a", "b"]
     assert matching["a"] is tensors["a"]
-    with pytest.raises(
-        ValueError, match=r"Expected buffers named as in the network but these names differ: \['b', 'c'\]"
-    ):
+    with pytest.raises(ValueError, match=r"Expected buffers with the names .* but these names differ: \['b', 'c'\]"):
         require_matching({"a": torch.ones(2), "c": torch.ones(1, 3)}, expected, "buffers")
     with pytest.raises(ValueError, match=r"Expected weights with `b` of shape \(1, 3\) but got \(3,\)"):
         require_matching({"a": torch.ones(2), "b": torch.ones(3)}, expected, "weights")
