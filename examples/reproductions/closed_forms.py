@@ -27,7 +27,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from drawing import COLOURS, MARKERS, finish, grid_of_panels, markdown, save
+from drawing import COLORS, MARKERS, finish, grid_of_panels, markdown, save
 from lightning.pytorch import Callback, LightningModule, Trainer
 from ntk_parametrization import mlp
 from scipy.sparse.linalg import expm_multiply
@@ -198,9 +198,9 @@ def draw(rows: list[dict[str, Any]], axes: Any, title: str) -> None:
                 kept = [row for row in kept if 0 < row[y] < math.inf]
                 axis.plot(
                     [row["t"] for row in kept], [row[y] for row in kept], "-" if regime == "discrete" else "--",
-                    marker=MARKERS[index], markersize=5, color=COLOURS[index],
+                    marker=MARKERS[index], markersize=5, color=COLORS[index],
                     label=f"{method}{' formula' if index else ''}, {regime}",
-                    markerfacecolor=COLOURS[index] if regime == "discrete" else "none",
+                    markerfacecolor=COLORS[index] if regime == "discrete" else "none",
                 )  # fmt: skip
     x = "optimizer step t"
     error = "relative error of the weights\n" r"$\|w - w_\mathrm{lin}(t)\| \,/\, \|w_\mathrm{lin}(t) - w_0\|$"

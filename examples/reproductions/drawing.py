@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from lightning_ntk.sweep import PowerLaw, log_log_slope
 
 # The Okabe-Ito palette, which stays apart for color-blind readers; markers and lines tell curves apart in print.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKERS = "osD^vPX"
 Points = Sequence[tuple[float, float]]
 
@@ -50,7 +50,7 @@ def draw_power_law(axis: Any, points: Points, label: str, index: int, *, filled:
     """Points of all seeds and their least-squares line; slope and 95 % interval are in the legend."""
     law = log_log_slope([x for x, _ in points], [y for _, y in points])
     ends = [min(x for x, _ in points), max(x for x, _ in points)]
-    color, marker = COLOURS[index], MARKERS[index]
+    color, marker = COLORS[index], MARKERS[index]
     name = f"{label}: {number(law.slope)} [{number(law.low)}, {number(law.high)}]"
     face = color if filled else "none"
     axis.plot(*zip(*points, strict=True), marker, color=color, markersize=4.5, alpha=0.75, markerfacecolor=face)

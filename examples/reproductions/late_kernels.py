@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from drawing import COLOURS, MARKERS, finish, grid_of_panels, markdown, save
+from drawing import COLORS, MARKERS, finish, grid_of_panels, markdown, save
 from lightning.pytorch import Callback, LightningModule, Trainer
 from ntk_parametrization import mlp
 from setting import CLASSES, digits, quiet_trainer
@@ -194,14 +194,14 @@ def draw(runs: list[Run], last: int, steps_per_epoch: int, path: Path) -> None:
     figure.colorbar(image, ax=axes[0], label=r"kernel distance $1 - \cos(\Theta_s, \Theta_t)$")
 
     for index, r in enumerate(runs):
-        style = {"color": COLOURS[index], "marker": MARKERS[index], "markersize": 4, "linewidth": 1}
+        style = {"color": COLORS[index], "marker": MARKERS[index], "markersize": 4, "linewidth": 1}
         axes[1].plot(
             list(r.velocity), [v * steps_per_epoch for v in r.velocity.values()], "-", label=f"seed {r.seed}", **style
         )
     finish(axes[1], "optimizer step", "kernel velocity (kernel distance per epoch)")
 
     for index, captured in enumerate(runs[0].histories):
-        color, marker = COLOURS[index % len(COLOURS)], MARKERS[index % len(MARKERS)]
+        color, marker = COLORS[index % len(COLORS)], MARKERS[index % len(MARKERS)]
         rows = list(zip(*(r.histories[captured] for r in runs), strict=True))
         since = [row[0]["step"] - captured for row in rows if row[0]["step"] > captured]
         means = [average([x["relative_weight_distance"] for x in row]) for row in rows if row[0]["step"] > captured]
@@ -223,7 +223,7 @@ def draw(runs: list[Run], last: int, steps_per_epoch: int, path: Path) -> None:
         ("evaluation/accuracy", -1, "the network at the end"),
     )):  # fmt: skip
         values = [100 * average([r.histories[c][place][key] for r in runs]) for c in captures]
-        axes[3].plot(places, values, "-", marker=MARKERS[index], markersize=5, color=COLOURS[index], label=label)
+        axes[3].plot(places, values, "-", marker=MARKERS[index], markersize=5, color=COLORS[index], label=label)
     finish(axes[3], "step of the capture", "test accuracy (%)", scales="linear-linear")
     axes[3].set_xticks(list(places), [str(c) for c in captures])
     save(figure, path)

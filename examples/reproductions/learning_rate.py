@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from drawing import COLOURS, MARKERS, finish, grid_of_panels, markdown, save
+from drawing import COLORS, MARKERS, finish, grid_of_panels, markdown, save
 from ntk_parametrization import mlp
 from setting import CLASSES, FullBatch, digits, fit, max_learning_rate
 from torch import nn
@@ -113,8 +113,8 @@ def draw(results: Results, path: Path) -> None:
             fractions = sorted({row["fraction"] for row in rows})
             values = [mean([row for row in rows if row["fraction"] == f], y) for f in fractions]
             axis.plot(
-                fractions, values, style, marker=MARKERS[index], color=COLOURS[index], markersize=4.5, label=label,
-                markerfacecolor=COLOURS[index] if style == "-" else "none",
+                fractions, values, style, marker=MARKERS[index], color=COLORS[index], markersize=4.5, label=label,
+                markerfacecolor=COLORS[index] if style == "-" else "none",
             )  # fmt: skip
     values = [row[y] for row in results.final for y in (RMSE, DISTANCE) if 0 < row[y] < math.inf]
     # Above the edge it grows without bound.
@@ -125,7 +125,7 @@ def draw(results: Results, path: Path) -> None:
     for index, fraction in enumerate(f for f in SHOWN if any(row["fraction"] == f for row in every)):
         rows = [row for row in every if row["fraction"] == fraction and row["seed"] == seed and row["step"] > 0]
         steps = [row["step"] for row in rows]
-        color = COLOURS[index]
+        color = COLORS[index]
         axes[1].plot(steps, [row["ntk/loss"] for row in rows], color=color, label=f"lr / max = {fraction:g}")
         axes[1].plot(steps, [row["ntk/linearized_loss"] for row in rows], "--", color=color)
     axes[1].plot([], [], "--", color="#555555", label="linearized")

@@ -60,9 +60,12 @@ class LinearizedTraining:
             w_lin = w0 + D J^T a with the kernel J D J^T, and error bounds measure D^(-1/2) (w - w0).
         solver: "eigh", a dense eigendecomposition in float64; "lanczos", or `Lanczos` with its options, Ritz pairs from the
             residual f0 - Y; "auto" takes the cheapest by counted operations that fits into memory, see `solver_reason`.
-        matrix_free: See `lightning_ntk.solvers.lanczos.Lanczos`, like `horizon` and `tolerance`.
-        horizon: See `matrix_free`; steps are at about `lr`.
-        tolerance: See `matrix_free`.
+        matrix_free: Whether Lanczos goes without the kernel, in two passes a product. Default: what is cheaper.
+        horizon: The largest number of steps that will be asked for, at about `lr`. Lanczos prepares for it at once. Later
+            times are possible and extend the basis. Infinity takes nearly N K products on most networks, because
+            eigenvalues reach down to what counts as zero. Default: unknown, and Lanczos starts when asked.
+        tolerance: Truncation error that Lanczos allows in the weights, relative to |w_lin - w0|. It never asks for more than
+            a hundredth of what rounding leaves open, see `error_bound`.
         jacobian: "streamed" recomputes J minibatch by minibatch in every pass, with memory O(P + N K). "stored" keeps a small
             model's J, N K P numbers. Both give the same results.
         ntk: A kernel computed earlier, `(N K, N K)` in sample-major order, with `lr_scales` the weighted one. One pass checks

@@ -160,7 +160,7 @@ OPTIMIZERS = {
 @pytest.mark.tested("precision 32-true", "replay", "twin")
 @pytest.mark.parametrize("precision", ["64-true", "32-true"])
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_a_linear_model_is_its_linearisation_under_every_optimizer(name: str, precision: str) -> None:
+def test_a_linear_model_is_its_linearization_under_every_optimizer(name: str, precision: str) -> None:
     optimizer, options = OPTIMIZERS[name]
     double = precision == "64-true"
     for dynamics in ("replay", "twin") if name == "SGD" else ("twin",):
@@ -352,7 +352,7 @@ def test_parameters_that_thaw_or_freeze_are_said() -> None:
 
 
 @pytest.mark.tested("residuals of leading modes", "gradient_descent")
-def test_gradient_flow_is_the_idealised_question_whatever_the_optimizer_does() -> None:
+def test_gradient_flow_is_the_idealized_question_whatever_the_optimizer_does() -> None:
     data = TensorDataset(*(tensor.double() for tensor in digits().tensors))
     options = {"momentum": 0.9, "weight_decay": 0.01, "lr": 0.05}
     module = make_module(**options).double()

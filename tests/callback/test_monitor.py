@@ -148,7 +148,7 @@ def test_training_is_bitwise_the_same_with_and_without(body, batch_size: int) ->
     assert actual.training == expected.training
 
 
-def test_after_one_full_batch_step_every_network_is_its_linearisation() -> None:
+def test_after_one_full_batch_step_every_network_is_its_linearization() -> None:
     monitor = LinearizationMonitor(strict=True)
     module = make_module().double()
     data = TensorDataset(*(tensor.double() for tensor in digits().tensors))
