@@ -75,7 +75,7 @@ def train(name: str, arguments: argparse.Namespace) -> list[dict[str, float]]:
     seed_everything(arguments.seed, verbose=False)
     module = Classifier(arguments.width, OPTIMIZERS[name])
     training, evaluation = load_images(arguments.samples)
-    monitor = LinearizationMonitor(loss=nn.CrossEntropyLoss(), evaluation=evaluation)
+    monitor = LinearizationMonitor(evaluation=evaluation)
     trainer = Trainer(
         max_steps=arguments.steps,
         max_epochs=-1,

@@ -118,11 +118,16 @@ def run(options: argparse.Namespace, seed: int, steps: list[int]) -> Run:
     kernels = Kernels(test.tensors[0][:PROBE], steps)
     monitors = {
         captured: LinearizationMonitor(
-            data, loss=nn.functional.cross_entropy, evaluation=test, capture_at=captured, name=f"from_{captured}",
-            taylor=False, progress=False, strict=True,
+            data,
+            evaluation=test,
+            capture_at=captured,
+            name=f"from_{captured}",
+            taylor=False,
+            progress=False,
+            strict=True,
         )
         for captured in options.captures
-    }  # fmt: skip
+    }
     trainer = quiet_trainer(options.steps, [*monitors.values(), kernels])
     trainer.fit(module, loader)
     return Run(seed, kernels.kernels, monitors)

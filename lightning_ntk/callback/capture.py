@@ -1,6 +1,6 @@
-"""From a run that is about to take a step to its comparison: the problem, the dynamics and the probe are built here."""
+"""From a run that is about to take a step to its comparison: the loss, the dynamics and the probe are built here."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from functools import cache, partial
 from typing import TYPE_CHECKING, Any
 
@@ -11,14 +11,21 @@ from torch import nn
 from lightning_ntk.callback import trainer as view
 from lightning_ntk.callback.differences import forward_differences, run_differences
 from lightning_ntk.callback.progress_bars import shows_progress
+from lightning_ntk.callback.training_step import ShadowStep
 from lightning_ntk.comparison.choice import choose_dynamics
-from lightning_ntk.comparison.first_gradient import FirstGradient
+from lightning_ntk.comparison.expected_gradient import ExpectedGradient
+from lightning_ntk.comparison.functions import FunctionComparison, OutputComparison
 from lightning_ntk.comparison.optimizer import ObservedOptimizer
 from lightning_ntk.comparison.run_comparison import RunComparison
-from lightning_ntk.data.reference import Data, NoFixedOrderError
+from lightning_ntk.comparison.step_functions import StepComparison
+from lightning_ntk.data.reference import Data, NoFixedOrderError, Reference, evenly_spaced
 from lightning_ntk.kernel import KernelProbe
+from lightning_ntk.linearization.batch_loss import BatchLoss, PairLoss
 from lightning_ntk.linearization.linearization import Linearization
+from lightning_ntk.linearization.objective import Objective
+from lightning_ntk.linearization.pair_of_step import NoPairError, Pair, pair_of_step
 from lightning_ntk.linearization.parameters import trainable_parameters
+from lightning_ntk.linearization.step import StepLinearization
 from lightning_ntk.training.base import OnlineTraining
 from lightning_ntk.training.linearized_training import LinearizedTraining
 from lightning_ntk.training.problem import LinearizedProblem
@@ -40,11 +47,16 @@ class RunCapture:
         module: The module that it trains.
         processes: The processes of the run, which capture together.
         state: What `state_dict` returned in an earlier part of the run, to go on from.
+        batch: The batch that the run is about to train on. It is needed where the training step is the loss.
 
     Attributes:
         comparison: The comparison of this run.
         reason: Why it follows these dynamics, a sentence; empty if the user has chosen them.
         differences: Phrases on what the run does and the linearized network does not.
+        judge: The gradient of the training step in the precision of the linearized passes, where the run computes in a lower one
+            and the loss was given: it tells a wrong loss from rounding.
+        shadow: The training step as the linearized network takes it; None where the user has given the loss.
+        step: Its linearization.
 
     Raises:
         ValueError: If data, network, loss or optimizer cannot be used.
@@ -58,12 +70,12 @@ class RunCapture:
         module: LightningModule,
         processes: Processes,
         state: Mapping[str, Any] | None = None,
+        batch: Any = None,
     ) -> None:
-        self._monitor, self._processes = monitor, processes
+        self._monitor, self._processes, self._module = monitor, processes, module
         self._optimizer = optimizer = view.single_optimizer(trainer)
         self._parameters = trainable_parameters(module)
-        self._loss = monitor.loss or nn.MSELoss()
-        saved = None if state is None else state["comparison"]
+        self._saved = saved = None if state is None else state["comparison"]
         remaining = view.horizon(trainer)
         self._horizon = None if remaining is None else remaining - monitor.capture_at
         self._momentum = view.momentum_buffers(module, optimizer)
@@ -73,48 +85,61 @@ class RunCapture:
             optimizer, self._parameters, late=monitor.capture_at > 0,
             settings=None if saved is None else saved["settings"],
         )  # fmt: skip
-        differing = cache(partial(run_differences, trainer, module, optimizer))
+        self._transfer = partial(view.training_batch, trainer, module)
+        self._progress = monitor.progress and shows_progress(trainer)
+        self._differing = cache(partial(run_differences, trainer, module, optimizer))
 
-        self.problem = partial(
-            LinearizedProblem, module, loss=monitor.loss, predict=monitor.predict, jacobian=monitor.jacobian,
-            batch_size=monitor.batch_size, dtype=_dtype(monitor), processes=processes,
-            unpack=lambda batch: monitor.unpacked(view.training_batch(trainer, module, batch)),
-            device=None if monitor.device is None else torch.device(monitor.device),
-            lr_scales=self._observed.lr_scales, start=None if saved is None else saved["start"],
-            progress=monitor.progress and shows_progress(trainer),
-        )  # fmt: skip
-        reference, no_kernel = self._reference(trainer)
-        size = None if reference is None else len(reference.reference)
-        if reference is None:
-            linearization = Linearization(module, predict=monitor.predict, dtype=_dtype(monitor))
-            if saved is not None:
-                linearization.load_state_dict(saved["start"])
-            linearization.share_buffers(processes)
-        else:
-            linearization = reference.linearization
-        self._linearization = linearization
-        evaluation = None
-        if monitor.evaluation is not None:
-            evaluation = self.problem(monitor.evaluation) if reference is None else reference.on(monitor.evaluation)
+        self.shadow: ShadowStep | None = None
+        self.step: StepLinearization | None = None
+        self._pair: Pair | None = Pair(monitor.loss or nn.MSELoss(), monitor.predict)
+        self._no_pair = ""
+        if not monitor.is_given_loss:
+            self._pair, self._no_pair = self._look_at_step(trainer, batch)
+        self._data, self._no_order = self._reference_data(trainer)
 
         self.reason = ""
         dynamics: str = monitor.dynamics if saved is None else saved["dynamics"]
         if dynamics == "auto":
-            dynamics, self.reason = self._choose(reference, lambda name: differing(name, size), no_kernel)
-        online, training = self._online(dynamics, reference)
+            dynamics, self.reason = self._choose()
+        try:
+            built = self._on_kernel(dynamics) if dynamics != "twin" else self._beside_run()
+        except (ValueError, TypeError, RuntimeError, NotImplementedError) as error:
+            if monitor.dynamics != "auto" or dynamics == "twin":
+                raise
+            dynamics, self.reason = "twin", f"Linearized twin in lockstep, because a kernel cannot be used: {error}"
+            built = self._beside_run()
+        loss, online, training, reference, evaluation = built
+        self.judge = self._judge(trainer)
         self.comparison = RunComparison(
-            linearization, online, reference=reference, evaluation=evaluation, probe=self._probe(reference),
-            optimizer=self._observed, training=training,
-            first_gradient=FirstGradient(linearization, self._loss, processes=processes),
-            per_parameter=monitor.per_parameter, taylor=monitor.taylor, closest=monitor.closest, modes=monitor.modes,
+            loss, online, reference=reference, evaluation=evaluation, probe=self._probe(loss), optimizer=self._observed,
+            training=training, expected_gradient=ExpectedGradient(loss, processes=processes),
+            per_parameter=monitor.per_parameter, closest=monitor.closest, modes=monitor.modes,
         )  # fmt: skip
         if saved is not None:
             self.comparison.load_state_dict(saved)
-        self.differences = [*differing(dynamics, size), *forward_differences(trainer, module)]
+        self.differences = [
+            *self._differing(dynamics, self._size),
+            *forward_differences(trainer, module, in_eval_mode=loss is not self.step),
+        ]
+
+    @property
+    def accumulates_before(self) -> bool:
+        """Whether batches are to be told of before the run trains on them, with the random state that it will have."""
+        return isinstance(self.comparison.online, Twin) and self.comparison.loss is self.step
 
     def twin(self) -> Twin:
         """The linearized twin of this run, before the first step."""
-        return Twin(self._linearization, self._optimizer, self._parameters, self._loss, processes=self._processes)
+        loss: BatchLoss = self.step or self._pairs(self._linearization())
+        return Twin(loss, self._optimizer, self._parameters, processes=self._processes)
+
+    def loss_of_run(self, trainer: Trainer, batch: Any) -> str:
+        """A sentence on the loss function that the training step computes; empty where it is more than one."""
+        shadow = ShadowStep(trainer, self._module, dtype=_dtype(self._monitor))
+        step = StepLinearization(shadow.module, shadow, batch_dtype=shadow.batch_dtype)
+        try:
+            return f"The training step computes {pair_of_step(step, batch).loss!r}. "
+        except NoPairError as error:
+            return "" if error.pair is None else f"The training step computes {error.pair.loss!r} in train mode. "
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs: tensors, numbers, strings, dicts and lists."""
@@ -124,68 +149,184 @@ class RunCapture:
             "momentum": self._momentum,
         }
 
-    def _reference(self, trainer: Trainer) -> tuple[LinearizedProblem | None, str | None]:
-        """The problem on the reference set, or why there is none."""
+    def _judge(self, trainer: Trainer) -> ExpectedGradient | None:
+        eps = torch.finfo(view.precision(trainer, self._module)).eps
+        if self.step is not None or eps <= torch.finfo(torch.float32).eps or not self._module.automatic_optimization:
+            return None
+        self.shadow = ShadowStep(trainer, self._module, dtype=_dtype(self._monitor))
+        step = StepLinearization(self.shadow.module, self.shadow, batch_dtype=self.shadow.batch_dtype)
+        return ExpectedGradient(step, processes=self._processes)
+
+    def _look_at_step(self, trainer: Trainer, batch: Any) -> tuple[Pair | None, str]:
+        """The loss that the training step computes from outputs and targets, or why it is none of these."""
+        monitor = self._monitor
+        self.shadow = ShadowStep(trainer, self._module, dtype=_dtype(monitor))
+        self.step = StepLinearization(
+            self.shadow.module, self.shadow, batch_dtype=self.shadow.batch_dtype, network=monitor.network
+        )
+        if self._saved is not None:
+            self.step.load_state_dict(self._saved["start"])
+        if monitor.network:
+            self.step.first_outputs(batch)
+            return None, "the user has named the network"
+        try:
+            return pair_of_step(self.step, batch), ""
+        except NoPairError as error:
+            # Who chooses dynamics on a kernel has a network in eval mode, and learns from the gradients how well it fits.
+            chosen = monitor.dynamics not in ("auto", "twin")
+            return error.pair if chosen else None, str(error)
+
+    def _reference_data(self, trainer: Trainer) -> tuple[Data | None, str]:
+        """The reference data, or why there are none."""
         monitor = self._monitor
         if monitor.reference is None:
             return None, "there is no reference set"
         try:
             with self._processes.agreement():
                 data: Data = view.training_data(trainer) if monitor.reference == "train" else monitor.reference
-                return self.problem(data), None
+                Reference(data)
+                return data, ""
         except NoFixedOrderError as error:
             if monitor.dynamics not in ("auto", "twin"):
                 raise
             return None, f"the training data has no fixed order. {error}"
 
-    def _choose(
-        self, reference: LinearizedProblem | None, differences: Callable[[str], Sequence[str]], no_kernel: str | None
-    ) -> tuple[str, str]:
-        rows = 0 if reference is None else reference.predictions.numel()
+    @property
+    def _size(self) -> int | None:
+        return None if self._data is None else len(Reference(self._data))
+
+    def _choose(self) -> tuple[str, str]:
+        monitor, no_kernel = self._monitor, self._no_order
+        not_squared, rows, itemsize = False, 0, 0
+        if self._data is not None and self._pair is None:
+            no_kernel = self._no_pair
+        elif self._data is not None and self._pair is not None:
+            linearization = self._linearization()
+            try:
+                with preserved_rng():
+                    first = self._on(self._data).read(0, monitor.batch_size)
+                    outputs = linearization.predict(first.inputs)
+                if first.target is None:
+                    raise ValueError("its batches have no target")
+                not_squared = Objective(self._pair.loss, outputs, first.target, flat=linearization.flat).factor is None
+                rows, itemsize = (self._size or 0) * outputs.shape[1], linearization.dtype.itemsize
+            except (ValueError, TypeError, RuntimeError, NotImplementedError) as error:
+                if monitor.is_given_loss:
+                    raise
+                no_kernel = str(error)
         return choose_dynamics(
-            differences,
-            no_kernel=no_kernel,
-            not_squared=reference is not None and reference.objective.factor is None,
-            kernel_bytes=float(rows) ** 2 * self._linearization.dtype.itemsize,
-            free=self._processes.free_memory("cpu", self._monitor.device or self._linearization.device),
+            lambda name: self._differing(name, self._size),
+            no_kernel=no_kernel or None,
+            not_squared=not_squared,
+            kernel_bytes=float(rows) ** 2 * itemsize,
+            free=self._processes.free_memory("cpu", monitor.device or next(iter(self._parameters.values())).device),
         )
 
-    def _online(
-        self, dynamics: str, reference: LinearizedProblem | None
-    ) -> tuple[OnlineTraining, LinearizedTraining | None]:
-        if dynamics == "twin":
-            return self.twin(), None
-        if reference is None:
+    def _on_kernel(self, dynamics: str) -> tuple[Any, ...]:
+        """Loss, dynamics on the kernel, and the functions to compare."""
+        monitor = self._monitor
+        if self._data is None:
             raise ValueError(
                 f'Expected a reference set for dynamics="{dynamics}" but got None: only "twin" goes without.'
             )
+        if self._pair is None:
+            raise ValueError(
+                f'Expected a training step that is a loss of outputs and targets for dynamics="{dynamics}" but '
+                f'{self._no_pair}. Give `loss`, and `predict` and `unpack` where needed, or use dynamics="twin".'
+            )
+        problem = self._problem(self._data)
         observed = self._observed.hyperparameters
         momentum = self._momentum if observed.template.momentum else None
+        online: OnlineTraining
+        training: LinearizedTraining | None = None
         if dynamics == "replay":
-            return Replay(reference, observed, momentum_buffers=momentum), None
-        if self._monitor.closest and not reference.freezes_only:
-            raise ValueError(
-                "Expected one learning rate with `closest=True` but the parameter groups have several. Use closest=False."
-            )
-        options: dict[str, Any] = {"lr": observed.lr, "dynamics": dynamics}
-        if dynamics == "gradient_descent":
-            settings = observed.template._asdict()
-            settings.pop("decoupled_weight_decay")
-            options |= settings | {"lr": observed.lr, "momentum_buffers": momentum}
-        training = LinearizedTraining(reference, solver=self._monitor.solver, horizon=self._horizon, **options)
-        return training.follow(), training
+            online = Replay(problem, observed, momentum_buffers=momentum)
+        else:
+            if monitor.closest and not problem.freezes_only:
+                raise ValueError(
+                    "Expected one learning rate with `closest=True` but the parameter groups have several. Use "
+                    "closest=False."
+                )
+            options: dict[str, Any] = {"lr": observed.lr, "dynamics": dynamics}
+            if dynamics == "gradient_descent":
+                settings = observed.template._asdict()
+                settings.pop("decoupled_weight_decay")
+                options |= settings | {"lr": observed.lr, "momentum_buffers": momentum}
+            training = LinearizedTraining(problem, solver=monitor.solver, horizon=self._horizon, **options)
+            online = training.follow()
+        other = None if monitor.evaluation is None else problem.on(monitor.evaluation)
+        return self._pairs(problem.linearization), online, training, self._outputs(problem), self._outputs(other)
+
+    def _beside_run(self) -> tuple[Any, ...]:
+        """Loss, twin, and the functions to compare, on some samples."""
+        monitor, samples = self._monitor, self._monitor.reference_samples
+        data = {"reference": self._data, "evaluation": monitor.evaluation}
+        some = {name: None if d is None else evenly_spaced(d, samples) for name, d in data.items()}
+        functions: dict[str, FunctionComparison | None] = {}
+        if self.step is not None:
+            loss: BatchLoss = self.step
+            for name, own in some.items():
+                functions[name] = None if own is None else StepComparison(
+                    self.step, self._on(own, keep_size=True), taylor=monitor.taylor, keeps_outputs=monitor.figures,
+                    announce=partial(setattr, self.shadow, "batch_index"), processes=self._processes,
+                )  # fmt: skip
+        else:
+            problem: LinearizedProblem | None = None
+            for name, own in some.items():
+                if own is not None:
+                    problem = self._problem(own) if problem is None else problem.on(own)
+                    functions[name] = self._outputs(problem)
+            loss = self._pairs(self._linearization() if problem is None else problem.linearization)
+        twin = Twin(loss, self._optimizer, self._parameters, processes=self._processes)
+        return loss, twin, None, functions.get("reference"), functions.get("evaluation")
+
+    def _on(self, data: Data, *, keep_size: bool = False) -> Reference:
+        """Data read as training reads it; with `keep_size` in batches of the size that training has."""
+        size = getattr(data, "batch_size", None) if keep_size else None
+        return Reference(
+            data, batch_size=size or self._monitor.batch_size, unpack=self._monitor.unpacked, transfer=self._transfer
+        )
+
+    def _problem(self, data: Data) -> LinearizedProblem:
+        monitor = self._monitor
+        assert self._pair is not None
+        return LinearizedProblem(
+            self._module, data, loss=self._pair.loss, predict=self._pair.predict, jacobian=monitor.jacobian,
+            batch_size=monitor.batch_size, dtype=_dtype(monitor), processes=self._processes, unpack=monitor.unpacked,
+            transfer=self._transfer, device=None if monitor.device is None else torch.device(monitor.device),
+            lr_scales=self._observed.lr_scales, progress=self._progress,
+            start=None if self._saved is None else self._saved["start"],
+        )  # fmt: skip
+
+    def _linearization(self) -> Linearization:
+        linearization = Linearization(
+            self._module, predict=None if self._pair is None else self._pair.predict, dtype=_dtype(self._monitor)
+        )
+        if self._saved is not None:
+            linearization.load_state_dict(self._saved["start"])
+        linearization.share_buffers(self._processes)
+        return linearization
+
+    def _pairs(self, linearization: Linearization) -> PairLoss:
+        assert self._pair is not None
+        return PairLoss(linearization, self._pair.loss, unpack=self._monitor.unpacked)
+
+    def _outputs(self, problem: LinearizedProblem | None) -> OutputComparison | None:
+        return None if problem is None else OutputComparison(problem, taylor=self._monitor.taylor)
 
     @preserved_rng()
-    def _probe(self, reference: LinearizedProblem | None) -> KernelProbe | None:
+    def _probe(self, loss: BatchLoss) -> KernelProbe | None:
         samples = self._monitor.kernel_probe
         if not samples:
             return None
-        if reference is None:
+        if self._data is None or self._pair is None:
+            why = self._no_pair if self._pair is None else "there is none"
             raise ValueError(
-                "Expected a reference set, to take samples from, with argument `kernel_probe` but there is none: give "
-                "`reference` a data set with a fixed order, or leave out `kernel_probe`."
+                f"Expected samples of a reference set with outputs (samples, outputs) for argument `kernel_probe` but {why}. "
+                "Leave out `kernel_probe`; or give `reference` a data set with a fixed order, and `loss`."
             )
-        return KernelProbe(self._linearization, reference.reference, samples=samples)
+        linearization = loss.linearization if isinstance(loss, PairLoss) else self._linearization()
+        return KernelProbe(linearization, self._on(self._data), samples=samples)
 
 
 def _dtype(monitor: "LinearizationMonitor") -> torch.dtype | None:

@@ -40,8 +40,8 @@ def run_differences(
     return phrases
 
 
-def forward_differences(trainer: Trainer, module: LightningModule) -> list[str]:
-    """Phrases for what the forward passes of the run do and those of every linearized network do not."""
+def forward_differences(trainer: Trainer, module: LightningModule, *, in_eval_mode: bool = True) -> list[str]:
+    """Phrases for what the forward passes of the run do and those of the linearized network do not."""
     modes = {"batch statistics in BatchNorm": nn.modules.batchnorm._BatchNorm, "dropout": nn.modules.dropout._DropoutNd}
     half = {str(p.dtype).removeprefix("torch.") for p in module.parameters() if p.dtype in _HALF}
     phrases = [f"it keeps weights in {dtype}, where the linearized network has float32" for dtype in sorted(half)]
@@ -50,7 +50,7 @@ def forward_differences(trainer: Trainer, module: LightningModule) -> list[str]:
     return phrases + [
         f"it trains with {phrase}, where the linearized network is in eval mode"
         for phrase, kind in modes.items()
-        if any(isinstance(m, kind) and m.training and getattr(m, "p", 1) > 0 for m in module.modules())
+        if in_eval_mode and any(isinstance(m, kind) and m.training and getattr(m, "p", 1) > 0 for m in module.modules())
     ]
 
 

@@ -3,6 +3,7 @@
 import math
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -20,7 +21,10 @@ from lightning_ntk.callback import trainer as view
 from lightning_ntk.callback.capture import RunCapture
 from lightning_ntk.callback.loggers import figures_of, log_charts, log_figures, log_hparams
 from lightning_ntk.callback.progress_bars import nested_bars
+from lightning_ntk.callback.step_watch import StepWatch
+from lightning_ntk.callback.training_step import require_followable_step
 from lightning_ntk.comparison.run_comparison import RunComparison
+from lightning_ntk.data.batches import copy_batch
 from lightning_ntk.data.reference import unpack_pair
 from lightning_ntk.data.sample_index import UnknownSamplesError
 from lightning_ntk.linearization.parameters import plain_name
@@ -39,13 +43,17 @@ FollowedDynamics = Literal["auto", "gradient_descent", "gradient_flow", "replay"
 
 # Measurements per factor of ten in the number of steps, with steps="log".
 _LOG_POINTS_PER_DECADE = 8
+# The first steps of a run are slower than others, and measurements that take no time are not worth a word.
+_STEPS_BEFORE_COST = 2
+_LARGE_SHARE = 0.2
+_NOTICED_SECONDS = 2.0
 
 
 class LinearizationMonitor(Callback):
     """Logs how far a training run leaves the path of its linearized (neural-tangent-kernel) network.
 
-    When fitting starts, the callback captures the initial weights, the initial predictions and, for most dynamics, the
-    empirical neural tangent kernel on the reference set. At chosen optimizer steps it computes the weights that the
+    Before the first step, the callback captures the initial weights and, for dynamics that need them, the initial predictions
+    and the empirical neural tangent kernel on the reference set. At chosen optimizer steps it computes the weights that the
     *linearized* network would have after the same steps and compares them with those of the run. Training itself does not
     change: the weights after `fit` are bitwise those of a run without the callback.
 
@@ -55,9 +63,10 @@ class LinearizationMonitor(Callback):
     `accuracy`, `linearized_accuracy`, `taylor_accuracy`; the same on the evaluation set as `evaluation/...`; and the optional
     ones below.
 
-    The linearized network trains as the run trains its own, with the learning rates, momentum, decay and clipping of each
-    step. A warning names what the dynamics do not describe. Another one appears, with the size of the mismatch, if the
-    gradient of `training_step` is not that of `loss(predict(module, inputs), target)`.
+    The loss is that of the module's own `training_step`, run on a copy of the module, in train mode and with the random
+    numbers of the run. The linearized network trains as the run trains its own, with the learning rates, momentum, decay and
+    clipping of each step. A warning names what the dynamics do not describe. The gradients of the run are compared with those
+    of the loss that is linearized, in the first step and in every step that is measured: `gradient_mismatch`.
 
     A run resumed with `ckpt_path` goes on as if it had not been interrupted. With DDP the processes share captures and
     measurements, and the linearized network trains on the batches of all of them.
@@ -75,13 +84,18 @@ class LinearizationMonitor(Callback):
             continuous time, the sum of the learning rates. "replay" is SGD on the run's own minibatches with any loss, on the
             kernel. "twin" trains the linearized network in lockstep with any optimizer and loss, without a kernel. "auto"
             takes the first that is exact for the run and affordable, and says which and why.
-        loss: The loss that the run minimizes, a function of outputs and targets. Default: `nn.MSELoss()`. A squared loss turns
-            class labels into one-hot rows.
-        predict: Maps `(module, inputs)` to outputs `(B, K)`. Default: the LightningModule's `forward`.
+        loss: A loss to follow instead of that of `training_step`, a function of outputs and targets. If only `predict` or
+            `unpack` is given: `nn.MSELoss()`. A squared loss turns class labels into one-hot rows.
+        predict: Maps `(module, inputs)` to outputs `(B, K)`, in eval mode. Default: the LightningModule's `forward`.
         unpack: Maps a batch of the data to `(inputs, target)`. Default: batches that are such pairs.
+        network: The name of a submodule, or several, whose outputs in `training_step` are linearized. Default: the last
+            places where a parameter meets data, see `linearized_outputs`.
         evaluation: Data on which functions are compared too, such as a validation set.
+        reference_samples: On how many samples of a data set, evenly spaced, the twin compares functions. None for all.
         capture_at: The optimizer step at whose weights to linearize. Studies of fine-tuning take a later one than 0: the
             linearized network starts there, with the optimizer's state.
+        mismatch: What happens where the gradient of the run's first step is not that of the loss that is linearized: "refuse"
+            the run before that step, or "log" how large the mismatch is.
         solver: How to find the modes of the kernel: "eigh" (all of them), "lanczos" (those that matter for the length of
             the run, with or without forming the kernel), or "auto" for the cheapest that fits into memory.
         jacobian: "streamed" or, for small models, "stored": see `LinearizedTraining`.
@@ -130,8 +144,11 @@ class LinearizationMonitor(Callback):
         loss: Callable[[Tensor, Tensor], Any] | None = None,
         predict: Callable[[nn.Module, Any], Any] | None = None,
         unpack: Callable[[Any], Any] | None = None,
+        network: str | Sequence[str] = (),
         evaluation: Dataset | DataLoader | None = None,  # type: ignore[type-arg]
+        reference_samples: int | None = 1024,
         capture_at: int = 0,
+        mismatch: Literal["refuse", "log"] = "refuse",
         solver: Literal["auto", "eigh", "lanczos"] = "auto",
         jacobian: Literal["streamed", "stored"] = "streamed",
         batch_size: int = 256,
@@ -155,8 +172,11 @@ class LinearizationMonitor(Callback):
         self.loss = loss
         self.predict = predict
         self.unpack = unpack
+        self.network = [network] if isinstance(network, str) else list(network)
         self.evaluation = evaluation
+        self.reference_samples = reference_samples
         self.capture_at = capture_at
+        self.mismatch = mismatch
         self.solver = solver
         self.jacobian = jacobian
         self.batch_size = batch_size
@@ -182,9 +202,17 @@ class LinearizationMonitor(Callback):
             )
         require_steps(self.steps)
         require_choice("dynamics", self.dynamics, FollowedDynamics)
+        require_choice("mismatch", self.mismatch, Literal["refuse", "log"])
         require_choice("dtype", self.dtype, Literal["float32", "float64", None])
         require_device("device", self.device)
         require_integer("capture_at", self.capture_at, least=0)
+        if self.reference_samples is not None:
+            require_integer("reference_samples", self.reference_samples, least=1)
+        if self.network and self.is_given_loss:
+            raise ValueError(
+                "Expected either argument `network`, which cuts the training step, or `loss`, `predict` and `unpack`, which "
+                "stand in its place, but got both."
+            )
         require_integer("modes", self.modes, least=0)
         require_integer("kernel_probe", self.kernel_probe, least=0)
         if self.dynamics in ("replay", "twin") and (self.closest or self.modes):
@@ -214,11 +242,25 @@ class LinearizationMonitor(Callback):
         self._step = self._start = 0  # `trainer.global_step` now and at the start of this fit
         self._settings: StepSettings | None = None  # of the step to come
         self._loss_scale: float | None = None  # of a GradScaler, before the step to come
-        self._first_gradient: dict[str, Tensor | None] | None = None  # of the run, until its first step is compared
+        self._resumed: dict[str, Any] | None = None  # what a resumed run goes on from, until its first batch
+        self._first_batch: Any = None  # a copy, to say what the run does with it
+        self._captured_at = 0.0  # on the clock of `seconds`
+        self._had_backward = False  # whether the present batch had a backward pass
+        self._watch = StepWatch()
         self._lost = False  # whether the linearized network could not follow, which ends the measurements
         self._started = False  # whether checkpoints have anything to hold
         self._loaded: dict[str, Any] | None = None  # the state in a checkpoint, until training starts
         self._reported: set[str] = set()  # kinds of warnings that were given
+
+    @property
+    def is_given_loss(self) -> bool:
+        """Whether the user has said what is linearized, by `loss`, `predict` or `unpack`; else it is the training step."""
+        return not (self.loss is None and self.predict is None and self.unpack is None)
+
+    @property
+    def linearized_outputs(self) -> list[tuple[str, tuple[int, ...]]]:
+        """The modules whose outputs in the training step are linearized, with shapes; empty where the loss was given."""
+        return [] if self._capture is None or self._capture.step is None else self._capture.step.linearized_outputs
 
     @property
     def comparison(self) -> RunComparison | None:
@@ -299,31 +341,48 @@ class LinearizationMonitor(Callback):
         self._processes = view.processes_of(trainer)
         try:
             require_supported_optimizer(view.single_optimizer(trainer))
-            if resumed or (self._step - self._start == self.capture_at and not self._lost):
-                with self._processes.agreement():
-                    self._linearize(trainer, pl_module, resumed)
-        except (ValueError, TypeError, MemoryError) as error:
+            if not self.is_given_loss:
+                require_followable_step(pl_module)
+        except (ValueError, TypeError) as error:
             raise MisconfigurationException(f"LinearizationMonitor cannot capture this run. {error}") from error
-        if self._capture is not None and not (self.history and self.history[-1]["step"] == self._step) and not resumed:
-            self._measure(trainer, pl_module)
+        self._resumed = resumed
+        if self.is_given_loss and (resumed or self._is_due):
+            self._linearize_first(trainer, pl_module)
         log_charts(trainer.loggers, _histories(trainer))
 
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Called before the batch. Before the first step, checks that a replay knows the samples of its batches."""
-        if self._capture is None or self._lost or self._capture.comparison.steps > 0:
+        """Called before the batch. Captures a training step, and lets the linearized network train on the batch as it is."""
+        if self._lost or view.has_averaged_weights(trainer):
             return
-        comparison = self._capture.comparison
-        if not isinstance(comparison.online, Replay):
+        if self._capture is None and not self.is_given_loss and (self._resumed or self._is_due):
+            self._linearize_first(trainer, pl_module, batch)
+        if self._capture is None or self._lost:
             return
+        capture, comparison = self._capture, self._capture.comparison
+        self._had_backward = False
+        self._first_batch = copy_batch(batch) if self.is_given_loss and comparison.steps_taken == 0 else None
+        scale = 1 / trainer.accumulate_grad_batches
+        self._watch.next_batch(pl_module, self._report_once, self._step)
+        self._require_known_samples(batch)
         try:
             with self._processes.agreement():
-                comparison.online.rows(*self.unpacked(batch))
-        except UnknownSamplesError as error:
-            if self.dynamics != "auto":
-                raise MisconfigurationException(f"LinearizationMonitor cannot replay this run. {error}") from error
-            comparison.follow_with(self._capture.twin())
-            self._report_once("dynamics", f"LinearizationMonitor follows the run with the linearized twin. {error}")
+                if capture.shadow is not None:
+                    capture.shadow.follow(batch_idx)
+                if capture.accumulates_before:
+                    comparison.accumulate(batch, scale)
+                if self._compares_gradient(trainer) and comparison.expected_gradient is not None:
+                    comparison.expected_gradient.accumulate(batch, view.tensors_of(pl_module), scale)
+        except Exception as error:
+            self._lose(error, self._step + 1)
+        if capture.judge is not None:
+            with suppress(Exception):  # it can only make the comparison sharper
+                capture.judge.accumulate(batch, view.tensors_of(pl_module), scale)
+
+    @override
+    def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Called after every backward pass. Notes that the batch has one."""
+        self._had_backward = True
 
     @override
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
@@ -334,8 +393,8 @@ class LinearizationMonitor(Callback):
         linearized = {name: parameters[name] for name in comparison.initial_weights}
         self._settings = view.step_settings(trainer, optimizer, linearized)
         self._loss_scale = view.loss_scale(trainer)
-        if comparison.first_gradient is not None:
-            self._first_gradient = view.gradients(optimizer, linearized, self._loss_scale)
+        if self._compares_gradient(trainer):
+            self._compare_gradient(trainer, pl_module, view.gradients(optimizer, linearized, self._loss_scale))
         thawed = [plain_name(n) for n, p in parameters.items() if p.requires_grad and n not in linearized]
         if thawed:
             self._report_once(
@@ -353,14 +412,17 @@ class LinearizationMonitor(Callback):
         if view.has_averaged_weights(trainer) or self._lost:
             return
         if self._capture is None:
-            if self.capture_at == self._step - self._start:
+            if self.is_given_loss and self._is_due:
                 self._linearize_late(trainer, pl_module)
             return
-        comparison = self._capture.comparison
+        capture, comparison = self._capture, self._capture.comparison
         try:
             with self._processes.agreement():
-                if view.had_backward_pass(pl_module, outputs):
-                    comparison.accumulate(*self.unpacked(batch), 1 / trainer.accumulate_grad_batches)
+                for expected in (comparison.expected_gradient, capture.judge):
+                    if not self._had_backward and expected is not None:
+                        expected.retract()
+                if self._had_backward and not capture.accumulates_before:
+                    comparison.accumulate(batch, 1 / trainer.accumulate_grad_batches)
                 if stepped > 1:
                     raise ValueError(
                         f"Expected at most one optimizer step in a batch but `training_step` took {stepped}."
@@ -368,13 +430,11 @@ class LinearizationMonitor(Callback):
                 if stepped:
                     self._follow_step(trainer, pl_module)
         except Exception as error:
-            self._lost = True
-            self._fail(
-                error, f"The linearized network is lost in step {self._step}, and measurements end; training goes on."
-            )
+            self._lose(error, self._step)
             return
         if stepped and (self.should_measure(comparison.steps) or view.is_last_step(trainer)):
             self._measure(trainer, pl_module)
+            self._watch.note_weights(pl_module)
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -414,13 +474,38 @@ class LinearizationMonitor(Callback):
         """The inputs and the target of a batch, by `unpack`."""
         return (self.unpack or unpack_pair)(batch)
 
-    def _linearize(self, trainer: Trainer, module: LightningModule, state: dict[str, Any] | None = None) -> None:
+    @property
+    def _is_due(self) -> bool:
+        return self._step - self._start == self.capture_at and not self._lost
+
+    def _linearize_first(self, trainer: Trainer, module: LightningModule, batch: Any = None) -> None:
+        resumed, self._resumed = self._resumed, None
+        try:
+            with self._processes.agreement():
+                self._linearize(trainer, module, resumed, batch)
+        except Exception as error:
+            if self.capture_at and resumed is None and batch is not None:
+                self._lose(error, self._step + 1)
+                return
+            kind = "" if isinstance(error, ValueError | TypeError | MemoryError) else f"{type(error).__name__}: "
+            where = "" if batch is None else " The pass of the linearized network through the training step failed."
+            raise MisconfigurationException(
+                f"LinearizationMonitor cannot capture this run.{where if kind else ''} {kind}{error}"
+            ) from error
+        if resumed is None and not (self.history and self.history[-1]["step"] == self._step):
+            self._measure(trainer, module)
+        log_charts(trainer.loggers, _histories(trainer))
+
+    def _linearize(
+        self, trainer: Trainer, module: LightningModule, state: dict[str, Any] | None = None, batch: Any = None
+    ) -> None:
         started = time.perf_counter()
         with nested_bars(trainer):
-            self._capture = capture = RunCapture(self, trainer, module, self._processes, state)
+            self._capture = capture = RunCapture(self, trainer, module, self._processes, state, batch)
         dynamics = capture.comparison.dynamics
-        if capture.reason:
-            rank_zero_info(f"LinearizationMonitor: {capture.reason}")
+        said = [capture.reason, "" if capture.step is None else capture.step.describe()]
+        if any(said):
+            rank_zero_info(f"LinearizationMonitor: {' '.join(filter(None, said))}")
         if capture.differences:
             self._report_once(
                 "differences",
@@ -434,6 +519,7 @@ class LinearizationMonitor(Callback):
                 f'{dynamics} does not have. Choose dynamics="gradient_descent" or "gradient_flow", or leave them out.',
             )
         self.seconds["capture"] = time.perf_counter() - started
+        self._captured_at = time.perf_counter()
 
     def _linearize_late(self, trainer: Trainer, module: LightningModule) -> None:
         try:
@@ -446,6 +532,73 @@ class LinearizationMonitor(Callback):
         self._measure(trainer, module)
         log_charts(trainer.loggers, _histories(trainer))
 
+    def _compares_gradient(self, trainer: Trainer) -> bool:
+        """Whether the gradient of the step to come is compared with that of the loss that is linearized."""
+        assert self._capture is not None
+        comparison = self._capture.comparison
+        last = self._step + 1 == trainer.max_steps
+        return comparison.steps_taken == 0 or last or self.should_measure(comparison.steps + 1)
+
+    def _compare_gradient(self, trainer: Trainer, module: LightningModule, gradients: dict[str, Tensor | None]) -> None:
+        assert self._capture is not None
+        comparison, step = self._capture.comparison, self._capture.step
+        judge = self._capture.judge
+        for expected in (comparison.expected_gradient, judge):
+            if not self._had_backward and expected is not None:
+                expected.retract()
+        if all(gradient is None for gradient in gradients.values()):
+            return
+        scaled = self._loss_scale is not None and not all(
+            g.isfinite().all() for g in gradients.values() if g is not None
+        )
+        if comparison.expected_gradient is None or scaled:  # the GradScaler leaves out this step
+            return
+        precisions = [view.precision(trainer, module), torch.float64 if step is None else step.precision]
+        precision = max(precisions, key=lambda dtype: torch.finfo(dtype).eps)
+        trained = {n: g for n, g in gradients.items() if module.get_parameter(n).requires_grad}
+        relative, mismatch = comparison.expected_gradient.compare(trained, precision)
+        if mismatch is None and judge is not None and judge.has_batches:
+            judged = {name: value for name, value in judge.total().items() if name in trained}
+            mismatch = comparison.expected_gradient.compare(judged, torch.float32)[1]
+        self._capture.judge = None  # of the first step alone
+        self._watch.note_gradient(relative, gradients, self._settings, agrees=mismatch is None)
+        if mismatch is None:
+            return
+        where = "the first step" if comparison.steps_taken == 0 else f"step {self._step + 1}"
+        sentence = f"LinearizationMonitor does not follow the loss of this run in {where}. {mismatch.describe()}"
+        if comparison.steps_taken == 0 and self.mismatch == "refuse":
+            if self.is_given_loss:
+                with suppress(Exception):  # what the step is cannot always be told
+                    sentence += f" {self._capture.loss_of_run(trainer, self._first_batch)}".rstrip()
+                advice = "Leave out `loss`, `predict` and `unpack`"
+            elif not self._capture.accumulates_before:
+                advice = 'Use dynamics="twin", which follows the network in train mode'
+            else:
+                advice = "Its training step keeps a state that changes its loss, or has random numbers of its own: give `loss`"
+            raise MisconfigurationException(
+                f'{sentence} {advice}; or use mismatch="log" to go on with `gradient_mismatch` beside every distance.'
+            )
+        self._report_once("gradient", sentence)
+
+    def _require_known_samples(self, batch: Any) -> None:
+        """Before the first step of a replay, finds the samples of its batches."""
+        assert self._capture is not None
+        comparison = self._capture.comparison
+        if comparison.steps > 0 or not isinstance(comparison.online, Replay):
+            return
+        try:
+            with self._processes.agreement():
+                comparison.online.rows(batch)
+        except UnknownSamplesError as error:
+            if self.dynamics != "auto":
+                raise MisconfigurationException(f"LinearizationMonitor cannot replay this run. {error}") from error
+            comparison.follow_with(self._capture.twin())
+            self._report_once("dynamics", f"LinearizationMonitor follows the run with the linearized twin. {error}")
+
+    def _lose(self, error: Exception, step: int) -> None:
+        self._lost = True
+        self._fail(error, f"The linearized network is lost in step {step}, and measurements end; training goes on.")
+
     def _follow_step(self, trainer: Trainer, module: LightningModule) -> None:
         assert self._capture is not None
         assert self._settings is not None
@@ -453,33 +606,50 @@ class LinearizationMonitor(Callback):
         taken = view.step_was_taken(trainer, self._settings, self._loss_scale, len(comparison.initial_weights))
         if not self._processes.any(taken):
             comparison.discard()
+            self._watch.discard()
+            if self._capture.judge is not None:
+                self._capture.judge.discard()
             return
-        if comparison.first_gradient is not None and self._first_gradient is not None:
-            mismatch = comparison.first_gradient.compare(self._first_gradient, view.precision(trainer, module))
-            self._first_gradient = None
-            if mismatch is not None:
-                self._report_once(
-                    "gradient", f"LinearizationMonitor does not follow the loss of this run. {mismatch.describe()}"
-                )
         comparison.step(self._settings)
         for kind, sentence in comparison.surprises(self._settings):
             self._report_once(kind, f"Step {self._step}: {sentence}")
+        self._watch.after_step(module, comparison, self._report_once, self._step)
 
     def _measure(self, trainer: Trainer, module: LightningModule) -> None:
         assert self._capture is not None
         started = time.perf_counter()
         try:
             with nested_bars(trainer), self._processes.agreement():
-                scalars = self._capture.comparison.measure(dict(module.named_parameters()))
+                scalars = self._capture.comparison.measure(view.tensors_of(module))
         except Exception as error:
             self._fail(error, f"The measurement at step {self._step} failed, and so may later ones; training goes on.")
             return
+        if self._watch.mismatch is not None:
+            scalars["gradient_mismatch"] = self._watch.mismatch
         self.history.append({"step": float(self._step), **scalars})
         tagged = {f"{self.name}/{tag}": value for tag, value in scalars.items()}
         for logger in trainer.loggers:
             logger.log_metrics(tagged, step=self._step)
         trainer.callback_metrics.update({tag: torch.tensor(value) for tag, value in tagged.items()})
-        self.seconds["measurements"] += time.perf_counter() - started
+        took = time.perf_counter() - started
+        self.seconds["measurements"] += took
+        self._say_cost(trainer, took)
+
+    def _say_cost(self, trainer: Trainer, took: float) -> None:
+        """Says what the measurements to come will take, once their duration and that of a step are known."""
+        assert self._capture is not None
+        steps, end = self._capture.comparison.steps, view.horizon(trainer)
+        if steps < _STEPS_BEFORE_COST or end is None or "cost" in self._reported:
+            return
+        self._reported.add("cost")
+        planned = sum(self.should_measure(step) for step in range(steps + 1, int(end) - self._start + 1)) + 1
+        between = time.perf_counter() - self._captured_at - self.seconds["measurements"]
+        share = planned * took / (between / steps * (end - self._start))
+        if share > _LARGE_SHARE and planned * took > _NOTICED_SECONDS:
+            rank_zero_info(
+                f"LinearizationMonitor: the {planned} measurements to come take about {planned * took:.0f} s, "
+                f"{share:.0%} of the time of the run. Fewer `steps`, fewer `reference_samples` and taylor=False make it less."
+            )
 
     def _fail(self, error: Exception, sentence: str) -> None:
         if self.strict:

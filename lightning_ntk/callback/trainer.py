@@ -104,6 +104,12 @@ def gradients(optimizer: Optimizer, parameters: Mapping[str, Tensor], scale: flo
     return {name: None if p.grad is None else p.grad.detach() / factor for name, p in parameters.items()}
 
 
+def tensors_of(module: LightningModule) -> dict[str, Tensor]:
+    """The weights and buffers of a module by name, detached."""
+    own = [*module.named_parameters(), *module.named_buffers()]
+    return {name: tensor.detach() for name, tensor in own}
+
+
 def training_batch(trainer: Trainer, module: LightningModule, batch: Any) -> Any:
     """A batch of the data set as `training_step` gets it: in the precision of the run, through the hooks, on its device."""
     batch = trainer.precision_plugin.convert_input(batch)
@@ -111,11 +117,6 @@ def training_batch(trainer: Trainer, module: LightningModule, batch: Any) -> Any
     source = module if data is None or not is_overridden("on_before_batch_transfer", data) else data
     batch = source.on_before_batch_transfer(batch, 0)
     return trainer.strategy.batch_to_device(batch)
-
-
-def had_backward_pass(module: LightningModule, outputs: Any) -> bool:
-    """Whether a batch with these outputs of `training_step` can have changed gradients: it cannot where they are None."""
-    return bool(outputs) or not module.automatic_optimization
 
 
 def horizon(trainer: Trainer) -> float | None:

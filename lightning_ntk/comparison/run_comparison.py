@@ -6,23 +6,17 @@ from typing import Any
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_ntk.comparison.first_gradient import FirstGradient
+from lightning_ntk.comparison.expected_gradient import ExpectedGradient
+from lightning_ntk.comparison.functions import FunctionComparison
 from lightning_ntk.comparison.optimizer import ObservedOptimizer
-from lightning_ntk.comparison.scalars import (
-    compare_closest,
-    compare_functions,
-    compare_modes,
-    compare_weights,
-    outputs_of,
-)
+from lightning_ntk.comparison.scalars import compare_closest, compare_modes, compare_weights
 from lightning_ntk.functional.weights import difference
 from lightning_ntk.kernel import KernelProbe
-from lightning_ntk.linearization.linearization import Linearization
+from lightning_ntk.linearization.batch_loss import BatchLoss
 from lightning_ntk.linearization.parameters import Tensors
 from lightning_ntk.training.base import OnlineTraining, StepSettings
 from lightning_ntk.training.linearized_training import LinearizedTraining
 from lightning_ntk.training.modal_run import ModalRun
-from lightning_ntk.training.problem import LinearizedProblem
 from lightning_ntk.utilities.contexts import preserved_rng
 
 
@@ -33,16 +27,15 @@ class RunComparison:
     before the optimizer steps, and `measure` whenever you like.
 
     Args:
-        linearization: The network at w0.
+        loss: The loss that is linearized, with the network at w0.
         online: The linearized network that trains beside the run.
         reference: The training set, on which functions are compared; None to compare weights only.
         evaluation: Another data set on which functions are compared.
         probe: The samples whose kernel is followed.
         optimizer: The optimizer of the run at capture; None not to look for changes of its settings.
         training: The closed form of `online`, for the modes, the closest time and the edge of stability.
-        first_gradient: The expected gradient of the run's first step, if it is to be compared.
+        expected_gradient: The gradient that the run's steps must have, where it is to be compared.
         per_parameter: Whether to compare every parameter tensor.
-        taylor: Whether to expand the trained network around w0, at the cost of a forward-mode pass.
         closest: Whether to find the time at which the linearized network is closest to the trained one.
         modes: The number of leading modes along which residuals are compared.
 
@@ -50,20 +43,22 @@ class RunComparison:
         online: The linearized network that trains beside the run.
         steps: Optimizer steps of the run since the capture.
         steps_taken: Those that changed the weights.
-        outputs: Outputs of the trained and of the linearized network on the reference at the last measurement, `(N, K)` each.
+        expected_gradient: The gradient that the run's steps must have; None if it is not to be compared.
 
     Example:
         >>> import torch
-        >>> from lightning_ntk.training import LinearizedProblem, Twin
+        >>> from lightning_ntk.comparison import OutputComparison
+        >>> from lightning_ntk.training import LinearizedProblem, PairLoss, Twin
         >>> module, inputs, targets = torch.nn.Linear(2, 1), torch.eye(2), torch.ones(2, 1)
         >>> optimizer, loss = torch.optim.Adam(module.parameters()), torch.nn.MSELoss()
         >>> problem = LinearizedProblem(module, (inputs, targets), loss=loss)
-        >>> twin = Twin(problem.linearization, optimizer, dict(module.named_parameters()), loss)
-        >>> comparison = RunComparison(problem.linearization, twin, reference=problem)
+        >>> pairs = PairLoss(problem.linearization, loss)
+        >>> twin = Twin(pairs, optimizer, dict(module.named_parameters()))
+        >>> comparison = RunComparison(pairs, twin, reference=OutputComparison(problem))
         >>> for _ in range(3):
         ...     optimizer.zero_grad()
         ...     loss(module(inputs), targets).backward()
-        ...     comparison.accumulate(inputs, targets)
+        ...     comparison.accumulate((inputs, targets))
         ...     comparison.step(optimizer)
         ...     _ = optimizer.step()
         >>> comparison.measure()["relative_weight_distance"] < 1e-5  # a linear network is its own linearization
@@ -72,34 +67,31 @@ class RunComparison:
 
     def __init__(
         self,
-        linearization: Linearization,
+        loss: BatchLoss,
         online: OnlineTraining,
         *,
-        reference: LinearizedProblem | None = None,
-        evaluation: LinearizedProblem | None = None,
+        reference: FunctionComparison | None = None,
+        evaluation: FunctionComparison | None = None,
         probe: KernelProbe | None = None,
         optimizer: ObservedOptimizer | None = None,
         training: LinearizedTraining | None = None,
-        first_gradient: FirstGradient | None = None,
+        expected_gradient: ExpectedGradient | None = None,
         per_parameter: bool = False,
-        taylor: bool = True,
         closest: bool = False,
         modes: int = 0,
     ) -> None:
-        self.linearization = linearization
+        self.loss = loss
         self.online = online
         self.reference = reference
         self.evaluation = evaluation
         self.training = training
         self._probe = probe
         self._optimizer = optimizer
-        self._first_gradient = first_gradient
+        self.expected_gradient = expected_gradient
         self._per_parameter = per_parameter
-        self._taylor = taylor
         self._closest = closest
         self._modes = modes
-        self._batches: list[tuple[Any, Any, float]] = []
-        self.outputs: tuple[Tensor, Tensor] | None = None
+        self._batches: list[tuple[Any, float]] = []
         self.steps = self.steps_taken = 0
 
     @property
@@ -110,20 +102,23 @@ class RunComparison:
     @property
     def initial_weights(self) -> Tensors:
         """w0, by parameter name."""
-        return self.linearization.params
+        return self.loss.params
 
     @property
     def kernel_time(self) -> float | None:
         r"""The time :math:`\eta t` that has passed for the kernel's modes; None where no one number tells it."""
         return self.online.kernel_time if isinstance(self.online, ModalRun) else None
 
-    def accumulate(self, inputs: Any, target: Tensor, scale: float = 1.0) -> None:
+    @property
+    def outputs(self) -> tuple[Tensor, Tensor] | None:
+        """Outputs of the trained and of the linearized network on the reference at the last measurement, `(N, K)` each."""
+        return None if self.reference is None else self.reference.outputs
+
+    def accumulate(self, batch: Any, scale: float = 1.0) -> None:
         """Tells of one batch, whose loss the run multiplied by `scale` before its backward pass."""
         if self.steps_taken == 0:
-            self._batches.append((inputs, target, scale))
-            if self._first_gradient is not None:
-                self._first_gradient.accumulate(inputs, target, scale)
-        self.online.accumulate(inputs, target, scale=scale)
+            self._batches.append((batch, scale))
+        self.online.accumulate(batch, scale=scale)
 
     def step(self, settings: StepSettings | Optimizer) -> None:
         """Tells of one optimizer step along the batches since the last one.
@@ -135,31 +130,29 @@ class RunComparison:
             OverflowError: If the linearized network diverges beyond floating-point numbers.
         """
         if isinstance(settings, Optimizer):
-            live = dict(self.linearization.module.named_parameters())
+            live = dict(self.loss.module.named_parameters())
             settings = StepSettings.of(settings, {name: live[name] for name in self.initial_weights})
         self.online.step(settings)
-        self._batches = []
+        self._forget()
         self.steps += 1
         self.steps_taken += 1
 
     def discard(self) -> None:
         """Tells of one optimizer step that was counted and not taken, as without a gradient."""
         self.online.discard()
-        self._batches = []
-        if self._first_gradient is not None:
-            self._first_gradient.discard()
+        self._forget()
         self.steps += 1
 
     def follow_with(self, online: OnlineTraining) -> None:
         """Replaces the linearized network before the first step, without losing the batches that came for it."""
         self.online = online
-        for inputs, target, scale in self._batches:
-            online.accumulate(inputs, target, scale=scale)
+        for batch, scale in self._batches:
+            online.accumulate(batch, scale=scale)
 
-    @property
-    def first_gradient(self) -> FirstGradient | None:
-        """The expected gradient of the run's first step, until that step is taken."""
-        return self._first_gradient if self.steps_taken == 0 else None
+    def _forget(self) -> None:
+        self._batches = []
+        if self.expected_gradient is not None:
+            self.expected_gradient.discard()
 
     def surprises(self, settings: StepSettings) -> Iterator[tuple[str, str]]:
         """What the step that was just taken did and the dynamics do not describe: kinds and sentences."""
@@ -180,35 +173,30 @@ class RunComparison:
         """Compares trained weights with the linearized ones.
 
         Args:
-            weights: The trained weights w_t, with the names of `initial_weights`; others are ignored. Default: those that the
-                module has now.
+            weights: The trained weights w_t, and buffers, by name. Default: those that the module has now.
 
         Returns:
             The scalars by name, see docs/scalars.md.
         """
-        live = self.linearization.module.named_parameters() if weights is None else weights.items()
-        weights = {name: value for name, value in live if name in self.initial_weights}
-        displacement, linearized = difference(weights, self.initial_weights), self.online.displacement()
+        if weights is None:
+            weights = {**dict(self.loss.module.named_parameters()), **dict(self.loss.module.named_buffers())}
+        own = {name: weights[name] for name in self.initial_weights}
+        displacement, linearized = difference(own, self.initial_weights), self.online.displacement()
         scalars = compare_weights(displacement, linearized, per_parameter=self._per_parameter)
         if self.reference is not None:
-            self.outputs = outputs_of(self.reference, weights, linearized, self.online.predictions())
-            scalars |= compare_functions(self.reference, *self.outputs, self._pushed(self.reference, displacement))
-            if self.training is not None and self._modes:
-                scalars |= compare_modes(self.training, *self.outputs, self._modes)
-            if self.training is not None and self._closest:
-                scalars |= compare_closest(self.training, displacement, self.steps)
+            scalars |= self.reference.compare(weights, displacement, linearized, self.online.predictions())
+        if self.training is not None and self.outputs is not None and self._modes:
+            scalars |= compare_modes(self.training, *self.outputs, self._modes)
+        if self.training is not None and self._closest:
+            scalars |= compare_closest(self.training, displacement, self.steps)
         if self.evaluation is not None:
-            outputs = outputs_of(self.evaluation, weights, linearized)
-            compared = compare_functions(self.evaluation, *outputs, self._pushed(self.evaluation, displacement))
+            compared = self.evaluation.compare(weights, displacement, linearized)
             scalars |= {f"evaluation/{name}": value for name, value in compared.items()}
         if self._probe is not None:
-            kernel = self._probe.kernel(weights)
+            kernel = self._probe.kernel(own)
             scalars |= self._probe.compare(kernel, step=self.steps)
             self._probe.advance(kernel, step=self.steps)
         return scalars
-
-    def _pushed(self, data: LinearizedProblem, displacement: Tensors) -> Tensor | None:
-        return data.push_forward(displacement).cpu() if self._taylor else None
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that the measurements to come depend on, as tensors, numbers, strings, dicts and lists.
@@ -216,7 +204,7 @@ class RunComparison:
         The kernel and its modes are not in it: they follow from the rest.
         """
         return {
-            "start": self.linearization.state_dict(),
+            "start": self.loss.state_dict(),
             "dynamics": self.dynamics,
             "settings": [] if self._optimizer is None else [list(group) for group in self._optimizer.settings],
             "data": self._fingerprints,
@@ -246,5 +234,5 @@ class RunComparison:
 
     @property
     def _fingerprints(self) -> dict[str, str]:
-        problems = {"reference": self.reference, "evaluation": self.evaluation}
-        return {name: problem.samples.fingerprint for name, problem in problems.items() if problem is not None}
+        data = {"reference": self.reference, "evaluation": self.evaluation}
+        return {name: functions.fingerprint for name, functions in data.items() if functions is not None}

@@ -107,18 +107,27 @@ class Reference:
             `inputs` is a tensor or a tuple or dict of tensors; or a single tensor of inputs. The workers of a loader with
             `persistent_workers=True` live as long as the reference, others for one pass.
         batch_size: Samples per batch.
-        unpack: Maps one batch of the data set to `(inputs, target)`. Default: batches are such pairs already.
+        unpack: Maps one batch to `(inputs, target)`. Default: batches are such pairs already.
+        transfer: Maps a batch of the data set to one that training sees, on its device. Default: they are the same.
 
     Raises:
         ValueError: If the data is empty or has no fixed order.
         TypeError: If `data` is none of the above.
     """
 
-    def __init__(self, data: Data, *, batch_size: int = 256, unpack: Unpack | None = None) -> None:
+    def __init__(
+        self,
+        data: Data,
+        *,
+        batch_size: int = 256,
+        unpack: Unpack | None = None,
+        transfer: Callable[[Any], Any] | None = None,
+    ) -> None:
         if not isinstance(batch_size, int) or batch_size < 1:
             raise ValueError(f"Expected argument `batch_size` to be a positive integer but got {batch_size!r}.")
         self.batch_size = batch_size
-        self._unpack = unpack or unpack_pair
+        self.unpack = unpack or unpack_pair
+        self._transfer = transfer
         self._source = _source_of(data)
         if len(self) == 0:
             raise ValueError("Expected argument `data` to hold at least one sample but it is empty.")
@@ -151,9 +160,19 @@ class Reference:
         other._source = self._source.subset(rows)
         return other
 
+    def whole(self) -> Iterator[tuple[slice, Any]]:
+        """Rows and batches of all samples in order, not unpacked, whatever they are made of."""
+        size = self.batch_size
+        parts = [range(len(self))[start : start + size] for start in range(0, len(self), size)]
+        for part, batch in zip(parts, self._transferred(self._source.read(parts)), strict=True):
+            yield slice(part.start, part.stop), batch
+
+    def _transferred(self, raw: Iterator[Any]) -> Iterator[Any]:
+        return raw if self._transfer is None else map(self._transfer, raw)
+
     def _unpacked(self, parts: Sequence[range], raw: Iterator[Any]) -> Iterator[Batch]:
-        for part, batch in zip(parts, raw, strict=True):
-            inputs, target = self._unpack(batch)
+        for part, batch in zip(parts, self._transferred(raw), strict=True):
+            inputs, target = self.unpack(batch)
             for leaf in _tensor_leaves((inputs, target)):
                 if leaf.dim() == 0 or leaf.shape[0] != len(part):
                     raise ValueError(
@@ -176,6 +195,20 @@ def seen_samples(loader: DataLoader[Any], batches: float) -> int | None:
     if not in_order or loader.batch_size is None:
         return len(dataset)
     return int(min(len(dataset), batches * loader.batch_size))
+
+
+def evenly_spaced(data: Data, samples: int | None) -> Data:
+    """Some samples of a data set, evenly spaced and with the first one; the data set itself where it has no more."""
+    total = len(_source_of(data))
+    if samples is None or total <= samples:
+        return data
+    rows = [total * i // samples for i in range(samples)]
+    if isinstance(data, DataLoader):
+        options = {name: getattr(data, name) for name in _LOADER_OPTIONS}
+        return DataLoader(Subset(data.dataset, rows), data.batch_size, **options)
+    if isinstance(data, Tensor) or (isinstance(data, tuple) and len(data) == 2):
+        return pytree.tree_map_only(Tensor, operator.itemgetter(rows), data)  # type: ignore[no-any-return]
+    return Subset(data, rows)
 
 
 def unpack_pair(batch: Any) -> tuple[Any, Tensor | None]:

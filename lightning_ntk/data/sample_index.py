@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from lightning_ntk.data.batches import tensors_in
 from lightning_ntk.data.reference import Batch
 
 Layout: TypeAlias = dict[str, tuple[torch.dtype, tuple[int, ...]]]  # path of a leaf -> type and shape of one sample
@@ -26,8 +27,8 @@ class SampleIndex:
 
     A sample is known by a 128-bit BLAKE2b digest of its tensors; two of a million different samples share theirs with a
     probability below 1e-26. Equal values are equal samples: -0.0 is 0.0, and floating-point values of another type than the
-    data set's are converted if that loses nothing (`precision="64-true"` makes such batches). Leaves that are not tensors are
-    not compared. A sample that repeats an earlier one is found as that one, whose kernel rows are the same.
+    data set's are converted if that loses nothing (`precision="64-true"` makes such batches). What holds no tensors is not
+    compared. A sample that repeats an earlier one is found as that one, whose kernel rows are the same.
 
     Example:
         >>> inputs = torch.tensor([[1.0], [2.0], [3.0]])
@@ -93,6 +94,13 @@ class SampleIndex:
             )
         return torch.tensor(found)
 
+    @property
+    def first_rows(self) -> Tensor:
+        """The row of the first sample that is equal to each sample, `(N,)`."""
+        digests = bytes(self._digests)
+        starts = range(0, len(digests), _DIGEST_BYTES)
+        return torch.tensor([self._rows[digests[start : start + _DIGEST_BYTES]] for start in starts])
+
     @cached_property
     def _rows(self) -> dict[bytes, int]:
         digests = bytes(self._digests)
@@ -102,11 +110,13 @@ class SampleIndex:
 
 def _leaves(inputs: Any, target: Tensor | None) -> dict[str, Tensor]:
     paths, _ = pytree.tree_flatten_with_path({"inputs": inputs, "target": target})
-    leaves = {
-        pytree.keystr(path).replace("['inputs']", "inputs", 1).replace("['target']", "target", 1): leaf.detach().cpu()
-        for path, leaf in paths
-        if isinstance(leaf, Tensor)
-    }
+    leaves = {}
+    for path, leaf in paths:
+        name = pytree.keystr(path).replace("['inputs']", "inputs", 1).replace("['target']", "target", 1)
+        if isinstance(leaf, Tensor):
+            leaves[name] = leaf.detach().cpu()
+        else:  # a mapping that is no dict, for example
+            leaves |= {f"{name}/{i}": tensor.detach().cpu() for i, tensor in enumerate(tensors_in(leaf))}
     shapes = {leaf.shape[:1] for leaf in leaves.values()}
     if len(shapes) > 1 or torch.Size() in shapes:
         raise ValueError(

@@ -91,7 +91,7 @@ class Linearization(FrozenNetwork):
                         outputs, derivative = jvp(lambda p: self.forward(p, inputs), (self.params,), (tangent,))[:2]
                         return outputs, derivative
                 except (NotImplementedError, RuntimeError) as error:
-                    if not _lacks_forward_mode(error):
+                    if not lacks_forward_mode(error):
                         raise
                     self._jvp_rung += 1
 
@@ -137,7 +137,7 @@ class Linearization(FrozenNetwork):
                     return self._backward(inputs, pull_back, tangent)
             except (NotImplementedError, RuntimeError) as error:
                 # Activation checkpointing refuses a forward that records more than its repetition.
-                if not (_lacks_forward_mode(error) or isinstance(error, CheckpointError)):
+                if not (lacks_forward_mode(error) or isinstance(error, CheckpointError)):
                     raise
                 self._shares_forward = False
         return self.vjp(cotangent_of(*self.predict_and_jvp(tangent, inputs)), inputs)
@@ -188,7 +188,8 @@ def _gradient(outputs: Tensor, leaves: Tensors, cotangent: Tensor, **options: bo
     return dict(zip(leaves, gradients, strict=True))
 
 
-def _lacks_forward_mode(error: Exception) -> bool:
+def lacks_forward_mode(error: Exception) -> bool:
+    """Whether an operation has no forward-mode derivative."""
     message = str(error)
     return any(
         hint in message for hint in ("forward AD", "forward mode AD", "forward-mode", "setup_context", "jvp function")

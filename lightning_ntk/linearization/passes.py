@@ -59,7 +59,13 @@ class DataPasses:
                 _require_finite("initial outputs", outputs[-1], batch.rows)
         # Before the outputs are joined: their shape depends on the number of samples.
         self.processes.require_same(samples.fingerprint, "reference data")
-        return self._join(outputs), torch.cat(targets), samples
+        joined = self._join(outputs)
+        if not close(joined, joined[samples.first_rows.to(joined.device)]):
+            raise ValueError(
+                "Expected equal outputs for samples with equal tensors but they differ: the inputs hold something besides "
+                "tensors. Put all that the network reads into tensors."
+            )
+        return joined, torch.cat(targets), samples
 
     def _join(self, own: list[Tensor]) -> Tensor:
         if self.processes.size == 1:

@@ -1,5 +1,6 @@
 """The linearized network trained: at any time t, or step by step beside a run."""
 
+from lightning_ntk.linearization.batch_loss import PairLoss
 from lightning_ntk.training.base import LinearizedState, OnlineTraining, StepSettings
 from lightning_ntk.training.linearized_training import LinearizedTraining
 from lightning_ntk.training.problem import LinearizedProblem
@@ -11,6 +12,7 @@ __all__ = [
     "LinearizedState",
     "LinearizedTraining",
     "OnlineTraining",
+    "PairLoss",
     "Replay",
     "StepSettings",
     "Twin",

@@ -63,7 +63,7 @@ class OnlineTraining(Protocol):
     dynamics: str
     """The name of the dynamics, as `LinearizationMonitor` takes it."""
 
-    def accumulate(self, inputs: Any, target: Tensor, *, scale: float = 1.0) -> None:
+    def accumulate(self, batch: Any, *, scale: float = 1.0) -> None:
         """Adds the loss gradient of one batch, multiplied by `scale`, to the gradient of the next step."""
 
     def step(self, settings: StepSettings) -> None:

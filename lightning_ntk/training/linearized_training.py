@@ -275,7 +275,10 @@ class LinearizedTraining:
         if data is None:
             return state.predictions.to(self.initial_predictions)
         with preserved_rng():
-            other = Reference(data, batch_size=self.reference.batch_size, unpack=self.problem.unpack)
+            problem = self.problem
+            other = Reference(
+                data, batch_size=self.reference.batch_size, unpack=problem.unpack, transfer=problem.transfer
+            )
             passes = DataPasses(self.linearization, other, progress=self.problem.progress)
             outputs = passes.predict()
             return outputs + StreamedJacobian(passes, outputs).jvp(self._displacement(t)).to(outputs)

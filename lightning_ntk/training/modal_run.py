@@ -47,7 +47,7 @@ class ModalRun:
         self._solved: tuple[Sequence[Modes], Solved[Filters]] | None = None
         self._start(modal.solver.modes)
 
-    def accumulate(self, inputs: Any, target: Tensor, *, scale: float = 1.0) -> None:
+    def accumulate(self, batch: Any, *, scale: float = 1.0) -> None:
         """Ignores the batch: these dynamics see the whole training set in every step."""
 
     def discard(self) -> None:

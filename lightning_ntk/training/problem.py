@@ -1,8 +1,8 @@
 """The problem that linearized training solves: a network at its initial weights on a training set."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from copy import copy
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -39,7 +39,8 @@ class LinearizedProblem:
         data: The training set, as for `Reference`.
         loss: Maps outputs and targets to one number. Default: `nn.MSELoss()`.
         predict: As for `Linearization`.
-        unpack: As for `Reference`.
+        unpack: As for `Reference`, like `transfer`.
+        transfer: See `unpack`.
         jacobian: "streamed" recomputes J in every pass; "stored" keeps it in memory, N K P numbers.
         batch_size: Samples in one pass.
         dtype: Floating-point type of the passes. Default: that of the parameters.
@@ -72,6 +73,7 @@ class LinearizedProblem:
         loss: Loss | None = None,
         predict: Predict | None = None,
         unpack: Unpack | None = None,
+        transfer: Callable[[Any], Any] | None = None,
         jacobian: JacobianStorage = "streamed",
         batch_size: int = 256,
         dtype: torch.dtype | None = None,
@@ -85,6 +87,7 @@ class LinearizedProblem:
         self.progress = progress
         self.processes = processes
         self.unpack = unpack
+        self.transfer = transfer
         self._loss = nn.MSELoss() if loss is None else loss
         self._storage = jacobian
         self._batch_size = batch_size
@@ -106,7 +109,7 @@ class LinearizedProblem:
     @preserved_rng()
     def _read(self, data: Data) -> None:
         linearization = self.linearization
-        self.reference = Reference(data, batch_size=self._batch_size, unpack=self.unpack)
+        self.reference = Reference(data, batch_size=self._batch_size, unpack=self.unpack, transfer=self.transfer)
         self._passes = DataPasses(linearization, self.reference, progress=self.progress, processes=self.processes)
         self.predictions, targets, self.samples = self._passes.first()
         check_determinism(linearization, self.reference, self.predictions)

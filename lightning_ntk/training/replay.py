@@ -71,17 +71,19 @@ class Replay:
         return self._sgd.steps
 
     @preserved_rng()
-    def rows(self, inputs: Any, target: Tensor) -> Tensor:
+    def rows(self, batch: Any) -> Tensor:
         """The rows of a batch's samples in the training set, `(b,)`.
 
         Raises:
             UnknownSamplesError: If the batch has samples that are not in the training set.
         """
-        return self.problem.samples.rows(inputs, target)
+        return self.problem.samples.rows(*self.problem.reference.unpack(batch))
 
-    def accumulate(self, inputs: Any, target: Tensor, *, scale: float = 1.0) -> None:
+    def accumulate(self, batch: Any, *, scale: float = 1.0) -> None:
         """Adds the loss gradient of a batch, whose samples are found in the training set by their content."""
-        self.accumulate_rows(self.rows(inputs, target), target, scale=scale)
+        _, target = self.problem.reference.unpack(batch)
+        assert target is not None  # as in the training set
+        self.accumulate_rows(self.rows(batch), target, scale=scale)
 
     def accumulate_rows(self, rows: Tensor, target: Tensor, *, scale: float = 1.0) -> None:
         """Adds the loss gradient of the samples in these rows `(b,)` of the training set."""

@@ -9,8 +9,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_ntk.functional.weights import difference
-from lightning_ntk.linearization.linearization import Linearization
-from lightning_ntk.linearization.objective import Loss, Objective
+from lightning_ntk.linearization.batch_loss import BatchLoss
 from lightning_ntk.linearization.parameters import Tensors
 from lightning_ntk.training.base import StepSettings
 from lightning_ntk.training.optimizer_copy import copy_optimizer, held_by, hyperparameters, require_supported_optimizer
@@ -24,15 +23,14 @@ class Twin:
 
     Every batch costs one Jacobian-vector product, :math:`f_\text{lin} = f_0 + J (w_\text{lin} - w_0)`, and one
     vector-Jacobian product, the gradient :math:`J^T \partial L / \partial f_\text{lin}`. The memory is that of a few copies
-    of the weights. The optimizer is a deep copy, and its hyperparameters are those of the run in every step. Parameters that
-    the optimizer does not hold stay at w0.
+    of the weights and, during a batch, of the graph of one step. The optimizer is a deep copy, and its hyperparameters are
+    those of the run in every step. Parameters that the optimizer does not hold stay at w0.
 
     Args:
-        linearization: The network at w0. The twin's weights have its type.
+        loss: The loss of the network, linearized at w0. The twin's weights have the type of w0.
         optimizer: The optimizer of the run, before its step, with the state that it has when the weights are w0.
-        parameters: The live parameters that the optimizer steps, under the names of `linearization.params`.
-        loss: Maps outputs and targets of a batch to one number.
-        start: Weights that the twin starts from, with the names and shapes of `linearization.params`. Default: w0.
+        parameters: The live parameters that the optimizer steps, under the names of `loss.params`.
+        start: Weights that the twin starts from, with the names and shapes of `loss.params`. Default: w0.
         processes: The processes whose gradients a step averages, as distributed training does. Each accumulates its own
             batches.
 
@@ -46,27 +44,24 @@ class Twin:
 
     def __init__(
         self,
-        linearization: Linearization,
+        loss: BatchLoss,
         optimizer: Optimizer,
         parameters: Mapping[str, Tensor],
-        loss: Loss,
         *,
         start: Mapping[str, Tensor] | None = None,
         processes: Processes = ALONE,
     ) -> None:
         require_supported_optimizer(optimizer)
-        _require_dense_gradients(linearization.module)
-        parameters = require_matching(parameters, linearization.params, "parameters")
-        self._linearization = linearization
+        _require_dense_gradients(loss.module)
+        parameters = require_matching(parameters, loss.params, "parameters")
         self._loss = loss
-        self._objective: Objective | None = None
         self._processes = processes
         self._parameters = dict(parameters)  # keeps the live ones alive, and with them their ids
         self._names = {id(parameter): name for name, parameter in parameters.items()}
         with torch.inference_mode(False), torch.no_grad():
             self._weights: dict[str, nn.Parameter] = {
-                name: nn.Parameter(value.detach().to(linearization.params[name], copy=True))
-                for name, value in require_matching(start or linearization.params, linearization.params).items()
+                name: nn.Parameter(value.detach().to(loss.params[name], copy=True))
+                for name, value in require_matching(start or loss.params, loss.params).items()
             }
             self._require_known(optimizer.param_groups)
             self._optimizer = copy_optimizer(optimizer, parameters, self._weights)
@@ -79,34 +74,23 @@ class Twin:
 
     def displacement(self) -> Tensors:
         """w_lin - w0, by parameter name in float64, without a pass."""
-        return difference(self.weights, self._linearization.params)
+        return difference(self.weights, self._loss.params)
 
     def predictions(self) -> None:
         """None: the twin sees batches, not the training set."""
 
     @preserved_rng()
-    def accumulate(self, inputs: Any, target: Tensor, *, scale: float = 1.0) -> None:
+    def accumulate(self, batch: Any, *, scale: float = 1.0) -> None:
         """Adds the loss gradient of one batch, at the weights of the linearized network, to the gradient of the next step.
 
         Args:
-            inputs: What the network predicts from.
-            target: Targets of the batch, as the data gives them.
+            batch: The batch, as the loss takes it.
             scale: Factor of the loss, 1/n when the gradients of n batches are accumulated before a step.
 
         Raises:
-            ValueError: If a gradient is sparse, or if the loss refuses the predictions of the linearized network.
+            ValueError: If a gradient is sparse, or if the loss refuses the outputs of the linearized network.
         """
-        if self._objective is None:
-            outputs = self._linearization.predict(inputs)
-            self._objective = Objective(self._loss, outputs, target, flat=self._linearization.flat)
-
-        def cotangent(outputs: Tensor, derivative: Tensor) -> Tensor:
-            predictions = outputs.double() + derivative.double()
-            if not predictions.isfinite().all():
-                return torch.full_like(predictions, float("nan"))  # found by the step
-            return scale * self._loss_gradient(predictions, target)
-
-        gradients = self._linearization.predict_jvp_and_vjp(self._tangent(), inputs, cotangent)
+        gradients = self._loss.gradient(batch, self._tangent()) or {}
         for name, gradient in gradients.items():
             if gradient.layout != torch.strided:
                 raise ValueError(
@@ -115,9 +99,9 @@ class Twin:
             weight = self._weights[name]
             if weight.grad is None:
                 # A copy, because autograd may return one tensor for several parameters, or an expanded one.
-                weight.grad = torch.empty_like(weight).copy_(gradient)
+                weight.grad = torch.empty_like(weight).copy_(gradient if scale == 1 else gradient * scale)
             else:
-                weight.grad.add_(gradient)
+                weight.grad.add_(gradient, alpha=scale)
 
     @preserved_rng()
     def step(self, settings: StepSettings) -> None:
@@ -178,21 +162,9 @@ class Twin:
         self._optimizer.load_state_dict(copy.deepcopy(state["optimizer"]))  # which would share its tensors
         self.steps = state["steps"]
 
-    def _loss_gradient(self, predictions: Tensor, target: Tensor) -> Tensor:
-        assert self._objective is not None
-        prepared = self._objective.prepare(target, predictions)
-        try:
-            return self._objective.gradient(predictions, prepared)
-        except RuntimeError as error:
-            raise ValueError(
-                "Expected a loss that takes any outputs, because those of the linearized network leave the range of "
-                f"a sigmoid or softmax, but it failed on outputs from {predictions.min():.3g} to {predictions.max():.3g}: "
-                f"{error}. Use a loss of logits, such as nn.BCEWithLogitsLoss(), with a `predict` that returns them."
-            ) from error
-
     def _tangent(self) -> Tensors | None:
         names = list(self._weights)
-        start = [self._linearization.params[name] for name in names]
+        start = [self._loss.params[name] for name in names]
         with torch.no_grad():
             tangents = torch._foreach_sub(list(self._weights.values()), start)
         # Before the first step there is nothing to push forward. Other steps are not tested: it would read all weights.

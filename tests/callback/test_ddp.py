@@ -114,7 +114,7 @@ def test_a_failure_of_one_process_is_one_of_all(others: list[dict[str, Any]]) ->
         assert [row["step"] for row in results["unknown sample later"]["history"]] == [0, 1, 2]
         assert results["another reference in each process"].startswith("MisconfigurationException")
         assert "Expected the same reference data" in results["another reference in each process"]
-        assert results["strict failure"].startswith("Failing: a sensor is broken")
+        assert "Failing: a sensor is broken" in results["strict failure"]
     assert first["unknown sample, replay"].endswith("(In process 1.)")
     for name, result in first.items():
         if not isinstance(result, str):
@@ -122,12 +122,12 @@ def test_a_failure_of_one_process_is_one_of_all(others: list[dict[str, Any]]) ->
             assert all(torch.equal(value, second[name]["weights"][key]) for key, value in result["weights"].items())
     # In the capture, in a measurement, and in a step of the linearized network, after which there are no more measurements.
     for count in (1, 7):
-        assert first[f"failure after {count} passes"] == "Failing: a sensor is broken (In process 1.)"
-    reports = {count: first[f"failure after {count} passes"]["warnings"] for count in (13, 17, 23, 27)}
+        assert first[f"failure after {count} passes"].endswith("Failing: a sensor is broken (In process 1.)")
+    reports = {count: first[f"failure after {count} passes"]["warnings"] for count in (13, 17, 23, 31)}
     assert all("a sensor is broken (In process 1.)" in message for (message,) in reports.values())
     assert reports[13][0].startswith("The measurement at step 0 failed")
     assert reports[17][0].startswith("The linearized network is lost in step 1")
-    assert len(first["failure after 27 passes"]["history"]) == 4
+    assert len(first["failure after 31 passes"]["history"]) == 3
 
 
 @pytest.mark.parametrize("strategy", [FSDPStrategy, ModelParallelStrategy, DeepSpeedStrategy])

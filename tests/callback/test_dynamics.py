@@ -1,5 +1,6 @@
 """Runs as people really do them, followed by the modes, replay and the twin: against each other and brute force."""
 
+import copy
 import math
 import warnings
 
@@ -180,7 +181,7 @@ def test_a_linear_model_is_its_linearization_under_every_optimizer(name: str, pr
         ({}, {}, {}, "gradient_descent", "the run is full-batch SGD"),
         ({"momentum": 0.9, "weight_decay": 0.1}, {}, {}, "gradient_descent", "the run is full-batch SGD"),
         ({}, {"batch_size": 4}, {}, "replay", "each step sees 4 of 11 samples"),
-        ({}, {}, {"loss": nn.SmoothL1Loss(beta=0.1)}, "replay", "its loss is not a squared one"),
+        ({}, {}, {"loss": nn.SmoothL1Loss(beta=0.1), "mismatch": "log"}, "replay", "its loss is not a squared one"),
         ({"optimizer": torch.optim.Adam}, {}, {}, "twin", "its optimizer is Adam"),
         ({}, {"gradient_clip_val": 1.0}, {}, "replay", "it clips gradients at 1.0"),
         (
@@ -249,9 +250,12 @@ def test_data_without_a_fixed_order_is_for_the_twin_alone(data: Dataset) -> None
         warnings.simplefilter("ignore")
         monitor = run("auto")
         assert monitor.dynamics_used == "twin"
-        assert set(monitor.history[-1]) == {
+        weights = {
             "step", "weight_distance", "relative_weight_distance", "weight_cosine", "weight_norm_ratio", "displacement",
+            "gradient_mismatch",
         }  # fmt: skip
+        functions = {"loss", "linearized_loss", "prediction_rmse", "taylor_gap"} if isinstance(data, Noisy) else set()
+        assert set(monitor.history[-1]) == weights | functions
         assert 0 < monitor.history[-1]["relative_weight_distance"] < 1
         for dynamics in ("gradient_descent", "replay"):
             with pytest.raises(MisconfigurationException, match=r"Expected .* fixed order|two reads"):
@@ -284,15 +288,26 @@ def test_a_loss_that_is_not_that_of_the_run_is_found_in_the_first_step(dynamics:
         def training_step(self, batch, batch_idx):
             return 2 * super().training_step(batch, batch_idx)
 
-    torch.manual_seed(0)
     run = {"batch_size": 5, "accumulate_grad_batches": accumulate, "max_steps": 3}
-    with pytest.warns(
-        UserWarning, match=r"gradient is 2 times that of loss\(predict\(module, inputs\), target\)"
-    ) as record:
-        fit(LinearizationMonitor(dynamics=dynamics), Doubled(mlp(3)), **run)
-    assert sum("does not follow the loss" in str(warning.message) for warning in record) == 1
-    with pytest.warns(UserWarning, match="differs from that of loss.*of its norm") as record:
-        fit(LinearizationMonitor(dynamics="twin", loss=nn.HuberLoss(delta=0.1)), make_module(), **run)
+    for monitor, body, phrase in (
+        ({"dynamics": dynamics, "loss": nn.MSELoss()}, Doubled, r"gradient is 2 times that of the loss"),
+        (
+            {"dynamics": "twin", "loss": nn.HuberLoss(delta=0.1)},
+            Regression,
+            "gradient differs from that of the loss.*of its norm",
+        ),
+    ):
+        torch.manual_seed(0)
+        module = body(mlp(3))
+        start = copy.deepcopy(module.state_dict())
+        with pytest.raises(MisconfigurationException, match=rf"first step. The run's {phrase}.*Leave out `loss`"):
+            fit(LinearizationMonitor(**monitor), module, **run)
+        assert all(torch.equal(value, start[name]) for name, value in module.state_dict().items())
+        logged = LinearizationMonitor(**monitor, mismatch="log", steps=1)
+        with pytest.warns(UserWarning, match=f"does not follow the loss of this run.*{phrase}") as record:
+            fit(logged, module, **run)
+        assert sum("does not follow the loss" in str(warning.message) for warning in record) == 1
+        assert logged.history[-1]["gradient_mismatch"] > 0.1
 
 
 def test_the_loss_of_a_run_without_surprises_is_not_reported() -> None:
@@ -368,7 +383,7 @@ def test_gradient_flow_is_the_idealized_question_whatever_the_optimizer_does() -
 @pytest.mark.parametrize("dynamics", ["replay", "twin"])
 def test_a_linearized_network_that_diverges_is_reported_once_and_training_goes_on(dynamics: str) -> None:
     module = make_module(body=lambda outputs: nn.Sequential(nn.Linear(6, outputs), nn.Tanh()), lr=30.0)
-    monitor = LinearizationMonitor(dynamics=dynamics, steps=5)
+    monitor = LinearizationMonitor(dynamics=dynamics, steps=5, loss=nn.MSELoss())
     with pytest.warns(UserWarning, match=r"step \d+.*training goes on. OverflowError") as record:
         trainer, _ = fit(monitor, module, max_steps=1500, batch_size=5)
     assert trainer.global_step == 1500

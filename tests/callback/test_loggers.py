@@ -160,7 +160,7 @@ def test_layout_has_a_monitor_that_captures_late(tmp_path: Path) -> None:
 
 def test_a_layout_that_the_run_adds_itself_comes_later_and_counts(tmp_path: Path) -> None:
     class Own(Regression):
-        def on_train_start(self) -> None:
+        def on_train_batch_start(self, batch, batch_idx) -> None:
             self.logger.experiment.add_custom_scalars({"mine": {"losses": ["Multiline", ["train_loss"]]}})
 
     logger = TensorBoardLogger(tmp_path)

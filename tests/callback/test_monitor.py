@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset, WeightedRandomS
 from lightning_ntk import LinearizationMonitor, LinearizedTraining
 from tests.problems import ConvNet, LinearModel, flatten, mlp
 
+MSE = nn.MSELoss()
 SCALARS = {
     "weight_distance", "relative_weight_distance", "weight_cosine", "weight_norm_ratio", "displacement",
     "prediction_rmse", "loss", "linearized_loss", "taylor_gap",
@@ -90,7 +91,8 @@ def test_a_run_has_a_row_of_every_scalar_for_every_measured_step() -> None:
     assert [row["step"] for row in monitor.history] == [0, 10, 20, 25]
     names = {f"parameter/body.{layer}.{kind}" for layer in (0, 2) for kind in ("weight", "bias")}
     for row in monitor.history:
-        assert set(row) == SCALARS | names | {"step"}
+        compared = {"gradient_mismatch"} if row["step"] else set()
+        assert set(row) == SCALARS | names | compared | {"step"}
         assert all(type(value) is float and math.isfinite(value) for value in row.values())
     for tag in SCALARS:
         assert trainer.callback_metrics[f"ntk/{tag}"] == pytest.approx(monitor.history[-1][tag], rel=1e-6)
@@ -190,7 +192,9 @@ def test_tensorboard_has_every_tag_at_the_right_steps(tmp_path: Path) -> None:
     fit(monitor, make_module(), max_steps=42, logger=[logger, csv], log_every_n_steps=4)
     events = EventAccumulator(logger.log_dir)
     events.Reload()
-    assert {tag for tag in events.Tags()["scalars"] if tag.startswith("lazy/")} == {f"lazy/{tag}" for tag in SCALARS}
+    assert {tag for tag in events.Tags()["scalars"] if tag.startswith("lazy/")} == {
+        f"lazy/{tag}" for tag in SCALARS | {"gradient_mismatch"}
+    }
     for tag in SCALARS:
         scalars = events.Scalars(f"lazy/{tag}")
         assert [event.step for event in scalars] == [0, 1, 2, 3, 4, 6, 7, 10, 13, 18, 24, 32, 42]
@@ -272,7 +276,10 @@ def test_gradient_flow_and_float64_passes() -> None:
         ({"module": {"momentum": 0.9}, "monitor": {"dynamics": "gradient_flow"}}, "it uses momentum 0.9"),
         ({"module": {"weight_decay": 0.01}, "monitor": {"dynamics": "gradient_flow"}}, "it uses weight decay 0.01"),
         ({"module": {"maximize": True, "lr": 1e-3}}, "it maximizes its loss"),
-        ({"module": {"body": ConvNet}}, "batch statistics in BatchNorm.*; it trains with dropout"),
+        (
+            {"module": {"body": ConvNet}, "monitor": {"loss": nn.MSELoss(), "mismatch": "log"}},
+            "batch statistics in BatchNorm.*; it trains with dropout",
+        ),
         ({"batch_size": 4}, "each step sees 4 of 11 samples"),
         ({"batch_size": 4, "accumulate_grad_batches": 2}, "each step sees 8 of 11 samples"),
         ({"batch_size": 6, "accumulate_grad_batches": 2}, "batches of unequal size"),
@@ -319,7 +326,7 @@ def test_full_batch_gradient_descent_says_nothing() -> None:
 
 @pytest.mark.tested("divergence", "gradient_descent")
 def test_a_schedule_that_becomes_unstable_is_named_once_and_training_goes_on() -> None:
-    monitor = LinearizationMonitor(steps=200)
+    monitor = LinearizationMonitor(steps=200, loss=MSE)
     module = make_module(body=lambda outputs: nn.Sequential(nn.Linear(6, outputs), nn.Tanh()), lr=0.5)
     module.schedule = lambda step: 1.0 if step < 5 else 40.0
     with pytest.warns(UserWarning, match="Step 6: The learning rate 20 is above") as record:
@@ -380,9 +387,17 @@ class Untouched(Regression):
         ({}, {"module": TwoOptimizers}, "one optimizer but it has 2"),
         ({"loss": nn.functional.cross_entropy, "dynamics": "gradient_descent"}, {}, "squared loss"),
         ({"loss": nn.NLLLoss()}, {}, "failed on them"),
-        ({"reference": TensorDataset(torch.zeros(0, 6), torch.zeros(0, 3))}, {}, "empty"),
-        ({"reference": TensorDataset(torch.full((4, 6), torch.nan), torch.zeros(4, 3))}, {}, "finite inputs"),
-        ({"reference": TensorDataset(torch.zeros(4, 6), torch.zeros(4, 2))}, {}, r"\(4, 3\), but got \(4, 2\)"),
+        ({"loss": MSE, "reference": TensorDataset(torch.zeros(0, 6), torch.zeros(0, 3))}, {}, "empty"),
+        (
+            {"loss": MSE, "reference": TensorDataset(torch.full((4, 6), torch.nan), torch.zeros(4, 3))},
+            {},
+            "finite inputs",
+        ),
+        (
+            {"loss": MSE, "reference": TensorDataset(torch.zeros(4, 6), torch.zeros(4, 2))},
+            {},
+            r"\(4, 3\), but got \(4, 2\)",
+        ),
         ({"predict": lambda module, inputs: module(inputs)[:, :, None]}, {}, r"\(batch,\) but got shape \(\d+, 3, 1\)"),
     ],
 )
@@ -395,7 +410,7 @@ def test_bad_input_ends_the_run_before_training_starts(monitor: dict, run: dict,
 def test_more_memory_than_there_is_ends_the_run_before_training(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("lightning_ntk.utilities.distributed.available_memory", lambda *_: 1000)
     with pytest.raises(MisconfigurationException, match="Use at most"):
-        fit(LinearizationMonitor(), Untouched())
+        fit(LinearizationMonitor(loss=MSE), Untouched())
 
 
 @pytest.mark.tested("several monitors", "gradient_descent", "gradient_flow")

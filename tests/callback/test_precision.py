@@ -14,6 +14,7 @@ from lightning_ntk import LinearizationMonitor
 from lightning_ntk.data.reference import Reference
 from lightning_ntk.kernel import PlannedKernel, compute_kernel
 from lightning_ntk.linearization import Linearization
+from lightning_ntk.linearization.batch_loss import PairLoss
 from lightning_ntk.training.twin import Twin
 from lightning_ntk.utilities.contexts import full_precision
 from tests.callback.trainer_runs import (
@@ -122,10 +123,10 @@ def test_steps_that_a_grad_scaler_skips_are_skipped_by_the_linearized_network(ac
         data = TensorDataset(*(tensor.double() for tensor in digits().tensors))
         return DataLoader(data, batch_size=batch_size, shuffle=True)
 
-    monitors = watch(("replay", "twin"))
+    monitors = [*watch(("replay",), loss=nn.MSELoss()), *watch(("twin",))]
     assert_trains_alike(lambda callbacks: run(callbacks, 4, 0.9)[0], monitors)
     if accumulate == 1:
-        descent = watch(("gradient_descent",))
+        descent = watch(("gradient_descent",), loss=nn.MSELoss())
         run(descent, 11, 0.9)
         monitors += descent
     for monitor in monitors:
@@ -158,7 +159,7 @@ def test_the_samples_of_half_precision_batches_are_recognized() -> None:
     rows = torch.tensor([3, 1])
     batch = [tensor[rows].bfloat16() for tensor in (inputs, targets)]
     assert not torch.equal(batch[0].float(), inputs[rows])
-    assert torch.equal(monitor.comparison.online.rows(*batch), rows)
+    assert torch.equal(monitor.comparison.online.rows(batch), rows)
 
 
 def test_reference_and_evaluation_are_converted_as_batches_are() -> None:
@@ -282,8 +283,8 @@ def test_reduced_precision_is_restored_after_an_error(medium) -> None:
 def test_what_was_seen_for_a_skipped_step_is_forgotten_by_the_twin() -> None:
     module = linear(3).double()
     optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
-    twin = Twin(Linearization(module), optimizer, dict(module.named_parameters()), nn.MSELoss())
-    twin.accumulate(torch.ones(2, 6), torch.ones(2, 3))
+    twin = Twin(PairLoss(Linearization(module), nn.MSELoss()), optimizer, dict(module.named_parameters()))
+    twin.accumulate((torch.ones(2, 6), torch.ones(2, 3)))
     gradients = twin.state_dict()["gradients"]
     assert gradients.keys() == dict(module.named_parameters()).keys()
     assert all(value.any() for value in gradients.values())

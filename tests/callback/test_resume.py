@@ -20,6 +20,11 @@ CASES = {
     "gradient flow": ({"dynamics": "gradient_flow"}, {"lr": 0.05}, 11),
     "replay": ({"dynamics": "replay"}, SGD, 4),
     "twin, AdamW": ({"dynamics": "twin"}, {"lr": 1e-2, "optimizer": torch.optim.AdamW}, 4),
+    "twin, batch statistics": (
+        {"dynamics": "twin", "evaluation": digits(5)},
+        {"lr": 1e-2, "body": lambda outputs: nn.Sequential(nn.Linear(6, 5), nn.BatchNorm1d(5), nn.Linear(5, outputs))},
+        4,
+    ),
     "captured late": ({"dynamics": "replay", "capture_at": 5}, SGD, 4),
     "not captured yet": ({"dynamics": "twin", "capture_at": 25}, SGD, 4),
     "with evaluation": ({"dynamics": "replay", "evaluation": digits(5)}, SGD, 4),

@@ -179,11 +179,11 @@ def test_batches_that_training_step_leaves_out(accumulate: int) -> None:
         train(module, loader(4), callbacks, accumulate_grad_batches=accumulate)
         return module
 
-    monitors = watch(MINIBATCH)
+    monitors = [*watch(("replay",), loss=nn.MSELoss()), *watch(("twin",))]
     assert_trains_alike(run, monitors)
     check(monitors)
     if accumulate == 1:
-        descent = watch(("gradient_descent",))
+        descent = watch(("gradient_descent",), loss=nn.MSELoss())
         train(make(task=Absent, momentum=0.9), loader(11), descent, max_epochs=9)
         check(descent, steps=9)
 
@@ -227,11 +227,16 @@ def test_manual_optimization_with_one_optimizer(every: int) -> None:
         train(module, loader(4, shuffle=True, drop_last=every == 2), callbacks)
         return module
 
-    monitors = watch(MINIBATCH)
+    monitors = watch(MINIBATCH, loss=nn.MSELoss())
     assert_trains_alike(run, monitors)
     check(monitors)
     with pytest.warns(UserWarning, match="it optimizes manually"):
-        train(make(task=Manual), loader(), watch(("twin",)), max_epochs=1)
+        train(make(task=Manual), loader(), watch(("twin",), loss=nn.MSELoss()), max_epochs=1)
+
+
+def test_manual_optimization_is_refused_without_a_loss() -> None:
+    with pytest.raises(MisconfigurationException, match=r"the module optimizes manually.*Give `loss`"):
+        train(make(task=Manual), loader(), [LinearizationMonitor()])
 
 
 def test_two_steps_in_a_batch_are_not_followed() -> None:
@@ -240,7 +245,7 @@ def test_two_steps_in_a_batch_are_not_followed() -> None:
             super().training_step(batch, batch_idx)
             super().training_step(batch, batch_idx)
 
-    monitor = LinearizationMonitor(dynamics="twin", steps=1)
+    monitor = LinearizationMonitor(dynamics="twin", steps=1, loss=nn.MSELoss(), mismatch="log")
     with pytest.warns(UserWarning, match="at most one optimizer step in a batch but `training_step` took 2"):
         trainer = train(make(task=Twice), loader(), [monitor])
     assert trainer.global_step == 24
@@ -511,11 +516,11 @@ def test_overfit_batches_are_the_reference() -> None:
         monitors = watch()
         assert_trains_alike(lambda callbacks: run(callbacks, 2), monitors)
         check(monitors, MINIBATCH, steps=12)
-        assert all(len(monitor.comparison.reference.reference) == 8 for monitor in monitors)
+        assert all(len(monitor.comparison.reference) == 8 for monitor in monitors)
         whole = LinearizationMonitor(steps=1, strict=True)
         run([whole], 1)
         assert whole.dynamics_used == "gradient_descent"
-        assert len(whole.comparison.reference.reference) == 4
+        assert len(whole.comparison.reference) == 4
         assert distance(whole) < EXACT
         said = watch(("gradient_descent",), reference=digits(11))
         with pytest.warns(UserWarning, match="it trains on 4 samples while the reference has 11"):
@@ -529,10 +534,10 @@ def test_the_reference_is_what_training_sees(options: dict, samples: int) -> Non
     ordered, shuffled = watch(("replay",)), watch(("replay",))
     train(make(), loader(4), ordered, **options)
     train(make(), loader(4, shuffle=True), shuffled, **options)
-    assert len(ordered[0].comparison.reference.reference) == samples
-    assert len(shuffled[0].comparison.reference.reference) == 11
+    assert len(ordered[0].comparison.reference) == samples
+    assert len(shuffled[0].comparison.reference) == 11
     check(ordered + shuffled)
-    outputs = ordered[0].comparison.reference.predictions
+    outputs = ordered[0].comparison.reference.problem.predictions
     assert outputs.shape == (samples, 3)
 
 
@@ -540,8 +545,8 @@ def test_drop_last_in_order_leaves_the_last_samples_out_of_the_reference() -> No
     ordered, shuffled = watch(("twin",)), watch(("twin",))
     train(make(), loader(4, drop_last=True), ordered)
     train(make(), loader(4, drop_last=True, shuffle=True), shuffled)
-    assert len(ordered[0].comparison.reference.reference) == 8
-    assert len(shuffled[0].comparison.reference.reference) == 11
+    assert len(ordered[0].comparison.reference) == 8
+    assert len(shuffled[0].comparison.reference) == 11
 
 
 @pytest.mark.tested("fast_dev_run", "gradient_descent", "replay", "twin")
@@ -708,7 +713,9 @@ def test_several_monitors_do_not_disturb_each_other() -> None:
 
     def monitors():
         return [
-            LinearizationMonitor(data, dynamics=dynamics, name=f"{dynamics}/{name}", steps=2, strict=True)
+            LinearizationMonitor(
+                data, dynamics=dynamics, name=f"{dynamics}/{name}", steps=2, strict=True, mismatch="log"
+            )
             for name, data in references.items()
             for dynamics in DYNAMICS
             if dynamics != "replay" or name == "whole"

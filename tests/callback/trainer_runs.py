@@ -64,8 +64,8 @@ def make(body: Callable[[int], nn.Module] = linear, task: type[Task] = Task, **o
 
 
 def watch(dynamics: Sequence[str] = DYNAMICS, **options: Any) -> list[LinearizationMonitor]:
-    """Monitors of these dynamics that measure every step and let no error pass."""
-    defaults = {"steps": 1, "strict": True}
+    """Monitors of these dynamics that measure every step and let no error pass; a mismatch is for the test to judge."""
+    defaults = {"steps": 1, "strict": True, "mismatch": "log"}
     return [LinearizationMonitor(dynamics=name, name=name, **(defaults | options)) for name in dynamics]
 
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR, OneCycleLR
 
 from lightning_ntk import Linearization
+from lightning_ntk.linearization.batch_loss import PairLoss
 from lightning_ntk.linearization.parameters import trainable_parameters
 from lightning_ntk.training.base import StepSettings
 from lightning_ntk.training.twin import Twin, require_supported_optimizer
@@ -74,7 +75,7 @@ class Run:
         self.optimizer = make_optimizer(self.live)
         self.scheduler = schedule(self.optimizer) if schedule else None
         self.linearization = Linearization(module, **options)
-        self.twin = Twin(self.linearization, self.optimizer, self.live, self.loss)
+        self.twin = Twin(PairLoss(self.linearization, self.loss), self.optimizer, self.live)
 
     def train(self, steps: Sequence[Sequence[Tensor]], *, clip_norm=None, clip_value=None, frozen=None) -> None:
         for batches in steps:
@@ -82,7 +83,7 @@ class Run:
             for rows in batches:
                 outputs = self.linearization._predictor.predict(self.module, self.rows(rows))
                 (self.loss(outputs, self.targets[rows]) / len(batches)).backward()
-                self.twin.accumulate(self.rows(rows), self.targets[rows], scale=1 / len(batches))
+                self.twin.accumulate((self.rows(rows), self.targets[rows]), scale=1 / len(batches))
             without = [n for n, p in self.live.items() if p.grad is None] if frozen is None else frozen
             self.twin.step(StepSettings(self.optimizer.param_groups, clip_norm, clip_value, without))
             held = [p for group in self.optimizer.param_groups for p in group["params"]]
@@ -266,17 +267,17 @@ def test_a_stored_twin_continues_in_the_middle_of_an_accumulation(optimizer: str
     run = Run(module, inputs, targets, nn.MSELoss(), OPTIMIZERS[optimizer])
     steps = minibatches(steps=20)
     run.train(steps[:10])
-    run.twin.accumulate(inputs[:4], targets[:4], scale=0.5)
+    run.twin.accumulate((inputs[:4], targets[:4]), scale=0.5)
     stored = io.BytesIO()
     torch.save(run.twin.state_dict(), stored)
     stored.seek(0)
-    restored = Twin(run.linearization, OPTIMIZERS[optimizer](run.live), run.live, run.loss)
+    restored = Twin(PairLoss(run.linearization, run.loss), OPTIMIZERS[optimizer](run.live), run.live)
     state = torch.load(stored, weights_only=True)
     restored.load_state_dict(state)
     kept = copy.deepcopy(state)
     for twin in (run.twin, restored):
         for rows in (torch.arange(4, 11), torch.arange(5)):
-            twin.accumulate(inputs[rows], targets[rows], scale=0.5)
+            twin.accumulate((inputs[rows], targets[rows]), scale=0.5)
             twin.step(StepSettings(run.optimizer.param_groups))
     assert restored.steps == run.twin.steps == 12
     torch.testing.assert_close(state, kept, rtol=0, atol=0)  # stepping does not reach into what was loaded
@@ -407,9 +408,9 @@ def test_the_state_takes_the_type_of_the_passes(live: torch.dtype) -> None:
     nn.functional.mse_loss(module(inputs.to(live)), targets.to(live)).backward()
     optimizer.step()
     linearization = Linearization(module, dtype=torch.float64)
-    twin = Twin(linearization, optimizer, parameters, nn.MSELoss())
+    twin = Twin(PairLoss(linearization, nn.MSELoss()), optimizer, parameters)
     for _ in range(2):
-        twin.accumulate(inputs, targets)
+        twin.accumulate((inputs, targets))
         twin.step(StepSettings(optimizer.param_groups))
     entries = [entry for state in twin.state_dict()["optimizer"]["state"].values() for entry in state.items()]
     assert {value.dtype for name, value in entries if name != "step"} == {torch.float64}
@@ -423,11 +424,11 @@ def test_a_diverging_twin_says_so_and_keeps_its_last_weights() -> None:
     parameters = trainable_parameters(module)
     optimizer = torch.optim.SGD(parameters.values(), lr=1e4)
     linearization = Linearization(module)
-    twin = Twin(linearization, optimizer, parameters, nn.MSELoss())
+    twin = Twin(PairLoss(linearization, nn.MSELoss()), optimizer, parameters)
 
     def train() -> None:
         for _ in range(100):
-            twin.accumulate(inputs, targets)
+            twin.accumulate((inputs, targets))
             twin.step(StepSettings(optimizer.param_groups))
 
     with pytest.raises(OverflowError, match=r"training diverges, .* Lower the learning rate"):
@@ -484,7 +485,7 @@ def test_sparse_gradients_are_refused() -> None:
     live = trainable_parameters(module)
     linearization = Linearization(module)
     with pytest.raises(ValueError, match="`0` was built with `sparse=True`"):
-        Twin(linearization, torch.optim.SGD(live.values(), lr=0.1), live, nn.MSELoss())
+        Twin(PairLoss(linearization, nn.MSELoss()), torch.optim.SGD(live.values(), lr=0.1), live)
 
 
 def test_parameters_outside_the_network_are_refused() -> None:
@@ -493,9 +494,13 @@ def test_parameters_outside_the_network_are_refused() -> None:
     linearization = Linearization(module)
     temperature = nn.Parameter(torch.ones(1))
     with pytest.raises(ValueError, match="parameter group 0 holds 1 trainable tensors that were not"):
-        Twin(linearization, torch.optim.SGD([*live.values(), temperature], lr=0.1), live, nn.MSELoss())
+        Twin(PairLoss(linearization, nn.MSELoss()), torch.optim.SGD([*live.values(), temperature], lr=0.1), live)
     with pytest.raises(ValueError, match=r"Expected parameters .*0.bias"):
-        Twin(linearization, torch.optim.SGD(live.values(), lr=0.1), {"0.weight": live["0.weight"]}, nn.MSELoss())
+        Twin(
+            PairLoss(linearization, nn.MSELoss()),
+            torch.optim.SGD(live.values(), lr=0.1),
+            {"0.weight": live["0.weight"]},
+        )
 
 
 class SharedGradient(nn.Module):

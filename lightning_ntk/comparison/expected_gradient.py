@@ -1,0 +1,74 @@
+"""The gradient that a run's step must have if the run trains on the loss that is linearized."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_ntk.comparison.gradient_check import GradientMismatch, check_gradient
+from lightning_ntk.linearization.batch_loss import BatchLoss
+from lightning_ntk.linearization.parameters import Tensors
+from lightning_ntk.utilities.contexts import preserved_rng
+from lightning_ntk.utilities.distributed import ALONE, Processes, mean_over
+
+
+class ExpectedGradient:
+    """The gradient of the loss at the weights of the run, summed over the batches of one step.
+
+    Args:
+        loss: The loss that is linearized.
+        processes: The processes whose gradients a step averages.
+    """
+
+    def __init__(self, loss: BatchLoss, *, processes: Processes = ALONE) -> None:
+        self._loss = loss
+        self._processes = processes
+        self._sum: Tensors = {}
+        self._latest: Tensors = {}
+
+    @preserved_rng()
+    def accumulate(self, batch: Any, weights: Mapping[str, Tensor], scale: float = 1.0) -> None:
+        """Adds the gradient of one batch, whose loss is multiplied by `scale`, at weights and buffers by name."""
+        self._sum = self._total()
+        gradient = self._loss.gradient_at(batch, weights) or {}
+        self._latest = {name: scale * value for name, value in gradient.items()}
+
+    @property
+    def has_batches(self) -> bool:
+        """Whether any batch of the step has a gradient."""
+        return bool(self._sum or self._latest)
+
+    def retract(self) -> None:
+        """Takes back the last batch: the run had no backward pass for it."""
+        self._latest = {}
+
+    def discard(self) -> None:
+        """Forgets the batches so far: the optimizer has stepped, or did not."""
+        self._sum, self._latest = {}, {}
+
+    def compare(
+        self, actual: Mapping[str, Tensor | None], precision: torch.dtype
+    ) -> tuple[float, GradientMismatch | None]:
+        """Compares the gradient of the run's step with the expected one.
+
+        Args:
+            actual: Gradients of the run's own backward passes, before clipping; None for parameters without one. Those that
+                are not named are not compared.
+            precision: The least precise type of these passes.
+
+        Returns:
+            The difference relative to the expected gradient, and what is known of it where rounding does not explain it.
+        """
+        expected = {name: value for name, value in self.total().items() if name in actual}
+        return check_gradient(actual, expected, dtype=precision)
+
+    def total(self) -> Tensors:
+        """The gradient of the batches so far, averaged over the processes; zero without one."""
+        own = self._total() or {name: torch.zeros_like(value) for name, value in self._loss.params.items()}
+        return mean_over(self._processes, own)
+
+    def _total(self) -> Tensors:
+        if not self._sum or not self._latest:
+            return self._sum or self._latest
+        return {name: self._sum[name] + value for name, value in self._latest.items()}

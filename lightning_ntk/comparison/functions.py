@@ -1,0 +1,76 @@
+"""Functions compared on a data set: losses, outputs and accuracies of the trained, linearized and expanded networks."""
+
+from collections.abc import Mapping
+from typing import Protocol
+
+from torch import Tensor
+
+from lightning_ntk.comparison.scalars import compare_functions, outputs_of
+from lightning_ntk.linearization.parameters import Tensors
+from lightning_ntk.training.problem import LinearizedProblem
+
+
+class FunctionComparison(Protocol):
+    """A data set on which functions are compared."""
+
+    def __len__(self) -> int:
+        """The number of samples."""
+
+    @property
+    def outputs(self) -> tuple[Tensor, Tensor] | None:
+        """Outputs of the trained and the linearized network at the last comparison, `(N, K)` each; None if they are not kept."""
+
+    @property
+    def fingerprint(self) -> str:
+        """What tells this data set from others."""
+
+    def compare(
+        self,
+        weights: Mapping[str, Tensor],
+        displacement: Tensors,
+        linearized: Tensors,
+        predictions: Tensor | None = None,
+    ) -> dict[str, float]:
+        """Compares trained weights (and buffers) w_t with the linearized network.
+
+        Args:
+            weights: w_t, and buffers, by name.
+            displacement: w_t - w_0.
+            linearized: w_lin - w_0.
+            predictions: Outputs of the linearized network on the data set where they are known, `(N, K)`.
+        """
+
+
+class OutputComparison:
+    """Functions compared by their outputs `(N, K)` on a data set, in eval mode and with the buffers of the capture.
+
+    Args:
+        problem: The network on the data set.
+        taylor: Whether to expand the trained network around w0, at the cost of a forward-mode pass.
+    """
+
+    def __init__(self, problem: LinearizedProblem, *, taylor: bool = True) -> None:
+        self.problem = problem
+        self._taylor = taylor
+        self.outputs: tuple[Tensor, Tensor] | None = None
+
+    def __len__(self) -> int:
+        return len(self.problem.reference)
+
+    @property
+    def fingerprint(self) -> str:
+        """A digest of the samples."""
+        return self.problem.samples.fingerprint
+
+    def compare(
+        self,
+        weights: Mapping[str, Tensor],
+        displacement: Tensors,
+        linearized: Tensors,
+        predictions: Tensor | None = None,
+    ) -> dict[str, float]:
+        """Compares trained weights with the linearized network, see `FunctionComparison`."""
+        trained = {name: weights[name] for name in self.problem.linearization.params}
+        self.outputs = outputs_of(self.problem, trained, linearized, predictions)
+        pushed = self.problem.push_forward(displacement).cpu() if self._taylor else None
+        return compare_functions(self.problem, *self.outputs, pushed)

@@ -1,0 +1,147 @@
+"""Whether a training step is a loss of outputs `(B, K)` and targets, as the dynamics on a kernel need it."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from lightning_ntk.data.reference import unpack_pair
+from lightning_ntk.linearization.batch_loss import PairLoss
+from lightning_ntk.linearization.cut_step import LossCall
+from lightning_ntk.linearization.linearization import Linearization
+from lightning_ntk.linearization.network import Predict, call_module
+from lightning_ntk.linearization.objective import Loss
+from lightning_ntk.linearization.step import StepLinearization
+from lightning_ntk.utilities.contexts import isolated_pass, preserved_rng
+
+# By how much the weights are moved to compare gradients, relative to their root mean square.
+_MOVED = 0.1
+
+
+class Pair(NamedTuple):
+    """What a training step computes, as `LinearizedProblem` takes it.
+
+    Attributes:
+        loss: Maps outputs and targets to one number.
+        predict: Maps module and inputs to outputs; None for the module itself.
+    """
+
+    loss: Loss
+    predict: Predict | None
+
+
+class NoPairError(ValueError):
+    """A training step is no loss of outputs and targets; the message is a phrase that says why.
+
+    Attributes:
+        pair: The loss of outputs and targets where only the outputs are not those of the forward in eval mode.
+    """
+
+    pair: Pair | None = None
+
+
+def pair_of_step(step: StepLinearization, batch: Any) -> Pair:
+    """Finds the loss that a training step computes from the outputs of the network's forward and the targets.
+
+    It is found if the step returns what one function of `torch.nn.functional` gives for the outputs of `forward` and the target
+    of a pair `(inputs, target)`, if the forward is the same in train and in eval mode, and if both have the same gradient
+    at other weights of the linearized network: then it makes no difference where the outputs are linearized.
+
+    Args:
+        step: The training step.
+        batch: A batch of the run.
+
+    Raises:
+        NoPairError: If the step is anything else.
+    """
+    found = step.first_outputs(batch)
+    if found is None:
+        raise NoPairError("the training step has no loss for the first batch")
+    try:
+        inputs, target = unpack_pair(step.copy(batch))
+    except ValueError:
+        raise NoPairError("the batches are no pairs (inputs, target)") from None
+    if target is None:
+        raise NoPairError("the batches have no target")
+    if len(found.losses) != 1 or not found.returned:
+        raise NoPairError("the loss is more than one loss function of torch.nn.functional")
+    call = found.losses[0]
+    if len(call.args) < 2 or not all(isinstance(tensor, Tensor) for tensor in call.args[:2]):
+        raise NoPairError("the loss is not one of outputs and targets")
+    try:
+        with isolated_pass(step.module, step.device.type), preserved_rng(), torch.no_grad():
+            outputs = call_module(step.module, inputs)
+    except Exception:  # whatever a forward that is not meant to be called like this may raise
+        raise NoPairError("the module has no `forward` that takes the inputs of a batch") from None
+    pair = _as_pair(call, outputs, target)
+    given = call.args[0]
+    if (outputs.reshape(given.shape) - given).norm() > torch.finfo(step.precision).eps ** 0.5 * given.norm():
+        error = NoPairError("the training step does not use the outputs that `forward` gives in eval mode")
+        error.pair = pair
+        raise error
+    _require_equal_gradients(step, pair, batch)
+    return pair
+
+
+def _as_pair(call: LossCall, outputs: Any, target: Tensor) -> Pair:
+    given, wanted = call.args[:2]
+    if not isinstance(outputs, Tensor) or outputs.dim() not in (1, 2) or len(outputs) != len(target):
+        raise NoPairError("`forward` returns no outputs (samples, outputs)")
+    squeezed = given.shape != outputs.shape
+    if squeezed and not (outputs.dim() == 2 and given.shape == outputs.shape[:1] and outputs.shape[1] == 1):
+        raise NoPairError("the loss function gets a transformation of the outputs")
+    reshaped = wanted.shape != target.shape
+    if wanted.numel() != target.numel() or not bool((wanted == target.view_as(wanted).to(wanted.device)).all()):
+        raise NoPairError("the loss function gets a transformation of the targets")
+    loss = _Called(call.function, call.args[2:], call.kwargs, reshaped, wanted.is_floating_point())
+    return Pair(loss, _squeezed if squeezed else None)
+
+
+def _require_equal_gradients(step: StepLinearization, pair: Pair, batch: Any) -> None:
+    generator = torch.Generator().manual_seed(0)
+    tangent = {}
+    for name, start in step.params.items():
+        noise = torch.randn(start.shape, generator=generator).to(start)
+        tangent[name] = _MOVED * noise * start.square().mean().sqrt().clamp_min(_MOVED)
+    with preserved_rng():
+        own = step.gradient(batch, tangent, update=False)
+        linearization = Linearization(step.module, predict=pair.predict)
+        other = PairLoss(linearization, pair.loss).gradient(step.copy(batch), tangent)
+    assert own is not None
+    apart = torch.stack([(own[name].double() - value.double()).norm() for name, value in other.items()]).norm()
+    size = torch.stack([value.double().norm() for value in other.values()]).norm()
+    if not apart <= torch.finfo(step.precision).eps ** 0.5 * size:
+        raise NoPairError("the loss function gets a transformation of the outputs that are linearized")
+
+
+def _squeezed(module: nn.Module, inputs: Any) -> Tensor:
+    return call_module(module, inputs).squeeze(1)
+
+
+class _Called:
+    """A function of outputs and targets, called with the other arguments as a training step called it."""
+
+    def __init__(
+        self,
+        function: Callable[..., Tensor],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        reshaped: bool,
+        floating: bool,
+    ) -> None:
+        self._function, self._args, self._kwargs = function, args, kwargs
+        self._reshaped, self._floating = reshaped, floating
+
+    def __call__(self, outputs: Tensor, target: Tensor) -> Tensor:
+        wanted = target.view_as(outputs) if self._reshaped else target
+        wanted = wanted.to(outputs.dtype) if self._floating else wanted
+
+        def like(value: Any) -> Any:
+            return value.to(outputs) if isinstance(value, Tensor) and value.is_floating_point() else value
+
+        kwargs = {name: like(value) for name, value in self._kwargs.items()}
+        return self._function(outputs, wanted, *map(like, self._args), **kwargs)
+
+    def __repr__(self) -> str:
+        return f"torch.nn.functional.{getattr(self._function, '__name__', self._function)}"
