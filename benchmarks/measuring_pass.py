@@ -11,7 +11,8 @@ from timing import Comparison, interleaved
 from torch import nn
 
 from lightning_ntk import LinearizedTraining
-from lightning_ntk.comparison.run_comparison import RunComparison
+from lightning_ntk.comparison import OutputComparison, RunComparison
+from lightning_ntk.linearization.batch_loss import PairLoss
 from lightning_ntk.training.base import StepSettings
 
 
@@ -37,7 +38,11 @@ def measure(name: str, samples: int, batch_size: int, repeats: int) -> dict[str,
     stacked = state.coefficients.expand(4, -1, -1)
     weights = dict(module.named_parameters())
     problem = training.problem
-    comparison = RunComparison(training.linearization, training.follow(), reference=problem, taylor=False)
+    comparison = RunComparison(
+        PairLoss(training.linearization, nn.MSELoss()),
+        training.follow(),
+        reference=OutputComparison(problem, taylor=False),
+    )
     comparison.step(StepSettings([{"lr": 0.01}]))
     tangent = training.displacement(1)
 

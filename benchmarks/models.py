@@ -38,12 +38,49 @@ def convolutional() -> nn.Module:
     )  # fmt: skip
 
 
+class Residual(nn.Module):
+    """Two 3 x 3 convolutions with BatchNorm, added to what comes in."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.body = nn.Sequential(
+            nn.Conv2d(channels, channels, 3, padding=1, bias=False), nn.BatchNorm2d(channels), nn.ReLU(),
+            nn.Conv2d(channels, channels, 3, padding=1, bias=False), nn.BatchNorm2d(channels),
+        )  # fmt: skip
+
+    def forward(self, features: Tensor) -> Tensor:
+        """The sum."""
+        return torch.relu(features + self.body(features))
+
+
+def residual() -> nn.Module:
+    """M3: a ResNet with BatchNorm, two blocks of 32 channels."""
+    return nn.Sequential(
+        nn.Conv2d(1, 32, 3, padding=1, bias=False), nn.BatchNorm2d(32), nn.ReLU(), Residual(32), Residual(32),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, 10),
+    )  # fmt: skip
+
+
+def normalized() -> nn.Module:
+    """M4: two 3 x 3 convolutions with BatchNorm and dropout."""
+    return nn.Sequential(
+        nn.Conv2d(1, 32, 3, padding=1), nn.BatchNorm2d(32), nn.ReLU(), nn.Conv2d(32, 64, 3, padding=1), nn.BatchNorm2d(64),
+        nn.ReLU(), nn.AvgPool2d(2), nn.Dropout(0.2), nn.Flatten(), nn.Linear(1024, 10),
+    )  # fmt: skip
+
+
 MODELS = {"MLP": mlp, "CNN": convolutional, "transformer": Transformer}
+STEP_MODELS = {
+    "CNN": convolutional,
+    "transformer": Transformer,
+    "BatchNorm ResNet": residual,
+    "BatchNorm CNN": normalized,
+}
 
 
 def digits(model: str, samples: int) -> tuple[Tensor, Tensor]:
-    """Images in [0, 1], `(N, 64)` or `(N, 1, 8, 8)` for the convolutional network, and one-hot targets `(N, 10)`."""
+    """Images in [0, 1], `(N, 64)` or `(N, 1, 8, 8)` for the convolutional ones, and one-hot targets `(N, 10)`."""
     data = load_digits()
     images = torch.tensor(data.data[:samples], dtype=torch.float32) / 16
     targets = nn.functional.one_hot(torch.tensor(data.target[:samples]), 10).float()
-    return images.reshape(-1, 1, 8, 8) if model == "CNN" else images, targets
+    return images.reshape(-1, 1, 8, 8) if model not in ("MLP", "transformer") else images, targets

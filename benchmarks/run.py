@@ -1,6 +1,7 @@
 """Every comparison of speed, in one run and one table.
 
-    python benchmarks/run.py [--sections modes kernel passes steps processes] [--threads 1] [--output benchmarks/results/run.json]
+    python benchmarks/run.py [--sections modes kernel passes steps training_step processes] [--threads 1]
+        [--output benchmarks/results/run.json]
 
 Float32, K = 10, scikit-learn's digits; an MLP 64-512-512-10, a convolutional network and a transformer (models.py). Each
 line is the time of this package, that of another way to the same numbers or of a floor (work that no way can avoid),
@@ -24,10 +25,11 @@ import modes
 import steps
 import sweep_workers
 import torch
+import training_step
 from timing import Comparison, header, line, machine
 
 RESULTS = Path(__file__).parent / "results" / "run.json"
-SECTIONS = ("modes", "kernel", "passes", "steps", "processes")
+SECTIONS = ("modes", "kernel", "passes", "steps", "training_step", "processes")
 
 
 def comparisons(arguments: argparse.Namespace) -> Iterator[tuple[str, Comparison]]:
@@ -47,6 +49,10 @@ def comparisons(arguments: argparse.Namespace) -> Iterator[tuple[str, Comparison
         yield "steps", steps.between_measurements()
         yield from (("steps", row) for row in steps.replay())
         yield from (("steps", row) for row in steps.twin())
+    if "training_step" in arguments.sections:
+        yield from (("training_step", row) for row in training_step.per_step())
+        yield from (("training_step", row) for row in training_step.whole_runs())
+        yield "training_step", training_step.memory()
     if "processes" in arguments.sections:
         yield from (("processes", row) for row in ddp.two_processes())
         yield "processes", sweep_workers.two_workers()

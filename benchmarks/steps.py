@@ -17,6 +17,7 @@ from lightning_ntk import Linearization, LinearizationMonitor, empirical_ntk
 from lightning_ntk.data.reference import Reference
 from lightning_ntk.data.sample_index import SampleIndex
 from lightning_ntk.dynamics.sgd import SGDSettings
+from lightning_ntk.linearization.batch_loss import PairLoss
 from lightning_ntk.linearization.objective import Objective
 from lightning_ntk.linearization.parameters import trainable_parameters
 from lightning_ntk.training.base import StepSettings
@@ -54,7 +55,7 @@ def _twin(name: str, batch_size: int, repeats: int) -> dict[str, float]:
     optimizer = torch.optim.AdamW(live.values(), lr=1e-6)
     linearization = Linearization(module)
     objective = Objective(loss, linearization.predict(inputs), labels)
-    follower = Twin(linearization, optimizer, live, loss)
+    follower = Twin(PairLoss(linearization, loss), optimizer, live)
     cotangent = objective.gradient(linearization.predict(inputs), labels)
     tangent = {key: 1e-3 * torch.randn_like(value) for key, value in live.items()}
 
@@ -65,7 +66,7 @@ def _twin(name: str, batch_size: int, repeats: int) -> dict[str, float]:
 
     def followed() -> None:
         plain()
-        follower.accumulate(inputs, labels)
+        follower.accumulate((inputs, labels))
         follower.step(StepSettings(optimizer.param_groups))
 
     def products(direction: dict[str, Tensor] | None) -> None:

@@ -1,0 +1,165 @@
+"""What it costs to follow a run's own training step: per step, in memory, and for a whole monitored run."""
+
+import copy
+import logging
+import subprocess
+import sys
+import time
+import warnings
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
+from models import STEP_MODELS, digits
+from timing import Comparison, interleaved
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from lightning_ntk import LinearizationMonitor
+from lightning_ntk.linearization import StepLinearization
+from lightning_ntk.linearization.parameters import trainable_parameters
+from lightning_ntk.training.base import StepSettings
+from lightning_ntk.training.twin import Twin
+
+# Of a network whose weights and activations are larger than what Python and its libraries take anyway.
+_MEMORY_WIDTH, _MEMORY_STEPS = 2048, 6
+
+
+class Classifier(LightningModule):
+    """A classifier as in every tutorial."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Scores of the classes."""
+        scores: Tensor = self.network(images)
+        return scores
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        """Cross-entropy."""
+        return nn.functional.cross_entropy(self(batch[0]), batch[1])
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        """Adam."""
+        return torch.optim.Adam(self.parameters(), lr=1e-3)
+
+
+def per_step(batch_size: int = 256, repeats: int = 30) -> Iterator[Comparison]:
+    """A training step in train mode together with that of its twin."""
+    for name, make in STEP_MODELS.items():
+        torch.manual_seed(0)
+        module = Classifier(make())
+        inputs, one_hot = digits(name, batch_size)
+        batch = inputs, one_hot.argmax(1)
+        live = trainable_parameters(module)
+        # So small a rate that the repeats see the same weights.
+        optimizer = torch.optim.AdamW(live.values(), lr=1e-6)
+        shadow = copy.deepcopy(module)
+        step = StepLinearization(shadow, partial(shadow.training_step, batch_idx=0))
+        twin = Twin(step, optimizer, live)
+        tangent = {key: 1e-3 * torch.randn_like(value) for key, value in live.items()}
+
+        def plain(
+            module: Classifier = module, batch: Any = batch, optimizer: torch.optim.Optimizer = optimizer
+        ) -> None:
+            optimizer.zero_grad()
+            module.training_step(batch, 0).backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
+
+        def followed(batch: Any = batch, optimizer: torch.optim.Optimizer = optimizer, twin: Twin = twin) -> None:
+            twin.accumulate(batch)
+            plain()
+            twin.step(StepSettings(optimizer.param_groups))
+
+        def gradient(step: StepLinearization = step, batch: Any = batch, tangent: Any = tangent) -> None:
+            step.gradient(batch, tangent)
+
+        times = interleaved({"plain": plain, "followed": followed, "gradient": gradient}, repeats)
+        floor = times["plain"]
+        notes = {
+            "time over the floor": times["followed"] / floor,
+            "twin's gradient over the floor": times["gradient"] / floor,
+        }
+        case = f"training step with its twin, {name}, batch {batch_size}"
+        yield Comparison(case, times["followed"], "floor: the plain training step", floor, notes)
+
+
+def whole_runs(steps: tuple[int, ...] = (100, 1000), samples: int = 1797) -> Iterator[Comparison]:
+    """A monitored run with default arguments next to the plain run: a CNN with BatchNorm, Adam, batches of 64."""
+    for count in steps:
+        times = {kind: _run_seconds(kind, count, samples) for kind in ("plain", "default", "weights only")}
+        plain = times.pop("plain")
+        notes = {f"{kind} over the plain run": value / plain for kind, value in times.items()}
+        yield Comparison(f"monitored run of {count} steps, batch 64", times["default"], "the plain run", plain, notes)
+
+
+def _run_seconds(kind: str, steps: int, samples: int) -> float:
+    callbacks = {
+        "plain": [],
+        "default": [LinearizationMonitor()],
+        "weights only": [LinearizationMonitor(reference=None)],
+    }[kind]
+    started = time.perf_counter()
+    _fit(Classifier(STEP_MODELS["BatchNorm CNN"]()), digits("BatchNorm CNN", samples), list(callbacks), steps, 64)
+    return time.perf_counter() - started
+
+
+def _fit(
+    module: LightningModule, data: tuple[Tensor, Tensor], callbacks: list[Callback], steps: int, batch: int
+) -> None:
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    seed_everything(0, verbose=False)
+    trainer = Trainer(
+        max_steps=steps, max_epochs=-1, accelerator="cpu", logger=False, callbacks=callbacks, enable_checkpointing=False,
+        enable_progress_bar=False, enable_model_summary=False,
+    )  # fmt: skip
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        trainer.fit(module, DataLoader(TensorDataset(data[0], data[1].argmax(1)), batch, shuffle=True))
+
+
+def memory() -> Comparison:
+    """The peak memory of a monitored run above what is there before it, next to that of the plain run."""
+    plain, monitored = (
+        float(
+            subprocess.run([sys.executable, __file__, kind], capture_output=True, text=True, check=True).stdout.split()[
+                -1
+            ]
+        )
+        for kind in ("plain", "monitored")
+    )
+    notes = {"peak over the plain run": monitored / plain, "MiB": monitored, "plain MiB": plain}
+    return Comparison(
+        "peak memory of a run with its twin, MLP of 8.5 million weights, Adam", monitored, "the plain run", plain, notes
+    )
+
+
+def _peak(kind: str) -> float:
+    """MiB that a run takes above what the process had before."""
+    import resource
+
+    width = _MEMORY_WIDTH
+    network = nn.Sequential(
+        nn.Linear(64, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU(),
+        nn.Linear(width, 10),
+    )  # fmt: skip
+    data = digits("MLP", 512)
+    _fit(Classifier(nn.Linear(64, 10)), data, [], 1, 256)  # imports and thread pools
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    weights = sum(p.numel() * p.element_size() for p in network.parameters()) / 2**10
+    callbacks: list[Callback] = (
+        [LinearizationMonitor(reference=None, steps=[_MEMORY_STEPS + 1])] if kind == "monitored" else []
+    )
+    _fit(Classifier(network), data, callbacks, _MEMORY_STEPS, 256)
+    # The weights were there before.
+    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before + weights) / 2**10
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).parent))
+    print(_peak(sys.argv[1]))
