@@ -68,9 +68,12 @@ def trips() -> dict[str, set[str]]:
     counted: dict[str, set[str]] = {}
 
     class Counting(LinearizationMonitor):
-        def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-            with entered() as counted["until a full-batch run is captured"]:
-                super().on_train_start(trainer, pl_module)
+        def on_train_batch_start(
+            self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
+        ) -> None:
+            kind = "in a later batch" if self.comparison else "until a full-batch run is captured"
+            with entered() as counted[kind]:
+                super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
 
         def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
             with entered() as counted["at a measurement"]:
