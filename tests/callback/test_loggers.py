@@ -411,5 +411,5 @@ def test_a_probe_of_data_without_an_order_is_refused() -> None:
     trainer = Trainer(max_steps=2, accelerator="cpu", logger=False, callbacks=[monitor()], enable_checkpointing=False,
                       enable_progress_bar=False, enable_model_summary=False)  # fmt: skip
     endless: Dataset = Endless()
-    with pytest.raises(Exception, match="leave out `kernel_probe`"):
+    with pytest.raises(Exception, match="Leave out `kernel_probe`"):
         trainer.fit(Regression(), DataLoader(endless, batch_size=5))
