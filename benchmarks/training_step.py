@@ -89,7 +89,7 @@ def per_step(batch_size: int = 256, repeats: int = 30) -> Iterator[Comparison]:
         yield Comparison(case, times["followed"], "floor: the plain training step", floor, notes)
 
 
-def whole_runs(steps: tuple[int, ...] = (100, 1000), samples: int = 1797) -> Iterator[Comparison]:
+def whole_runs(steps: tuple[int, ...] = (100, 500), samples: int = 1797) -> Iterator[Comparison]:
     """A monitored run with default arguments next to the plain run: a CNN with BatchNorm, Adam, batches of 64."""
     for count in steps:
         times = {kind: _run_seconds(kind, count, samples) for kind in ("plain", "default", "weights only")}

@@ -38,6 +38,12 @@ if TYPE_CHECKING:
     from lightning_ntk.callback.monitor import LinearizationMonitor
 
 
+# All comparisons of functions together take at most this share of the samples that training sees, but no fewer than these.
+_COMPARED_SHARE = 0.5
+_LEAST_SAMPLES = 256
+_COUNTED_STEPS = 20000  # at most, to know how often a run is measured
+
+
 class RunCapture:
     """A run at the weights where it is linearized.
 
@@ -79,8 +85,9 @@ class RunCapture:
         remaining = view.horizon(trainer)
         self._horizon = None if remaining is None else remaining - monitor.capture_at
         self._momentum = view.momentum_buffers(module, optimizer)
+        self._samples = self._affordable_samples(trainer)
         if state is not None:
-            self._horizon, self._momentum = state["horizon"], state["momentum"]
+            self._horizon, self._momentum, self._samples = state["horizon"], state["momentum"], state["samples"]
         self._observed = ObservedOptimizer(
             optimizer, self._parameters, late=monitor.capture_at > 0,
             settings=None if saved is None else saved["settings"],
@@ -147,6 +154,7 @@ class RunCapture:
             "comparison": self.comparison.state_dict(),
             "horizon": self._horizon,
             "momentum": self._momentum,
+            "samples": self._samples,
         }
 
     def _judge(self, trainer: Trainer) -> ExpectedGradient | None:
@@ -156,6 +164,16 @@ class RunCapture:
         self.shadow = ShadowStep(trainer, self._module, dtype=_dtype(self._monitor))
         step = StepLinearization(self.shadow.module, self.shadow, batch_dtype=self.shadow.batch_dtype)
         return ExpectedGradient(step, processes=self._processes)
+
+    def _affordable_samples(self, trainer: Trainer) -> int | None:
+        """The number of samples on which the twin compares functions: fewer than `reference_samples` in a short run."""
+        most, size = self._monitor.reference_samples, getattr(trainer.train_dataloader, "batch_size", None)
+        if most is None or self._horizon is None or size is None:
+            return most
+        steps = min(int(self._horizon), _COUNTED_STEPS)
+        planned = sum(self._monitor.should_measure(step) for step in range(steps + 1)) or 1
+        seen = steps * size * trainer.accumulate_grad_batches
+        return min(most, max(_LEAST_SAMPLES, int(_COMPARED_SHARE * seen / planned)))
 
     def _look_at_step(self, trainer: Trainer, batch: Any) -> tuple[Pair | None, str]:
         """The loss that the training step computes from outputs and targets, or why it is none of these."""
@@ -259,7 +277,7 @@ class RunCapture:
 
     def _beside_run(self) -> tuple[Any, ...]:
         """Loss, twin, and the functions to compare, on some samples."""
-        monitor, samples = self._monitor, self._monitor.reference_samples
+        monitor, samples = self._monitor, self._samples
         data = {"reference": self._data, "evaluation": monitor.evaluation}
         some = {name: None if d is None else evenly_spaced(d, samples) for name, d in data.items()}
         functions: dict[str, FunctionComparison | None] = {}

@@ -91,7 +91,8 @@ class LinearizationMonitor(Callback):
         network: The name of a submodule, or several, whose outputs in `training_step` are linearized. Default: the last
             places where a parameter meets data, see `linearized_outputs`.
         evaluation: Data on which functions are compared too, such as a validation set.
-        reference_samples: On how many samples of a data set, evenly spaced, the twin compares functions. None for all.
+        reference_samples: On at most how many samples of a data set, evenly spaced, the twin compares functions. Short runs take
+            fewer, 256 at least, so that comparing costs no more than training. None for all.
         capture_at: The optimizer step at whose weights to linearize. Studies of fine-tuning take a later one than 0: the
             linearized network starts there, with the optimizer's state.
         mismatch: What happens where the gradient of the run's first step is not that of the loss that is linearized: "refuse"

@@ -188,6 +188,17 @@ def test_functions_are_compared_on_some_samples_by_default() -> None:
         assert one == pytest.approx(other, rel=1e-9, abs=1e-12)
 
 
+@pytest.mark.parametrize(("steps", "samples"), [(100, 256), (600, 400), (3000, 1024)])
+def test_short_runs_are_compared_on_fewer_samples(steps: int, samples: int) -> None:
+    class Ended(Callback):
+        def on_train_batch_end(self, trainer, *args):
+            trainer.should_stop = True
+
+    monitor = LinearizationMonitor(steps=steps // 12, strict=True, dynamics="twin")
+    fit(make(), [monitor, Ended()], digits(1797, torch.float32), max_steps=steps, precision="32-true")
+    assert len(monitor.comparison.reference) == pytest.approx(samples, rel=0.1)
+
+
 @pytest.mark.parametrize(
     ("loss", "dynamics", "reason"),
     [
