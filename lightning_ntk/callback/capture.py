@@ -225,7 +225,7 @@ class RunCapture:
                     first = self._on(self._data).read(0, monitor.batch_size)
                     outputs = linearization.predict(first.inputs)
                 if first.target is None:
-                    raise ValueError("its batches have no target")
+                    raise ValueError("the batches have no target")
                 not_squared = Objective(self._pair.loss, outputs, first.target, flat=linearization.flat).factor is None
                 rows, itemsize = (self._size or 0) * outputs.shape[1], linearization.dtype.itemsize
             except (ValueError, TypeError, RuntimeError, NotImplementedError) as error:

@@ -348,8 +348,9 @@ class LinearizationMonitor(Callback):
             raise MisconfigurationException(f"LinearizationMonitor cannot capture this run. {error}") from error
         self._resumed = resumed
         if self.is_given_loss and (resumed or self._is_due):
-            self._linearize_first(trainer, pl_module)
-        log_charts(trainer.loggers, _histories(trainer))
+            self._begin(trainer, pl_module)
+        else:
+            log_charts(trainer.loggers, _histories(trainer))
 
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
@@ -357,7 +358,7 @@ class LinearizationMonitor(Callback):
         if self._lost or view.has_averaged_weights(trainer):
             return
         if self._capture is None and not self.is_given_loss and (self._resumed or self._is_due):
-            self._linearize_first(trainer, pl_module, batch)
+            self._begin(trainer, pl_module, batch)
         if self._capture is None or self._lost:
             return
         capture, comparison = self._capture, self._capture.comparison
@@ -376,9 +377,19 @@ class LinearizationMonitor(Callback):
                     comparison.expected_gradient.accumulate(batch, view.tensors_of(pl_module), scale)
         except Exception as error:
             self._lose(error, self._step + 1)
-        if capture.judge is not None:
-            with suppress(Exception):  # it can only make the comparison sharper
+            return
+        if capture.judge is None:
+            return
+        try:
+            with self._processes.agreement():
                 capture.judge.accumulate(batch, view.tensors_of(pl_module), scale)
+        except Exception as error:
+            capture.judge = None  # in all processes
+            self._report_once(
+                "judge",
+                "LinearizationMonitor compares the given loss with the run in the precision of the run alone, because the "
+                f"training step cannot be followed: {error}",
+            )
 
     @override
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -414,14 +425,12 @@ class LinearizationMonitor(Callback):
             return
         if self._capture is None:
             if self.is_given_loss and self._is_due:
-                self._linearize_late(trainer, pl_module)
+                self._begin(trainer, pl_module)
             return
         capture, comparison = self._capture, self._capture.comparison
         try:
             with self._processes.agreement():
-                for expected in (comparison.expected_gradient, capture.judge):
-                    if not self._had_backward and expected is not None:
-                        expected.retract()
+                self._retract_unless_backward()
                 if self._had_backward and not capture.accumulates_before:
                     comparison.accumulate(batch, 1 / trainer.accumulate_grad_batches)
                 if stepped > 1:
@@ -479,20 +488,25 @@ class LinearizationMonitor(Callback):
     def _is_due(self) -> bool:
         return self._step - self._start == self.capture_at and not self._lost
 
-    def _linearize_first(self, trainer: Trainer, module: LightningModule, batch: Any = None) -> None:
+    def _begin(self, trainer: Trainer, module: LightningModule, batch: Any = None) -> None:
+        """Captures and measures; what fails before training ends the run, what fails later ends the measurements."""
         resumed, self._resumed = self._resumed, None
         try:
             with self._processes.agreement():
                 self._linearize(trainer, module, resumed, batch)
         except Exception as error:
-            if self.capture_at and resumed is None and batch is not None:
-                self._lose(error, self._step + 1)
+            if self.capture_at and resumed is None:
+                self._lost = True
+                self._fail(error, f"The capture at step {self._step} failed and nothing is measured; training goes on.")
                 return
-            kind = "" if isinstance(error, ValueError | TypeError | MemoryError) else f"{type(error).__name__}: "
-            where = "" if batch is None else " The pass of the linearized network through the training step failed."
-            raise MisconfigurationException(
-                f"LinearizationMonitor cannot capture this run.{where if kind else ''} {kind}{error}"
-            ) from error
+            if isinstance(error, ValueError | TypeError | MemoryError):
+                what = str(error)
+            else:
+                passed = (
+                    "" if batch is None else "The pass of the linearized network through the training step failed. "
+                )
+                what = f"{passed}{type(error).__name__}: {error}"
+            raise MisconfigurationException(f"LinearizationMonitor cannot capture this run. {what}") from error
         if resumed is None and not (self.history and self.history[-1]["step"] == self._step):
             self._measure(trainer, module)
         log_charts(trainer.loggers, _histories(trainer))
@@ -522,17 +536,6 @@ class LinearizationMonitor(Callback):
         self.seconds["capture"] = time.perf_counter() - started
         self._captured_at = time.perf_counter()
 
-    def _linearize_late(self, trainer: Trainer, module: LightningModule) -> None:
-        try:
-            with self._processes.agreement():
-                self._linearize(trainer, module)
-        except Exception as error:
-            self._lost = True
-            self._fail(error, f"The capture at step {self._step} failed and nothing is measured; training goes on.")
-            return
-        self._measure(trainer, module)
-        log_charts(trainer.loggers, _histories(trainer))
-
     def _compares_gradient(self, trainer: Trainer) -> bool:
         """Whether the gradient of the step to come is compared with that of the loss that is linearized."""
         assert self._capture is not None
@@ -544,9 +547,7 @@ class LinearizationMonitor(Callback):
         assert self._capture is not None
         comparison, step = self._capture.comparison, self._capture.step
         judge = self._capture.judge
-        for expected in (comparison.expected_gradient, judge):
-            if not self._had_backward and expected is not None:
-                expected.retract()
+        self._retract_unless_backward()
         if all(gradient is None for gradient in gradients.values()):
             return
         scaled = self._loss_scale is not None and not all(
@@ -575,11 +576,21 @@ class LinearizationMonitor(Callback):
             elif not self._capture.accumulates_before:
                 advice = 'Use dynamics="twin", which follows the network in train mode'
             else:
-                advice = "Its training step keeps a state that changes its loss, or has random numbers of its own: give `loss`"
+                advice = (
+                    "The training step keeps state that changes its loss, or draws random numbers from a generator of its own: "
+                    "give `loss`"
+                )
             raise MisconfigurationException(
                 f'{sentence} {advice}; or use mismatch="log" to go on with `gradient_mismatch` beside every distance.'
             )
         self._report_once("gradient", sentence)
+
+    def _retract_unless_backward(self) -> None:
+        """Takes the present batch back where `training_step` left it out."""
+        assert self._capture is not None
+        for expected in (self._capture.comparison.expected_gradient, self._capture.judge):
+            if not self._had_backward and expected is not None:
+                expected.retract()
 
     def _require_known_samples(self, batch: Any) -> None:
         """Before the first step of a replay, finds the samples of its batches."""

@@ -46,7 +46,7 @@ class StepWatch:
 
     def discard(self) -> None:
         """Forgets the gradients: the step was not taken."""
-        self._gradients = {}
+        self.mismatch, self._gradients = None, {}
 
     def next_batch(self, module: LightningModule, report: Report, step: int) -> None:
         """Reports weights that have changed since the end of the last step."""

@@ -73,7 +73,7 @@ class CutRecorder(Tracker):
         meets = any(self._kind(t) is Kind.PARAMETERS for t in tensors) and any(t.dim() for t in tensors) and not numbers
         result = func(*args, **kwargs)
         results = list(tensors_of(result))
-        if not results:  # a question, as that for a size
+        if not results:  # a query, such as that of a size
             return result
         for tensor in results:
             if tensor.is_floating_point() and torch.finfo(tensor.dtype).eps > torch.finfo(self.precision).eps:

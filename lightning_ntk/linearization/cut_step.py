@@ -103,7 +103,7 @@ class CutStep(Tracker):
         value = func(*_mapped(self._value, args), **_mapped(self._value, kwargs)) if again else None
         if planned.network:
             result = func(*args, **kwargs)
-            if not any(True for _ in tensors_of(result)):  # a question by a function that has answers in tensors, too
+            if not any(True for _ in tensors_of(result)):  # a query by a function that may return tensors, too
                 return result
         if not planned.network or (planned.loss and kind is Kind.PARAMETERS):
             entered, options = _mapped(self._value, args), _mapped(self._value, kwargs)

@@ -13,7 +13,7 @@ _RANDOM = frozenset({
     "rand", "randn", "randint", "randperm", "normal", "bernoulli", "multinomial", "poisson", "rand_like", "randn_like",
     "randint_like", "normal_", "uniform_", "bernoulli_", "exponential_", "random_", "log_normal_",
 })  # fmt: skip
-# Properties of a tensor that are no operations on it.
+# Properties of a tensor that compute nothing.
 _PROPERTIES = frozenset({
     "data_ptr", "device", "dtype", "grad", "grad_fn", "is_leaf", "layout", "ndim", "requires_grad", "shape",
 })  # fmt: skip
@@ -30,7 +30,7 @@ class Kind(IntEnum):
 
 
 class Tracker(TorchFunctionMode):
-    """Keeps the books: what every tensor is made of, and which call made it.
+    """Tracks what every tensor is made of, and which call made it.
 
     Tensors are known by their identity. Every result of every call is entered, so that a tensor never has the entry of an
     earlier one whose place in memory it has taken.

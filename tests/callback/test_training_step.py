@@ -188,7 +188,7 @@ def test_functions_are_compared_on_some_samples_by_default() -> None:
         assert one == pytest.approx(other, rel=1e-9, abs=1e-12)
 
 
-@pytest.mark.parametrize(("steps", "samples"), [(100, 256), (600, 400), (3000, 1024)])
+@pytest.mark.parametrize(("steps", "samples"), [(100, 256), (600, 369), (3000, 1024)])
 def test_short_runs_are_compared_on_fewer_samples(steps: int, samples: int) -> None:
     class Ended(Callback):
         def on_train_batch_end(self, trainer, *args):
@@ -196,7 +196,7 @@ def test_short_runs_are_compared_on_fewer_samples(steps: int, samples: int) -> N
 
     monitor = LinearizationMonitor(steps=steps // 12, strict=True, dynamics="twin")
     fit(make(), [monitor, Ended()], digits(1797, torch.float32), max_steps=steps, precision="32-true")
-    assert len(monitor.comparison.reference) == pytest.approx(samples, rel=0.1)
+    assert len(monitor.comparison.reference) == samples
 
 
 @pytest.mark.parametrize(
@@ -424,7 +424,7 @@ def test_forgotten_label_smoothing_is_refused_in_bfloat16() -> None:
         fit(make(Smoothed), LinearizationMonitor(loss=nn.CrossEntropyLoss()), data, **options)
     right = LinearizationMonitor(loss=nn.CrossEntropyLoss(label_smoothing=0.1), strict=True)
     fit(make(Smoothed), right, data, **options)
-    assert right.history
+    assert right.history[-1]["gradient_mismatch"] < 0.09
 
 
 def test_a_given_loss_that_is_not_that_of_the_run_is_told_what_is() -> None:
@@ -445,7 +445,7 @@ def test_a_random_generator_of_its_own_is_refused() -> None:
 
     module = make(Noisy)
     start = copy.deepcopy(module.state_dict())
-    with pytest.raises(MisconfigurationException, match="random numbers of its own"):
+    with pytest.raises(MisconfigurationException, match="from a generator of its own"):
         fit(module, LinearizationMonitor())
     assert all(torch.equal(value, start[name]) for name, value in module.state_dict().items())
     logged = LinearizationMonitor(mismatch="log", steps=1, reference=None)
@@ -468,7 +468,7 @@ def test_a_state_that_changes_the_loss_is_found_later() -> None:
             self.queue = outputs.detach()[:4]
             return loss
 
-    with pytest.raises(MisconfigurationException, match="keeps a state that changes its loss"):
+    with pytest.raises(MisconfigurationException, match="keeps state that changes its loss"):
         fit(make(Queue), LinearizationMonitor(), max_steps=6)
 
     class Teacher(Classifier):
