@@ -30,9 +30,10 @@ class ExpectedGradient:
     @preserved_rng()
     def accumulate(self, batch: Any, weights: Mapping[str, Tensor], scale: float = 1.0) -> None:
         """Adds the gradient of one batch, whose loss is multiplied by `scale`, at weights and buffers by name."""
-        self._sum = self._total()
-        gradient = self._loss.gradient_at(batch, weights) or {}
-        self._latest = {name: scale * value for name, value in gradient.items()}
+        self._fold()
+        self._latest = self._loss.gradient_at(batch, weights) or {}
+        if scale != 1 and self._latest:
+            torch._foreach_mul_(list(self._latest.values()), scale)
 
     @property
     def has_batches(self) -> bool:
@@ -65,10 +66,15 @@ class ExpectedGradient:
 
     def total(self) -> Tensors:
         """The gradient of the batches so far, averaged over the processes; zero without one."""
-        own = self._total() or {name: torch.zeros_like(value) for name, value in self._loss.params.items()}
+        self._fold()
+        own = self._sum or {name: torch.zeros_like(value) for name, value in self._loss.params.items()}
         return mean_over(self._processes, own)
 
-    def _total(self) -> Tensors:
-        if not self._sum or not self._latest:
-            return self._sum or self._latest
-        return {name: self._sum[name] + value for name, value in self._latest.items()}
+    def _fold(self) -> None:
+        """Adds the last batch to the sum, from which it can no longer be taken back."""
+        for name, value in self._latest.items():
+            if name in self._sum:
+                self._sum[name] += value
+            else:
+                self._sum[name] = value
+        self._latest = {}

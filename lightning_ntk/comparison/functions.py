@@ -6,7 +6,6 @@ from typing import Protocol
 from torch import Tensor
 
 from lightning_ntk.comparison.scalars import compare_functions, outputs_of
-from lightning_ntk.linearization.parameters import Tensors
 from lightning_ntk.training.problem import LinearizedProblem
 
 
@@ -27,8 +26,8 @@ class FunctionComparison(Protocol):
     def compare(
         self,
         weights: Mapping[str, Tensor],
-        displacement: Tensors,
-        linearized: Tensors,
+        displacement: Mapping[str, Tensor],
+        linearized: Mapping[str, Tensor],
         predictions: Tensor | None = None,
     ) -> dict[str, float]:
         """Compares trained weights (and buffers) w_t with the linearized network.
@@ -65,8 +64,8 @@ class OutputComparison:
     def compare(
         self,
         weights: Mapping[str, Tensor],
-        displacement: Tensors,
-        linearized: Tensors,
+        displacement: Mapping[str, Tensor],
+        linearized: Mapping[str, Tensor],
         predictions: Tensor | None = None,
     ) -> dict[str, float]:
         """Compares trained weights with the linearized network, see `FunctionComparison`."""

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_ntk.functional.weights import difference, parameter_distances, ratio, weight_sums
+from lightning_ntk.functional.weights import parameter_distances, ratio, weight_sums
 
 _EXPECTED = "the loss that is linearized"
 
@@ -70,7 +70,7 @@ def check_gradient(
         ValueError: If names or shapes differ.
     """
     given = {name: gradient for name, gradient in actual.items() if gradient is not None}
-    own = {name: torch.zeros_like(value) for name, value in expected.items() if name in actual} | given
+    own = {name: value.new_zeros(()).expand_as(value) for name, value in expected.items() if name in actual} | given
     sums = weight_sums(expected, own)
     tolerance = math.sqrt(torch.finfo(dtype).eps)
     if not (sums.displacement + sums.linearized).isfinite():
@@ -79,10 +79,10 @@ def check_gradient(
     if relative <= tolerance:
         return relative, None
     factor = ratio(sums.product, sums.displacement).item()
-    explained = {name: factor * value.double() for name, value in expected.items()}
-    remainder = weight_sums(explained, own).relative_distance.item()
-    unexplained = difference(own, explained)
-    largest = sorted(unexplained, key=lambda name: unexplained[name].norm().item(), reverse=True)[:3]
+    size = abs(factor) * sums.displacement.sqrt()
+    unexplained = {name: (own[name].double() - factor * value.double()).norm() for name, value in expected.items()}
+    remainder = ratio(torch.stack(list(unexplained.values())).norm(), size).item()
+    largest = sorted(unexplained, key=lambda name: unexplained[name].item(), reverse=True)[:3]
     mismatches = parameter_distances(expected, own)
     worst = tuple((name, mismatches[name]) for name in largest)
     return relative, GradientMismatch(relative, factor, remainder, tolerance, worst)

@@ -5,12 +5,14 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from lightning_ntk.functional import norm, parameter_distances, prediction_rmse, taylor_gap, weight_distances
-from lightning_ntk.linearization.parameters import Tensors, plain_name
+from lightning_ntk.linearization.parameters import plain_name
 from lightning_ntk.training.linearized_training import LinearizedTraining
 from lightning_ntk.training.problem import LinearizedProblem
 
 
-def compare_weights(displacement: Tensors, linearized: Tensors, *, per_parameter: bool = False) -> dict[str, float]:
+def compare_weights(
+    displacement: Mapping[str, Tensor], linearized: Mapping[str, Tensor], *, per_parameter: bool = False
+) -> dict[str, float]:
     r"""Compares both networks in weight space.
 
     The linearized weights are formed by one pass :math:`J^\top a` and subtracted in float64. The shortcut
@@ -30,7 +32,10 @@ def compare_weights(displacement: Tensors, linearized: Tensors, *, per_parameter
 
 
 def outputs_of(
-    data: LinearizedProblem, weights: Mapping[str, Tensor], displacement: Tensors, predictions: Tensor | None = None
+    data: LinearizedProblem,
+    weights: Mapping[str, Tensor],
+    displacement: Mapping[str, Tensor],
+    predictions: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Computes the outputs of the trained and the linearized network, `(N, K)` each in float64 on the CPU.
 
@@ -99,7 +104,7 @@ def compare_modes(training: LinearizedTraining, trained: Tensor, linearized: Ten
     return scalars
 
 
-def compare_closest(training: LinearizedTraining, displacement: Tensors, steps: int) -> dict[str, float]:
+def compare_closest(training: LinearizedTraining, displacement: Mapping[str, Tensor], steps: int) -> dict[str, float]:
     r"""Finds how close the linearized trajectory comes to the trained weights, at any time.
 
     Args:

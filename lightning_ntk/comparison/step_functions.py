@@ -12,7 +12,6 @@ from lightning_ntk.data.reference import Reference
 from lightning_ntk.functional.predictions import error_sums, root_mean, taylor_sums
 from lightning_ntk.functional.weights import ratio_of_norms
 from lightning_ntk.linearization.cut_step import LossCall
-from lightning_ntk.linearization.parameters import Tensors
 from lightning_ntk.linearization.step import Evaluation, StepLinearization
 from lightning_ntk.utilities.contexts import preserved_rng
 from lightning_ntk.utilities.distributed import ALONE, Processes
@@ -79,8 +78,8 @@ class StepComparison:
     def compare(
         self,
         weights: Mapping[str, Tensor],
-        displacement: Tensors,
-        linearized: Tensors,
+        displacement: Mapping[str, Tensor],
+        linearized: Mapping[str, Tensor],
         predictions: Tensor | None = None,
     ) -> dict[str, float]:
         """Compares trained weights and buffers with the linearized network, see `FunctionComparison`.
@@ -96,15 +95,12 @@ class StepComparison:
             for buffer in step.module.buffers():
                 self._processes.broadcast_(buffer)
         around_start = {**weights, **step.params}  # the buffers of the run
-        tangents = {"linearized_": _as_tangent(linearized, step.params)}
-        if self._taylor:
-            tangents["taylor_"] = _as_tangent(displacement, step.params)
         for number, (rows, batch) in enumerate(self._data.whole()):
             if number % self._processes.size != self._processes.rank:
                 continue
             self._announce(number)
             trained = step.evaluate(batch, weights)
-            lin = step.evaluate(batch, None, tangents["linearized_"])
+            lin = step.evaluate(batch, None, linearized)
             if trained is None or lin is None:  # a batch that the step leaves out
                 continue
             size = rows.stop - rows.start
@@ -116,7 +112,7 @@ class StepComparison:
                 pair = trained.outputs[0], lin.outputs[0]
                 kept.append(tuple(o.cpu().double().reshape(len(o), -1) for o in pair))
             del lin
-            taylor = step.evaluate(batch, around_start, tangents["taylor_"]) if self._taylor else None
+            taylor = step.evaluate(batch, around_start, displacement) if self._taylor else None
             if taylor is not None:
                 sums.add_loss("taylor_", taylor, size)
                 for own, other, start in zip(trained.outputs, taylor.outputs, taylor.starts, strict=True):
@@ -180,7 +176,3 @@ def _correct_of(call: LossCall) -> tuple[float, float] | None:
     else:
         return None
     return ((predicted == target) & counts).sum().item(), counts.sum().item()
-
-
-def _as_tangent(displacement: Tensors, params: Tensors) -> Tensors:
-    return {name: displacement[name].to(start) for name, start in params.items()}

@@ -1,13 +1,15 @@
 """Distances between the weights of a trained network and those of its linearization."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from lightning_ntk.utilities.validation import require_matching
+from lightning_ntk.utilities.validation import require_same_names
+
+_CHUNK = 2**18
 
 
 def weight_distances(displacement: Mapping[str, Tensor], linearized: Mapping[str, Tensor]) -> dict[str, float]:
@@ -52,21 +54,52 @@ def parameter_distances(displacement: Mapping[str, Tensor], linearized: Mapping[
     Raises:
         ValueError: If names or shapes differ.
     """
-    require_matching(linearized, displacement)
+    require_same_names(_shaped(linearized), _shaped(displacement))
     return {
         name: weight_sums({name: value}, {name: linearized[name]}).relative_distance.item()
         for name, value in displacement.items()
     }
 
 
-def difference(first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Subtracts `second` from `first`, parameter by parameter in float64.
+def difference(
+    first: Mapping[str, Tensor], second: Mapping[str, Tensor], *, dtype: torch.dtype | None = torch.float64
+) -> Mapping[str, Tensor]:
+    """Subtracts `second` from `first`, parameter by parameter.
+
+    Each tensor is computed when it is asked for and not kept, so that no second copy of all weights is held.
+
+    Args:
+        first: Tensors by name.
+        second: Tensors with the same names and shapes.
+        dtype: The type in which they are subtracted; None for their own.
 
     Raises:
         ValueError: If names or shapes differ.
+
+    Example:
+        >>> difference({"weight": torch.tensor([3.0, 1.0])}, {"weight": torch.ones(2)})["weight"]
+        tensor([2., 0.], dtype=torch.float64)
     """
-    require_matching(second, first)
-    return {name: value.double() - second[name].double() for name, value in first.items()}
+    require_same_names(_shaped(second), _shaped(first))
+    return _Difference(first, second, dtype)
+
+
+class _Difference(Mapping[str, Tensor]):
+    def __init__(self, first: Mapping[str, Tensor], second: Mapping[str, Tensor], dtype: torch.dtype | None) -> None:
+        self.first, self._second, self._dtype = first, second, dtype
+
+    def pair(self, name: str) -> tuple[Tensor, Tensor]:
+        return self.first[name].detach(), self._second[name].detach()
+
+    def __getitem__(self, name: str) -> Tensor:
+        first, second = self.pair(name)
+        return first.to(self._dtype, copy=True).sub_(second.to(self._dtype))
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.first)
+
+    def __len__(self) -> int:
+        return len(self.first)
 
 
 def inner_product(first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> float:
@@ -79,7 +112,7 @@ def inner_product(first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> 
         >>> inner_product({"a": torch.ones(2), "b": torch.ones(1)}, {"a": torch.ones(2), "b": torch.full((1,), 3.0)})
         5.0
     """
-    require_matching(second, first)
+    require_same_names(_shaped(second), _shaped(first))
     products = [(value.double() * second[name].double()).sum() for name, value in first.items()]
     return torch.stack(products).sum().item()
 
@@ -117,13 +150,31 @@ class WeightSums(NamedTuple):
 
 def weight_sums(displacement: Mapping[str, Tensor], linearized: Mapping[str, Tensor]) -> WeightSums:
     """Sums the products of two displacements over all parameters, in float64."""
-    require_matching(linearized, displacement)
+    require_same_names(_shaped(linearized), _shaped(displacement))
     parameters = []
-    for name, value in displacement.items():
-        moved, expected = value.double(), linearized[name].double()
-        squares = [x.square().sum() for x in (moved - expected, moved, expected)]
-        parameters.append(torch.stack([*squares, (moved * expected).sum()]))
+    for name in displacement:
+        for moved, other in zip(_pieces(displacement, name), _pieces(linearized, name), strict=True):
+            squares = [x.square().sum() for x in (moved - other, moved, other)]
+            parameters.append(torch.stack([*squares, (moved * other).sum()]))
     return WeightSums(*torch.stack(parameters).sum(0))
+
+
+def _shaped(tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """Tensors of the same names and shapes that are there without being computed."""
+    return tensors.first if isinstance(tensors, _Difference) else tensors
+
+
+def _pieces(tensors: Mapping[str, Tensor], name: str) -> Iterator[Tensor]:
+    """A tensor in float64, piece by piece, so that no large one is copied."""
+    if isinstance(tensors, _Difference):
+        first, second = tensors.pair(name)
+        for left, right in zip(
+            torch.split(first.flatten(), _CHUNK), torch.split(second.flatten(), _CHUNK), strict=True
+        ):
+            yield left.double() - right.double()
+    else:
+        for piece in torch.split(tensors[name].flatten(), _CHUNK):
+            yield piece.double()
 
 
 def ratio(numerator: Tensor, denominator: Tensor) -> Tensor:

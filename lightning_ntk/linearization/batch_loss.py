@@ -23,8 +23,8 @@ class BatchLoss(Protocol):
     def params(self) -> Tensors:
         """w0, the trainable parameters by name."""
 
-    def gradient(self, batch: Any, tangent: Tensors | None = None) -> Tensors | None:
-        """The gradient for the linearized network at w0 + tangent; None for a batch without a loss."""
+    def gradient(self, batch: Any, tangent: Mapping[str, Tensor] | None = None) -> Tensors | None:
+        """The gradient for the linearized network at w0 + tangent, in memory of its own; None for a batch without a loss."""
 
     def gradient_at(self, batch: Any, weights: Mapping[str, Tensor]) -> Tensors | None:
         """The gradient for the network itself, at weights (and buffers) by name; None for a batch without a loss."""
@@ -56,7 +56,7 @@ class PairLoss:
         """w0, the trainable parameters by name."""
         return self.linearization.params
 
-    def gradient(self, batch: Any, tangent: Tensors | None = None) -> Tensors:
+    def gradient(self, batch: Any, tangent: Mapping[str, Tensor] | None = None) -> Tensors:
         """The gradient for the linearized network at w0 + tangent.
 
         Raises:

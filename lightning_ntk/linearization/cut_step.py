@@ -50,12 +50,12 @@ class CutStep(Tracker):
 
     The calls of the network run as they are, on whatever the parameters are: dual numbers :math:`(w_0, \delta)`, for example.
     Where a result of the network enters a call of the loss, its linearized value takes its place, a new leaf. Expressions of
-    parameters alone that enter the loss are computed from `weights`.
+    parameters alone that enter the loss are computed from the values of `value_of`.
 
     Args:
         cut: The cut.
         parameters: The parameters with which the network runs, by name.
-        weights: Their values in the loss, by name; those without one have the values of the network.
+        value_of: Gives their values in the loss, by name, when the loss uses them.
         batch: The tensors of the batch.
         linearize: Maps a result of the network to its value in the loss, without a graph.
 
@@ -68,14 +68,16 @@ class CutStep(Tracker):
         self,
         cut: Cut,
         parameters: Mapping[str, Tensor],
-        weights: Mapping[str, Tensor],
+        value_of: Callable[[str], Tensor],
         batch: Sequence[Tensor],
         linearize: Callable[[Tensor], Tensor],
     ) -> None:
         super().__init__(list(parameters.values()), batch)
         self._cut = cut
         self._linearize = linearize
-        self._values = {id(tensor): weights.get(name, tensor) for name, tensor in parameters.items()}
+        self._names = {id(tensor): name for name, tensor in parameters.items()}
+        self._value_of = value_of
+        self._values: dict[int, Tensor] = {}  # of expressions of parameters alone
         self._leaves: dict[int, tuple[Tensor, Tensor]] = {}  # by the result of the network, which is kept
         self._at = 0
         self.outputs: list[Output] = []
@@ -140,7 +142,8 @@ class CutStep(Tracker):
         """What the loss sees in the place of a tensor."""
         key, kind = id(tensor), self._kind(tensor)
         if kind is Kind.PARAMETERS:
-            return self._values.get(key, tensor)
+            known = key in self._values or key not in self._names
+            return self._values.get(key, tensor) if known else self._value_of(self._names[key])
         if kind is not Kind.BOTH or not (tensor.is_floating_point() or tensor.is_complex()):
             return tensor
         if key in self._leaves:

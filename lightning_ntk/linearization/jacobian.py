@@ -64,8 +64,7 @@ class StreamedJacobian:
             outputs.append(found)
             for values, gradient in zip(partial, gradients, strict=False):
                 torch._foreach_add_(values, list(gradient.values()))
-            # Copies: one tensor may be the gradient of several parameters, and adding in place would corrupt it.
-            partial = partial or [[value.clone() for value in gradient.values()] for gradient in gradients]
+            partial = partial or [list(gradient.values()) for gradient in gradients]
             if number % _BATCHES_PER_PARTIAL_SUM == 0:
                 _add_rows(totals, partial)
                 partial = []

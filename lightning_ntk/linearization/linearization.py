@@ -100,7 +100,7 @@ class Linearization(FrozenNetwork):
 
         def pull_back(outputs: Tensor, leaves: Tensors) -> tuple[Tensor, list[Tensors]]:
             last = len(cotangents) - 1
-            gradients = [_gradient(outputs, leaves, u, retain_graph=i < last) for i, u in enumerate(cotangents)]
+            gradients = [pulled_back([outputs], [u], leaves, retain_graph=i < last) for i, u in enumerate(cotangents)]
             return outputs.detach(), gradients
 
         return self._backward(inputs, pull_back)
@@ -116,7 +116,7 @@ class Linearization(FrozenNetwork):
             cotangent_of: Maps the outputs and `J v`, both `(B, K)`, to the cotangent u, `(B, K)`.
 
         Returns:
-            `J^T u`, with the names and shapes of `params`.
+            `J^T u`, with the names and shapes of `params`, each tensor with memory of its own.
         """
         duals = ExitStack()
 
@@ -125,7 +125,7 @@ class Linearization(FrozenNetwork):
             derivative = torch.zeros_like(primal) if derivative is None else derivative
             # Without the tangents, or the backward pass would differentiate itself along them.
             duals.close()
-            return _gradient(primal, leaves, cotangent_of(primal.detach(), derivative.detach()))
+            return pulled_back([primal], [cotangent_of(primal.detach(), derivative.detach())], leaves)
 
         if tangent is None:
             return self._backward(inputs, pull_back)
@@ -170,22 +170,40 @@ class Linearization(FrozenNetwork):
             if not outputs.requires_grad:
                 return outputs, torch.zeros_like(outputs)
             cotangent = torch.zeros_like(outputs, requires_grad=True)
-            gradient = _gradient(outputs, leaves, cotangent, create_graph=True)
-            product = torch.stack([(gradient[name] * tangent[name]).sum() for name in leaves]).sum()
+            gradients = torch.autograd.grad(
+                outputs, list(leaves.values()), cotangent, create_graph=True, allow_unused=True, materialize_grads=True
+            )
+            products = [(g * tangent[name]).sum() for name, g in zip(leaves, gradients, strict=True)]
+            product = torch.stack(products).sum()
             (derivative,) = torch.autograd.grad(product, cotangent)
             return outputs.detach(), derivative
 
         return self._backward(inputs, push_forward)
 
 
-def _gradient(outputs: Tensor, leaves: Tensors, cotangent: Tensor, **options: bool) -> Tensors:
-    """`J^T u`, with zeros for parameters that the outputs do not use."""
-    if not outputs.requires_grad:
-        return {name: torch.zeros_like(leaf) for name, leaf in leaves.items()}
-    gradients = torch.autograd.grad(
-        outputs, list(leaves.values()), cotangent.to(outputs), allow_unused=True, materialize_grads=True, **options
-    )
-    return dict(zip(leaves, gradients, strict=True))
+def pulled_back(
+    outputs: Sequence[Tensor], cotangents: Sequence[Tensor], leaves: Tensors, *, retain_graph: bool = False
+) -> Tensors:
+    """`J^T u` by one backward pass, each result with memory of its own, and zeros for parameters without a path."""
+    pairs = [(o, u.to(o)) for o, u in zip(outputs, cotangents, strict=True) if o.requires_grad]
+    if pairs:
+        # Into `.grad`, which copies a gradient that something else holds; `torch.autograd.grad` returns it as it is.
+        torch.autograd.backward(
+            [o for o, _ in pairs], [u for _, u in pairs], retain_graph=retain_graph, inputs=list(leaves.values())
+        )
+    gradients: Tensors = {}
+    taken = {leaf.untyped_storage().data_ptr() for leaf in leaves.values()}
+    for name, leaf in leaves.items():
+        gradient, leaf.grad = leaf.grad, None
+        if gradient is None:
+            gradient = torch.zeros_like(leaf)
+        elif gradient.layout == torch.strided:
+            memory = gradient.untyped_storage()
+            if memory.data_ptr() in taken or memory.nbytes() != gradient.numel() * gradient.element_size():
+                gradient = gradient.clone()  # a view of another one, or an expanded one
+            taken.add(memory.data_ptr())
+        gradients[name] = gradient
+    return gradients
 
 
 def lacks_forward_mode(error: Exception) -> bool:

@@ -42,7 +42,8 @@ class Objective:
             self.factor = measure_loss_factor(self._loss_on(outputs.device), outputs, matched, flat=flat)
         except (ValueError, RuntimeError) as error:
             # RuntimeError: the loss takes labels instead of rows, or float32 only.
-            self._reason = error if isinstance(error, ValueError) else _not_squared(loss)
+            # Without its traceback, which would keep the tensors of all callers.
+            self._reason = ValueError(str(error)) if isinstance(error, ValueError) else _not_squared(loss)
             self._require_computable(outputs, targets, self._reason, takes_rows=matched is not None)
         self.targets = self.prepare(targets, outputs)
 

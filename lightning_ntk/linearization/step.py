@@ -14,7 +14,7 @@ from torch.utils.checkpoint import CheckpointError
 from lightning_ntk.data.batches import copy_batch, tensors_in
 from lightning_ntk.linearization.cut import Cut, CutRecorder
 from lightning_ntk.linearization.cut_step import CutChangedError, CutStep, LossCall
-from lightning_ntk.linearization.linearization import lacks_forward_mode
+from lightning_ntk.linearization.linearization import lacks_forward_mode, pulled_back
 from lightning_ntk.linearization.parameters import Tensors, plain_name, trainable_parameters
 from lightning_ntk.utilities.contexts import (
     evaluation_mode,
@@ -116,7 +116,9 @@ class StepLinearization:
                 f"{', '.join(name for name, _ in module.named_children())}."
             )
 
-    def gradient(self, batch: Any, tangent: Tensors | None = None, *, update: bool = True) -> Tensors | None:
+    def gradient(
+        self, batch: Any, tangent: Mapping[str, Tensor] | None = None, *, update: bool = True
+    ) -> Tensors | None:
         """The gradient of the loss of the linearized network in train mode.
 
         Args:
@@ -125,7 +127,7 @@ class StepLinearization:
             update: Whether the pass updates the buffers.
 
         Returns:
-            The gradient by parameter name; None where the step has no loss.
+            The gradient by parameter name, each with memory of its own; None where the step has no loss.
 
         Raises:
             ValueError: If there is no cut, or the step does what a linearized network cannot follow.
@@ -149,7 +151,7 @@ class StepLinearization:
         return found
 
     def evaluate(
-        self, batch: Any, weights: Mapping[str, Tensor] | None = None, tangent: Tensors | None = None
+        self, batch: Any, weights: Mapping[str, Tensor] | None = None, tangent: Mapping[str, Tensor] | None = None
     ) -> Evaluation | None:
         """The step in eval mode: at weights and, along a tangent, linearized around them.
 
@@ -193,7 +195,7 @@ class StepLinearization:
         self,
         batch: Any,
         weights: Mapping[str, Tensor],
-        tangent: Tensors | None,
+        tangent: Mapping[str, Tensor] | None,
         then: "Callable[[_Pass], Any]",
         *,
         train: bool,
@@ -263,7 +265,7 @@ class StepLinearization:
         self,
         batch: Any,
         params: Tensors,
-        tangent: Tensors | None,
+        tangent: Mapping[str, Tensor] | None,
         then: "Callable[[_Pass], Any]",
         buffers: Tensors,
         frozen: Mapping[str, Tensor],
@@ -272,10 +274,16 @@ class StepLinearization:
     ) -> Any:
         reverse = tangent is not None and self._rung == 2
         leaves = {name: value.detach().requires_grad_(train or reverse) for name, value in params.items()}
-        values = {
-            name: (value if tangent is None else value + tangent[name]).detach().requires_grad_(train)
-            for name, value in params.items()
-        }
+        values: Tensors = {}  # of the parameters that the loss uses directly
+
+        def value_of(name: str) -> Tensor:
+            if name not in params:
+                return network[name]
+            if name not in values:
+                moved = params[name] if tangent is None else params[name] + tangent[name].to(params[name])
+                values[name] = moved.detach().requires_grad_(train)
+            return values[name]
+
         batch = self.copy(batch)
         with ExitStack() as stack, ExitStack() as duals:
             stack.enter_context(preserved_rng())
@@ -287,7 +295,8 @@ class StepLinearization:
                     stack.enter_context(without_library_kernels())
                 if not reverse:
                     duals.enter_context(dual_level())
-                    network = {n: make_dual(leaf, tangent[n]) for n, leaf in leaves.items()}  # type: ignore[no-untyped-call]
+                    # Nothing else holds these tangents: they are gone when the duals are closed.
+                    network = {n: make_dual(leaf, tangent[n].to(leaf)) for n, leaf in leaves.items()}  # type: ignore[no-untyped-call]
 
             def linearize(start: Tensor) -> Tensor:
                 if reverse and tangent is not None:
@@ -298,7 +307,8 @@ class StepLinearization:
 
             copies = {n: value.detach().to(self._frozen[n]).clone() for n, value in frozen.items()}
             beside = {f"frozen {n}": copies.get(n, p) for n, p in self._frozen.items() if n in self._beside}
-            trace = CutStep(self._cuts[train], {**network, **beside}, values, tensors_in(batch), linearize)
+            network = {**network, **beside}
+            trace = CutStep(self._cuts[train], network, value_of, tensors_in(batch), linearize)
             trace.running = self._running
 
             def finish(loss: Tensor | None) -> Any:
@@ -309,7 +319,7 @@ class StepLinearization:
                     self.linearized_outputs = [(output.module, tuple(output.start.shape)) for output in trace.outputs]
                 return then(_Pass(loss, trace, leaves, values, duals))
 
-            return self._call({**network, **buffers, **copies}, batch, trace, finish)
+            return self._call({**{n: network[n] for n in leaves}, **buffers, **copies}, batch, trace, finish)
 
     def _call(self, state: Mapping[str, Tensor], batch: Any, trace: Any, then: Callable[..., Any]) -> Any:
         self._running.clear()
@@ -354,13 +364,10 @@ def _pull_back(run: _Pass) -> Tensors:
     seen = [(o, g) for o, g in zip(entered, gradients, strict=False) if g is not None]
     starts = [_primal(output.start) for output, _ in seen]
     run.duals.close()  # or the backward pass would differentiate itself along the tangents
-    pulled = torch.autograd.grad(
-        starts, list(run.leaves.values()), [g for _, g in seen], allow_unused=True, materialize_grads=True
-    )
-    total = dict(zip(run.leaves, pulled, strict=True))
+    total = pulled_back(starts, [g for _, g in seen], run.leaves)
     for name, direct in zip(run.values, gradients[len(entered) :], strict=True):
         if direct is not None:
-            total[name] = total[name] + direct
+            total[name] += direct
     return total
 
 

@@ -23,7 +23,7 @@ class _WeightMetric(SummedMetric):
         # Not buffers: casting a module would round them.
         self.initial_weights = {name: value.detach().clone() for name, value in initial_weights.items()}
 
-    def _displacement(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def _displacement(self, weights: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         require_matching(weights, self.initial_weights)
         self.initial_weights = {name: value.to(weights[name].device) for name, value in self.initial_weights.items()}
         return difference(weights, self.initial_weights)

@@ -6,8 +6,6 @@ from typing import Any, NamedTuple, Protocol
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_ntk.linearization.parameters import Tensors
-
 
 class LinearizedState(NamedTuple):
     """The linearized network at one time, in function space.
@@ -72,7 +70,7 @@ class OnlineTraining(Protocol):
     def discard(self) -> None:
         """Forgets the accumulated gradient: the optimizer did not step."""
 
-    def displacement(self) -> Tensors:
+    def displacement(self) -> Mapping[str, Tensor]:
         """Computes w_lin - w0 after the steps so far, by parameter name in float64."""
 
     def predictions(self) -> Tensor | None:

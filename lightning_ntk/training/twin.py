@@ -72,8 +72,8 @@ class Twin:
         """The weights of the linearized network, views without a gradient."""
         return {name: weight.detach() for name, weight in self._weights.items()}
 
-    def displacement(self) -> Tensors:
-        """w_lin - w0, by parameter name in float64, without a pass."""
+    def displacement(self) -> Mapping[str, Tensor]:
+        """w_lin - w0, by parameter name in float64, without a pass: computed when it is read."""
         return difference(self.weights, self._loss.params)
 
     def predictions(self) -> None:
@@ -91,15 +91,15 @@ class Twin:
             ValueError: If a gradient is sparse, or if the loss refuses the outputs of the linearized network.
         """
         gradients = self._loss.gradient(batch, self._tangent()) or {}
-        for name, gradient in gradients.items():
+        for name in list(gradients):
+            gradient = gradients.pop(name)
             if gradient.layout != torch.strided:
                 raise ValueError(
                     f"Expected dense gradients but that of `{name}` is sparse. Build its layer with `sparse=False`."
                 )
             weight = self._weights[name]
             if weight.grad is None:
-                # A copy, because autograd may return one tensor for several parameters, or an expanded one.
-                weight.grad = torch.empty_like(weight).copy_(gradient if scale == 1 else gradient * scale)
+                weight.grad = gradient.to(weight) if scale == 1 else gradient.to(weight).mul_(scale)
             else:
                 weight.grad.add_(gradient, alpha=scale)
 
@@ -162,15 +162,12 @@ class Twin:
         self._optimizer.load_state_dict(copy.deepcopy(state["optimizer"]))  # which would share its tensors
         self.steps = state["steps"]
 
-    def _tangent(self) -> Tensors | None:
-        names = list(self._weights)
-        start = [self._loss.params[name] for name in names]
-        with torch.no_grad():
-            tangents = torch._foreach_sub(list(self._weights.values()), start)
+    def _tangent(self) -> Mapping[str, Tensor] | None:
+        tangent = difference(self.weights, self._loss.params, dtype=None)
         # Before the first step there is nothing to push forward. Other steps are not tested: it would read all weights.
-        if self.steps == 0 and not any(bool(value.any()) for value in tangents):
+        if self.steps == 0 and not any(bool(value.any()) for value in tangent.values()):
             return None
-        return dict(zip(names, tangents, strict=True))
+        return tangent
 
     def _follow(self, groups: Sequence[Mapping[str, Any]]) -> None:
         """Takes over hyperparameters and groups of known parameters that were added."""

@@ -141,6 +141,8 @@ def sum_over(processes: Processes, tensors: Mapping[str, Tensor]) -> dict[str, T
 
 def mean_over(processes: Processes, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Means over the processes, as `sum_over`."""
+    if processes.size == 1:
+        return dict(tensors)
     return {name: value / processes.size for name, value in sum_over(processes, tensors).items()}
 
 

@@ -43,10 +43,8 @@ def require_integer(name: str, value: object, *, least: int) -> None:
         raise ValueError(f"Expected argument `{name}` to be an integer, at least {least}, but got {value!r}.")
 
 
-def require_matching(
-    tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor], what: str = "tensors"
-) -> dict[str, Tensor]:
-    """The tensors in the order of `expected`; raises a ValueError, about `what`, unless names and shapes are the same."""
+def require_same_names(tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor], what: str = "tensors") -> None:
+    """Raises a ValueError, about `what`, unless names and shapes are the same."""
     differing = sorted(expected.keys() ^ tensors.keys())
     if differing:
         raise ValueError(
@@ -56,6 +54,13 @@ def require_matching(
         if tensor.shape != expected[name].shape:
             shape = tuple(expected[name].shape)
             raise ValueError(f"Expected {what} with `{name}` of shape {shape} but got {tuple(tensor.shape)}.")
+
+
+def require_matching(
+    tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor], what: str = "tensors"
+) -> dict[str, Tensor]:
+    """The tensors in the order of `expected`; raises a ValueError, about `what`, unless names and shapes are the same."""
+    require_same_names(tensors, expected, what)
     return {name: tensors[name] for name in expected}
 
 

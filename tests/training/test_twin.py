@@ -296,7 +296,7 @@ def test_parameters_frozen_during_the_run_stay_where_they_are() -> None:
     module, inputs, targets = make("mlp")
     run = Run(module, inputs, targets, nn.MSELoss(), OPTIMIZERS["adamw"])
     run.train(minibatches(steps=5))
-    before = run.twin.displacement()
+    before = dict(run.twin.displacement())
     module[0].requires_grad_(False)
     run.train(minibatches(steps=5))
     after = run.twin.displacement()
