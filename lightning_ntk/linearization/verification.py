@@ -82,7 +82,8 @@ def check_kernel(
     if not abs(quadratic - expected) <= _tolerance(dtype) * expected:
         raise ValueError(
             f"Expected the kernel of this network and data but u^T Theta u = {quadratic:.8g} where |J^T u|^2 = {expected:.8g} "
-            "for a random u. A kernel computed earlier must be of the same weights, samples and order, rows n * K + k."
+            "for a random u. A kernel computed earlier must be of the same weights, samples and order, rows n * K + k, and be "
+            "given in the type in which it was computed."
         )
 
 

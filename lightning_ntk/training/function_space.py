@@ -121,7 +121,7 @@ class FunctionSpaceSGD:
         outputs = self._offset[index] + self._image[index]
         gradient = self._objective.gradient(outputs, prepared.to(outputs.device, non_blocking=True))
         self._rows.append(rows.to(torch.int64))
-        self._gradients.append(gradient.mul_(scale))
+        self._gradients.append(gradient * scale)  # not in place: a loss such as a sum has an expanded gradient
 
     @torch.inference_mode(False)
     def step(self, settings: SGDSettings, *, clip_norm: float | None = None, clip_value: float | None = None) -> None:

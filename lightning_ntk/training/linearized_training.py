@@ -69,7 +69,7 @@ class LinearizedTraining:
         jacobian: "streamed" recomputes J minibatch by minibatch in every pass, with memory O(P + N K). "stored" keeps a small
             model's J, N K P numbers. Both give the same results.
         ntk: A kernel computed earlier, `(N K, N K)` in sample-major order, with `lr_scales` the weighted one. One pass checks
-            it.
+            it to the precision of its type.
         predict: Maps `(module, inputs)` to outputs. Default: `module(inputs)`, or `module(*inputs)` for tuples.
         unpack: Maps a batch of `data` to `(inputs, target)`. Default: batches that are such pairs already.
         batch_size: Samples in one pass through the network.

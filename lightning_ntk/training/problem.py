@@ -165,7 +165,8 @@ class LinearizedProblem:
         r"""The kernel :math:`J D J^\top` of the training set, verified against one random vector-Jacobian product.
 
         Args:
-            given: A kernel computed earlier, `(N K, N K)` in sample-major order.
+            given: A kernel computed earlier, `(N K, N K)` in sample-major order. It is held to the precision of its type and of
+                the passes: one of passes in float32 is given in float32 where these passes are in float64.
             dtype: Type in which the products are summed.
 
         Raises:
@@ -173,8 +174,8 @@ class LinearizedProblem:
         """
         size, computed = self.predictions.numel(), self.linearization.dtype
         if given is not None:
-            # Whatever its type is now, it may come from float32 passes.
-            kernel, computed = _checked_kernel(given, size).to(self.device), torch.float32
+            kernel = _checked_kernel(given, size).to(self.device)
+            computed = max(given.dtype, computed, key=lambda kind: torch.finfo(kind).eps)
         elif isinstance(self.jacobian, StoredJacobian):
             blocks = self.jacobian.blocks
             kernel = mirror_upper_(contract(self.scaled(blocks), blocks, dtype)).to(self.device)
@@ -189,6 +190,8 @@ class LinearizedProblem:
 def _checked_kernel(given: Tensor, size: int) -> Tensor:
     if tuple(given.shape) != (size, size):
         raise ValueError(f"Expected argument `ntk` of shape {(size, size)} but got {tuple(given.shape)}.")
+    if not given.is_floating_point():
+        raise ValueError(f"Expected argument `ntk` to hold real floating-point numbers but got {given.dtype}.")
     if not given.isfinite().all():
         raise ValueError("Expected argument `ntk` to be finite but it holds NaN or infinity.")
     if not torch.allclose(given, given.T, rtol=1e-3, atol=1e-4 * given.abs().max().item()):

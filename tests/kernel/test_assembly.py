@@ -6,7 +6,6 @@ import sys
 
 import pytest
 import torch
-import torch.utils.deterministic
 from torch import nn
 
 from lightning_ntk.data.reference import Reference
@@ -47,22 +46,6 @@ def test_symmetric_to_the_last_bit_on_other_processors(kernels):
     result = subprocess.run(command, env=os.environ | {"MKL_CBWR": kernels}, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout
     assert "24 passed" in result.stdout
-
-
-@pytest.fixture
-def poisoned(monkeypatch):
-    """Memory is NaN before it is written."""
-
-    def empty_matrix(rows, columns, **options):
-        return torch.full((rows, columns), torch.nan, **options)
-
-    monkeypatch.setattr("lightning_ntk.kernel.assembly.empty_matrix", empty_matrix)
-    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
-    torch.use_deterministic_algorithms(True)
-    assert torch.empty(3).isnan().all()
-    assert torch.ones(1).new_empty(3).isnan().all()
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 @pytest.mark.parametrize("memory_limit", [1, 1 << 32])

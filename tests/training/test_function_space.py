@@ -322,6 +322,17 @@ def test_rows_and_targets_must_fit(rows: Tensor, count: int, message: str) -> No
         problem.replay().accumulate(rows, problem.targets[:count])
 
 
+def test_a_loss_whose_gradient_is_one_number() -> None:
+    problem = Problem()
+    objective = Objective(lambda outputs, targets: outputs.sum(), problem.model.outputs, problem.targets)
+    replay = FunctionSpaceSGD(problem.kernel, problem.model.outputs, objective)
+    replay.accumulate(torch.tensor([0, 4]), problem.targets[[0, 4]], scale=0.5)
+    replay.step(SGDSettings(lr=0.1))
+    expected = torch.zeros(11, 3).double()
+    expected[[0, 4]] = -0.05
+    torch.testing.assert_close(replay.coefficients, expected, rtol=1e-12, atol=0)
+
+
 def test_shapes_and_options_are_checked() -> None:
     problem = Problem()
     outputs, objective = problem.model.outputs, problem.objective

@@ -178,6 +178,64 @@ def test_a_wrong_kernel_is_refused() -> None:
         capture(module, inputs, targets, ntk=kernel.log())
 
 
+def test_a_given_kernel_is_held_to_the_precision_of_its_type() -> None:
+    module, inputs, targets = make("mlp")
+    kernel = empirical_ntk(module, inputs)
+    rounded = kernel.float()
+    off = torch.randn(33, 33).double()
+    with pytest.raises(ValueError, match="in the type in which it was computed"):
+        capture(module, inputs, targets, ntk=kernel + 1e-7 * (off + off.T))
+    with pytest.raises(ValueError, match="in the type in which it was computed"):
+        capture(module, inputs, targets, ntk=rounded.double())
+    with pytest.raises(ValueError, match=r"real floating-point numbers but got torch\.int64"):
+        capture(module, inputs, targets, ntk=kernel.long())
+    given = flatten(capture(module, inputs, targets, ntk=rounded).weights(30))
+    assert relative_error(given, flatten(capture(module, inputs, targets).weights(30))) < 1e-6
+
+
+class Auxiliary(nn.Module):
+    """A head that the forward computes and does not return."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.head, self.auxiliary = nn.Linear(6, 8), nn.Linear(8, 3), nn.Linear(8, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        hidden = self.body(x).tanh()
+        self.auxiliary(hidden)
+        return self.head(hidden)
+
+
+SETTINGS = {
+    "eigh": {"solver": "eigh"},
+    "lanczos": {"solver": "lanczos"},
+    "matrix-free": {"solver": "lanczos", "matrix_free": True},
+    "stored": {"jacobian": "stored"},
+    "replay": {"batches": [[0, 3, 4], [1, 2], [5, 7, 10]]},
+}
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_no_memory_is_read_before_it_is_written(poisoned, setting: str) -> None:
+    """With an auxiliary head that has a learning rate of its own."""
+    torch.manual_seed(0)
+    module, inputs, targets = Auxiliary().double(), torch.randn(11, 6).double(), torch.randn(11, 3).double()
+    scales = {"auxiliary.weight": 3.0, "auxiliary.bias": 0.0, "head.bias": 0.5}
+    model = LinearModel(module, inputs)
+    parts = [
+        torch.full(shape, scales.get(n, 1.0)).flatten() for n, shape in zip(model.names, model.shapes, strict=True)
+    ]
+    rates = 0.05 * torch.cat(parts).double()
+    expected, loss = model.start.clone(), nn.MSELoss()
+    for rows in SETTINGS[setting].get("batches", [list(range(11))] * 3):
+        point = expected.clone().requires_grad_()
+        (gradient,) = torch.autograd.grad(loss(model.predict(point)[rows], targets[rows]), point)
+        expected = expected - rates * gradient
+    training = capture(module, inputs, targets, lr_scales=scales, **SETTINGS[setting])
+    assert relative_error(flatten(training.weights(3)), expected, model.start) < 1e-9
+    assert relative_error(training.predictions(3), model.predict(expected)) < 1e-9
+
+
 def test_outputs_of_one_number_per_sample() -> None:
     module, inputs, targets = make("mlp", 1)
     expected = capture(module, inputs, targets)

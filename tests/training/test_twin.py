@@ -522,3 +522,21 @@ def test_parameters_with_one_gradient_are_clipped_once() -> None:
     run = Run(module, inputs, targets, nn.MSELoss(), OPTIMIZERS["sgd"])
     run.train(steps, clip_norm=0.1)
     assert run.error(model.fit(steps, targets, nn.MSELoss(), OPTIMIZERS["sgd"], clip_norm=0.1)) < 1e-13
+
+
+def test_no_memory_is_read_before_it_is_written(poisoned) -> None:
+    module, inputs, targets = make("unused")
+    live = trainable_parameters(module)
+    optimizer = torch.optim.Adam(live.values(), lr=0.01)
+    twin = Twin(PairLoss(Linearization(module), nn.MSELoss()), optimizer, live)
+    for _ in range(3):
+        twin.accumulate((inputs, targets))
+        twin.step(
+            StepSettings([dict(group) for group in optimizer.param_groups], frozen=["spare.weight", "spare.bias"])
+        )
+    model = LinearModel(module, inputs)
+    expected = model.fit(
+        [[torch.arange(11)]] * 3, targets, nn.MSELoss(), of(torch.optim.Adam, lr=0.01),
+        unused=["spare.weight", "spare.bias"],
+    )  # fmt: skip
+    assert relative_error(flatten(twin.displacement()), expected - model.start) < 1e-9
