@@ -63,8 +63,10 @@ class _Tensors:
 
     def read(self, parts: Sequence[range], *, workers: bool = True) -> Iterator[Any]:
         for part in parts:
-            rows = slice(part.start, part.stop)
-            index = rows if self.indices is None else self.indices[rows]
+            # Selected rows are a copy, as a DataLoader makes it: `unpack` and transfers may write into a batch.
+            index = (
+                torch.arange(part.start, part.stop) if self.indices is None else self.indices[part.start : part.stop]
+            )
             yield pytree.tree_map_only(Tensor, operator.itemgetter(index), self.tree)
 
     def subset(self, rows: Sequence[int]) -> "_Tensors":

@@ -161,7 +161,7 @@ def record_usage(linearization: Linearization, inputs: Any, cotangents: Callable
                 stacks.append(list(_apply_rules(recorder, gradients)))
         return Usage(stacks, recorder.uncovered, outputs.detach())
 
-    inputs = mark_batch(linearization.spare(linearization.convert(inputs)))
+    inputs = mark_batch(linearization.convert(inputs))
     isolated = isolated_pass(linearization.module, linearization.device.type)
     with isolated, torch.enable_grad(), torch.compiler.set_stance("force_eager"), recorder:
         return linearization.apply(params, inputs, differentiate)

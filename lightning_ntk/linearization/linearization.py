@@ -162,8 +162,7 @@ class Linearization(FrozenNetwork):
             leaves = params = {name: p.detach().requires_grad_() for name, p in self.params.items()}
             if tangent is not None:
                 params = {n: make_dual(leaf, tangent[n]) for n, leaf in leaves.items()}  # type: ignore[no-untyped-call]
-            spared = self.spare((params, self.convert(inputs)))
-            return self.apply(*spared, lambda outputs: then(outputs, leaves))
+            return self.apply(self.spare(params), self.convert(inputs), lambda outputs: then(outputs, leaves))
 
     def _double_vjp(self, tangent: Tensors, inputs: Any) -> tuple[Tensor, Tensor]:
         def push_forward(outputs: Tensor, leaves: Tensors) -> tuple[Tensor, Tensor]:

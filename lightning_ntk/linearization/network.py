@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils import _pytree as pytree
 
-from lightning_ntk.linearization.parameters import Tensors, trainable_parameters
+from lightning_ntk.linearization.parameters import Tensors, overwritten, trainable_parameters
 from lightning_ntk.utilities.contexts import isolated_pass
 from lightning_ntk.utilities.distributed import Processes
 from lightning_ntk.utilities.validation import require_float64, require_matching
@@ -71,7 +71,7 @@ class FrozenNetwork:
         self.device = first.device
         self.module = module
         self._predictor = _Predictor(module, predict or call_module)
-        # Whether a forward writes into its inputs or weights: unknown until the first `predict_at`.
+        # Whether a forward writes into its weights or buffers: unknown until the first `predict_at`.
         self._overwrites: bool | None = None
         start = live if params is None else require_matching(params, live, "weights")
         with torch.inference_mode(False), torch.no_grad():
@@ -130,30 +130,31 @@ class FrozenNetwork:
 
     def predict_at(self, params: Mapping[str, Tensor], inputs: Any) -> Tensor:
         """Outputs `(B, K)` of the (non-linear) network at other weights, with the captured buffers and frozen weights."""
-        given = self._frozen | self.buffers | self._convert_all(params), self.convert(inputs)
+        given = self._frozen | self.buffers | self._convert_all(params)
         with isolated_pass(self.module, self.device.type), torch.no_grad():
             used = self.spare(given)
-            outputs = self._call(*used, lambda outputs: outputs)
+            if params is not self.params:  # those of a run, perhaps
+                used |= {name: value.clone() for name, value in given.items() if name in params and used[name] is value}
+            outputs = self._call(used, self.convert(inputs), lambda outputs: outputs)
             if self._overwrites is None:
-                self._overwrites = any(map(_is_overwritten, pytree.tree_leaves(used), pytree.tree_leaves(given)))
+                self._overwrites = bool(overwritten(used, given))
         return outputs
 
     def forward(self, params: Mapping[str, Tensor], inputs: Any) -> Tensor:
         """Outputs `(B, K)` at `params`: differentiable, for use under `torch.func` inside `isolated_pass`."""
-        return self.apply(*self.spare((dict(params), inputs)), lambda outputs: outputs)
+        return self.apply(self.spare(params), inputs, lambda outputs: outputs)
 
     def apply(self, params: Mapping[str, Tensor], inputs: Any, then: Callable[[Tensor], T]) -> T:
         """`then(outputs)`, called while `params` still stand in for the weights of the module.
 
         A backward pass belongs in `then`: activation checkpointing runs parts of the forward again during it. The forward may
-        write into `params` and `inputs`, see `spare`.
+        write into `params`, see `spare`, and gets copies of the inputs.
         """
         return self._call(self.spare(self._frozen | self.buffers) | dict(params), inputs, then)
 
-    def spare(self, tree: T) -> T:
-        """Copies of the tensors if a forward may write into them, otherwise the tensors themselves."""
-        spared: T = tree if self._overwrites is False else pytree.tree_map_only(Tensor, torch.clone, tree)
-        return spared
+    def spare(self, tensors: Mapping[str, Tensor]) -> Tensors:
+        """Copies of weights or buffers if a forward may write into them, otherwise the tensors themselves."""
+        return dict(tensors) if self._overwrites is False else {name: value.clone() for name, value in tensors.items()}
 
     def convert(self, inputs: Any) -> Any:
         """The inputs on the device of the weights, floating-point ones in the type of the passes."""
@@ -168,8 +169,18 @@ class FrozenNetwork:
 
     def _call(self, state: Tensors, inputs: Any, then: Callable[[Tensor], T]) -> T:
         named = {f"module.{name}": value for name, value in state.items()}
-        result: T = functional_call(self._predictor, named, (inputs, then))
+        before = self._versions()
+        result: T = functional_call(self._predictor, named, (pytree.tree_map_only(Tensor, torch.clone, inputs), then))
+        if self._versions() != before:
+            raise RuntimeError(
+                "Expected a forward that writes into its weights or buffers always or never but it did so for this batch and not "
+                "for the first one: the weights at which the network was captured are lost. Let it write into copies."
+            )
         return result
+
+    def _versions(self) -> list[int]:
+        """How often each captured tensor was written into."""
+        return [value._version for tensors in (self.params, self._frozen, self.buffers) for value in tensors.values()]
 
     def _clone(self, tensor: Tensor) -> Tensor:
         return tensor.detach().to(self.dtype if tensor.is_floating_point() else None).clone()
@@ -177,8 +188,3 @@ class FrozenNetwork:
     def _convert_all(self, tensors: Mapping[str, Tensor]) -> Tensors:
         matching = require_matching(tensors, self.params)
         return {name: tensor.detach().to(self.device, self.dtype) for name, tensor in matching.items()}
-
-
-def _is_overwritten(used: Any, given: Any) -> bool:
-    # The version of a copy counts operations in place, but not those through `.data`.
-    return isinstance(used, Tensor) and (used._version > 0 or not torch.equal(used, given))

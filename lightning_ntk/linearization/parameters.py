@@ -1,7 +1,9 @@
 """Parameters of a network by name, and which of them are variables."""
 
+from collections.abc import Mapping
 from typing import TypeAlias
 
+import torch
 from torch import Tensor, nn
 
 Tensors: TypeAlias = dict[str, Tensor]
@@ -30,3 +32,9 @@ def trainable_parameters(module: nn.Module) -> Tensors:
         if not tensor.is_floating_point():
             raise ValueError(f"Expected real floating-point parameters but `{name}` has dtype {tensor.dtype}.")
     return parameters
+
+
+def overwritten(copies: Mapping[str, Tensor], originals: Mapping[str, Tensor]) -> set[str]:
+    """The names of the fresh copies into which a forward has written."""
+    # The version of a copy counts operations in place, but not those through `.data`.
+    return {name for name, copy in copies.items() if copy._version > 0 or not torch.equal(copy, originals[name])}

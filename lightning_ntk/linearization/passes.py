@@ -36,8 +36,8 @@ class DataPasses:
 
     def predict(self, params: Mapping[str, Tensor] | None = None) -> Tensor:
         """The outputs of all samples, `(N, K)`, at the captured weights or at `params`."""
-        weights = self.linearization.params if params is None else params
-        return self._join([self.linearization.predict_at(weights, b.inputs) for b in self.batches("predictions")])
+        network = self.linearization if params is None else self.linearization.at(params)
+        return self._join([network.predict(batch.inputs) for batch in self.batches("predictions")])
 
     def first(self) -> tuple[Tensor, Tensor, SampleIndex]:
         """The first pass: outputs `(N, K)`, targets on the CPU as the data gives them, and samples by content.

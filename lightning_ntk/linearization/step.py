@@ -15,7 +15,7 @@ from lightning_ntk.data.batches import copy_batch, tensors_in
 from lightning_ntk.linearization.cut import Cut, CutRecorder
 from lightning_ntk.linearization.cut_step import CutChangedError, CutStep, LossCall
 from lightning_ntk.linearization.linearization import lacks_forward_mode, pulled_back
-from lightning_ntk.linearization.parameters import Tensors, plain_name, trainable_parameters
+from lightning_ntk.linearization.parameters import Tensors, overwritten, plain_name, trainable_parameters
 from lightning_ntk.utilities.contexts import (
     evaluation_mode,
     full_precision,
@@ -105,6 +105,7 @@ class StepLinearization:
         trained = {name.partition(".")[0] for name in self.params}
         self._beside = [name for name in self._frozen if name.partition(".")[0] in trained]
         self._written: set[str] = set()  # frozen parameters that the step itself changes, as a momentum encoder
+        self._overwrites: dict[bool, set[str]] = {}  # trainable ones into which it writes, in train and in eval mode
         for name, submodule in module.named_modules():
             if name and not isinstance(submodule, torch.jit.ScriptModule):
                 submodule.register_forward_pre_hook(self._enter(plain_name(name)))
@@ -242,7 +243,7 @@ class StepLinearization:
 
     def _find(self, batch: Any, params: Tensors, buffers: Mapping[str, Tensor], *, train: bool) -> bool:
         """Records a cut, on copies of the buffers; False where the step has no loss."""
-        leaves = {name: value.detach().requires_grad_() for name, value in params.items()}
+        leaves = {name: value.detach().clone().requires_grad_() for name, value in params.items()}
         batch = self.copy(batch)
         frozen = {name: p.detach().clone() for name, p in self._frozen.items()}
         beside = [frozen[name] for name in self._beside]
@@ -258,7 +259,10 @@ class StepLinearization:
 
         with preserved_rng(), torch.enable_grad():
             found: bool = self._call(state, batch, recorder, keep)
-        self._written |= {name for name, p in frozen.items() if p._version > 0}
+        self._written |= overwritten(frozen, self._frozen)
+        self._overwrites[train] = overwritten(leaves, params)
+        if self._overwrites[train]:  # which forward mode would differentiate, and reverse mode does not
+            self._rung = 2
         return found
 
     def _along_cut(
@@ -273,14 +277,17 @@ class StepLinearization:
         train: bool,
     ) -> Any:
         reverse = tangent is not None and self._rung == 2
-        leaves = {name: value.detach().requires_grad_(train or reverse) for name, value in params.items()}
+        overwrites = self._overwrites[train]
+        before = [value._version for value in params.values()]
+        used = {name: value.clone() for name, value in params.items()} if overwrites else params
+        leaves = {name: value.detach().requires_grad_(train or reverse) for name, value in used.items()}
         values: Tensors = {}  # of the parameters that the loss uses directly
 
         def value_of(name: str) -> Tensor:
             if name not in params:
                 return network[name]
             if name not in values:
-                moved = params[name] if tangent is None else params[name] + tangent[name].to(params[name])
+                moved = used[name] if tangent is None else used[name] + tangent[name].to(used[name])
                 values[name] = moved.detach().requires_grad_(train)
             return values[name]
 
@@ -315,6 +322,16 @@ class StepLinearization:
                 if loss is None:
                     return None
                 trace.finish()
+                if [value._version for value in params.values()] != before:
+                    raise ValueError(
+                        "Expected a step that writes into its weights in every batch or in none but it did so in this batch and "
+                        "not in the first one: the weights at which the network was captured are lost."
+                    )
+                if tangent is not None and (unseen := overwrites - overwritten(leaves, params)):
+                    raise ValueError(
+                        f"Expected a step that writes into its weights under `torch.no_grad` but it writes into {sorted(unseen)} "
+                        "in another way, such as `.data`, which the linearized network does not see."
+                    )
                 if train:
                     self.linearized_outputs = [(output.module, tuple(output.start.shape)) for output in trace.outputs]
                 return then(_Pass(loss, trace, leaves, values, duals))

@@ -263,3 +263,14 @@ def test_a_wrong_derivative_is_found() -> None:
     outputs = linearization.predict(inputs)
     with pytest.raises(RuntimeError, match="wrong derivative"):
         check_adjoint(linearization, StreamedJacobian(DataPasses(linearization, Reference(inputs)), outputs), outputs)
+
+
+@pytest.mark.parametrize("kind", ["tensors", "subset"])
+def test_batches_may_be_written_into(kind: str) -> None:
+    inputs, targets = torch.ones(5, 2), torch.ones(5)
+    data = Subset(TensorDataset(inputs, targets), range(4)) if kind == "subset" else (inputs, targets)
+    reference = Reference(data, batch_size=2, unpack=lambda batch: (batch[0].div_(4), batch[1].neg_()))
+    for _ in range(2):
+        assert all((batch.inputs == 0.25).all() and (batch.target == -1).all() for batch in reference.batches())
+    assert (inputs == 1).all()
+    assert (targets == 1).all()

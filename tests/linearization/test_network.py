@@ -145,7 +145,28 @@ def test_the_kernel_of_a_network_that_overwrites(case: str, method: str) -> None
         assert torch.equal(value, old)
 
 
-def test_nothing_is_copied_where_nothing_is_overwritten() -> None:
+@pytest.mark.parametrize("data", [False, True], ids=["in place", "through data"])
+def test_weights_that_are_overwritten_for_some_batches_only(data: bool) -> None:
+    """Weights that were given stay; the capture is lost, and says so."""
+
+    def predict(module: nn.Module, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            weight = module[0].weight
+            if len(x) == 1 or weight.abs().max() > 1:
+                (weight.data if data else weight).clamp_(-0.1, 0.1)
+        return module(x)
+
+    network = FrozenNetwork(mlp(3), predict=predict)
+    network.predict(torch.randn(5, 6))
+    live = {name: torch.full_like(value, 2) for name, value in network.params.items()}
+    network.predict_at(live, torch.randn(5, 6))
+    assert all((value == 2).all() for value in live.values())
+    if not data:
+        with pytest.raises(RuntimeError, match=r"did so for this batch .* Let it write into copies"):
+            network.predict(torch.randn(1, 6))
+
+
+def test_weights_are_copied_only_where_they_are_overwritten_and_inputs_always() -> None:
     seen = []
 
     def predict(module: nn.Module, x: Tensor) -> Tensor:
@@ -154,12 +175,12 @@ def test_nothing_is_copied_where_nothing_is_overwritten() -> None:
 
     inputs = torch.randn(5, 6)
     network = FrozenNetwork(mlp(3), predict=predict)
-    own = inputs.data_ptr(), network.params["0.weight"].data_ptr()
+    own = network.params["0.weight"].data_ptr()
     for _ in range(3):
         network.predict(inputs)
-    assert seen[0][0] != own[0]
-    assert seen[0][1] != own[1]
-    assert seen[1:] == [own, own]
+    assert all(data != inputs.data_ptr() for data, _ in seen)
+    assert seen[0][1] != own
+    assert [weight for _, weight in seen[1:]] == [own, own]
 
 
 def test_a_device_without_float64_is_refused() -> None:

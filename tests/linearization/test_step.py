@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from lightning_ntk.linearization import PairLoss, StepLinearization
 from lightning_ntk.linearization.linearization import Linearization
 from lightning_ntk.linearization.pair_of_step import NoPairError, pair_of_step
+from tests.linearization.test_network import CASES, problem
 
 F = nn.functional
 
@@ -51,6 +52,30 @@ def test_a_step_and_a_pair_are_one_loss() -> None:
     assert close(step.gradient_at(batch(), moved), pair.gradient_at(batch(), moved))
     assert step.linearized_outputs == [("2", (7, 3))]
     assert step.describe() == "Linearizing the outputs of `2`, (7, 3)."
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_weights_that_the_step_overwrites_stay(case: str) -> None:
+    module, inputs, targets = problem(case)
+    module.eval()
+    before = {name: value.clone() for name, value in module.state_dict().items()}
+    pair = PairLoss(Linearization(module), nn.MSELoss())
+    step = StepLinearization(module, lambda batch: F.mse_loss(module(batch[0]), batch[1]))
+    live = {name: value.clone() for name, value in step.params.items()}
+    data, moved = (inputs, targets), tangent(step)
+    given = {**live, **{name: value.clone() for name, value in module.named_buffers()}}
+    for _ in range(2):
+        assert close(step.gradient(data, update=False), pair.gradient(data))
+        if case == "weights through data":
+            with pytest.raises(ValueError, match=r"into \['body.0.weight'\] in another way, such as `.data`"):
+                step.gradient(data, moved, update=False)
+        else:
+            assert close(step.gradient(data, moved, update=False), pair.gradient(data, moved))
+            step.evaluate(data, given, moved)
+        assert close(step.gradient_at(data, given), pair.gradient_at(data, given))
+        assert step.first_outputs(data).loss == step.evaluate(data, given).loss == step.evaluate(data).loss
+    assert all(torch.equal(value, before[name]) for name, value in (module.state_dict() | given).items())
+    assert torch.equal(inputs, problem(case)[1])
 
 
 def test_at_the_initial_weights_the_gradient_is_that_of_the_step_with_its_noise_and_statistics() -> None:
