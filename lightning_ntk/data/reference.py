@@ -2,6 +2,7 @@
 
 import operator
 from collections.abc import Callable, Iterator, Sequence, Sized
+from contextlib import AbstractContextManager
 from copy import copy
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeAlias
@@ -19,6 +20,10 @@ from torch.utils.data import (
     TensorDataset,
     default_collate,
 )
+
+from lightning_ntk.data.batches import tensors_in
+from lightning_ntk.utilities.errors import explained
+from lightning_ntk.utilities.validation import require_callable, require_integer, require_values
 
 Data: TypeAlias = Dataset[Any] | DataLoader[Any] | Tensor | tuple[Any, Tensor]
 Unpack: TypeAlias = Callable[[Any], tuple[Any, Tensor | None]]
@@ -125,8 +130,8 @@ class Reference:
         unpack: Unpack | None = None,
         transfer: Callable[[Any], Any] | None = None,
     ) -> None:
-        if not isinstance(batch_size, int) or batch_size < 1:
-            raise ValueError(f"Expected argument `batch_size` to be a positive integer but got {batch_size!r}.")
+        require_integer("batch_size", batch_size, least=1)
+        require_callable("unpack", unpack)
         self.batch_size = batch_size
         self.unpack = unpack or unpack_pair
         self._transfer = transfer
@@ -147,12 +152,12 @@ class Reference:
             part[start : start + size] for part in ranges or (range(len(self)),) for start in range(0, len(part), size)
         ]
         if parts:
-            yield from self._unpacked(parts, self._source.read(parts))
+            yield from self._unpacked(parts)
 
     def read(self, start: int, stop: int) -> Batch:
         """The samples `start` to `stop` as one batch, read in this process."""
         part = range(start, min(stop, len(self)))
-        return next(self._unpacked([part], self._source.read([part], workers=False)))
+        return next(self._unpacked([part], workers=False))
 
     def subset(self, rows: Sequence[int]) -> "Reference":
         """The samples `rows` alone, in that order, read as they are here."""
@@ -166,22 +171,46 @@ class Reference:
         """Rows and batches of all samples in order, not unpacked, whatever they are made of."""
         size = self.batch_size
         parts = [range(len(self))[start : start + size] for start in range(0, len(self), size)]
-        for part, batch in zip(parts, self._transferred(self._source.read(parts)), strict=True):
+        for part, batch in self._transferred(parts):
             yield slice(part.start, part.stop), batch
 
-    def _transferred(self, raw: Iterator[Any]) -> Iterator[Any]:
-        return raw if self._transfer is None else map(self._transfer, raw)
+    def _transferred(self, parts: Sequence[range], *, workers: bool = True) -> Iterator[tuple[range, Any]]:
+        with self._reading(parts[0]):
+            raw = self._source.read(parts, workers=workers)
+        for part in parts:
+            with self._reading(part):
+                batch = next(raw)
+                batch = batch if self._transfer is None else self._transfer(batch)
+            yield part, batch
+        next(raw, None)  # so that worker processes end
 
-    def _unpacked(self, parts: Sequence[range], raw: Iterator[Any]) -> Iterator[Batch]:
-        for part, batch in zip(parts, self._transferred(raw), strict=True):
-            inputs, target = self.unpack(batch)
-            for leaf in _tensor_leaves((inputs, target)):
-                if leaf.dim() == 0 or leaf.shape[0] != len(part):
-                    raise ValueError(
-                        f"Expected {len(part)} samples in a batch but a tensor of shape {tuple(leaf.shape)} came. "
-                        "The first dimension of inputs and targets must be the sample."
-                    )
+    def _unpacked(self, parts: Sequence[range], *, workers: bool = True) -> Iterator[Batch]:
+        for part, batch in self._transferred(parts, workers=workers):
+            with self._reading(part):
+                pair = self.unpack(batch)
+            if not isinstance(pair, tuple | list) or len(pair) != 2 or not isinstance(pair[1], Tensor | None):
+                got = f"{len(pair)} of them" if isinstance(pair, tuple | list) and len(pair) != 2 else repr(pair)[:200]
+                raise ValueError(
+                    f"Expected `unpack` to return a pair (inputs, target), with a tensor as target, but got {got}."
+                )
+            inputs, target = pair
+            if not tensors_in(inputs):
+                raise ValueError(f"Expected inputs that hold tensors but got {inputs!r:.200}.")
+            for name, tree in (("inputs", inputs), ("targets", target)):
+                for leaf in _tensor_leaves(tree):
+                    require_values(name, leaf)
+                    if leaf.dim() == 0 or leaf.shape[0] != len(part):
+                        raise ValueError(
+                            f"Expected {len(part)} samples in a batch but {name} of shape {tuple(leaf.shape)} came. "
+                            "The first dimension of inputs and targets must be the sample."
+                        )
             yield Batch(slice(part.start, part.stop), inputs, target)
+
+    def _reading(self, part: range) -> AbstractContextManager[None]:
+        return explained(
+            lambda: f"Reading the samples {part.start} to {part.stop - 1} of {len(self)} of the data set",
+            "Check the data set, its length and its collate function.",
+        )
 
 
 def seen_samples(loader: DataLoader[Any], batches: float) -> int | None:
@@ -230,10 +259,15 @@ def unpack_pair(batch: Any) -> tuple[Any, Tensor | None]:
 
 def _source_of(data: Any) -> _Tensors | _Samples:
     if isinstance(data, Tensor) or (isinstance(data, tuple) and len(data) == 2):
+        for name, part in zip(("inputs", "targets"), (data,) if isinstance(data, Tensor) else data, strict=False):
+            if not _tensor_leaves(part):
+                raise TypeError(f"Expected {name} in tensors but got {type(part).__name__}. Use torch.as_tensor.")
+            for leaf in _tensor_leaves(part):
+                require_values(name, leaf)
         return _Tensors(data)
     loader, dataset = (data, data.dataset) if isinstance(data, DataLoader) else (None, data)
     # Any sequence of samples is a data set to a DataLoader too, a list for example.
-    indexed = hasattr(dataset, "__getitem__") and not isinstance(dataset, tuple | dict)
+    indexed = hasattr(dataset, "__getitem__") and not isinstance(dataset, tuple | dict | str | bytes)
     if isinstance(dataset, type) or not (indexed or isinstance(dataset, Dataset)):
         raise TypeError(
             "Expected argument `data` to be a Dataset, a DataLoader, a tuple (inputs, target) or a tensor "
@@ -244,6 +278,10 @@ def _source_of(data: Any) -> _Tensors | _Samples:
             f"Expected a data set in a fixed order but {type(dataset).__name__} can only be iterated. "
             "Give a map-style data set, with __getitem__ and __len__, as the reference."
         )
+    try:
+        len(dataset)
+    except (TypeError, ValueError, OverflowError) as error:
+        raise TypeError(f"Expected a data set with a length but {type(dataset).__name__} has none: {error}.") from error
     if loader is not None and loader.batch_sampler is None:
         raise NoFixedOrderError(
             "Expected a DataLoader that batches samples but got one with batch_size=None, whose data set makes the "

@@ -16,6 +16,10 @@ def match_targets(targets: Tensor, outputs: Tensor, *, flat: bool) -> Tensor:
     Other shapes than that of the outputs are refused: subtracting `(N,)` from `(N, 1)` would broadcast.
     """
     count, classes = outputs.shape
+    if targets.is_complex():
+        raise ValueError(
+            f"Expected real targets but got {targets.dtype}. Give their real and imaginary parts as two outputs."
+        )
     targets = targets.to(outputs.device)
     if not flat and classes > 1 and targets.shape == (count,) and not targets.is_floating_point():
         if targets.min() < 0 or targets.max() >= classes:

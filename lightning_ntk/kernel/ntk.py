@@ -13,9 +13,11 @@ from lightning_ntk.data.reference import Data, Reference, Unpack
 from lightning_ntk.kernel.assembly import assemble
 from lightning_ntk.kernel.plan import PlanChangedError, make_plan, verify
 from lightning_ntk.linearization.linearization import Linearization, Predict
+from lightning_ntk.linearization.verification import check_samples
+from lightning_ntk.utilities.contexts import full_precision, preserved_rng
 from lightning_ntk.utilities.distributed import ALONE, Processes
 from lightning_ntk.utilities.memory import format_bytes
-from lightning_ntk.utilities.validation import require_choice
+from lightning_ntk.utilities.validation import require_choice, require_integer
 
 Method: TypeAlias = Literal["auto", "structured", "contraction"]
 
@@ -23,6 +25,7 @@ Method: TypeAlias = Literal["auto", "structured", "contraction"]
 _DEFAULT_MEMORY_SHARE = 0.25
 
 
+@preserved_rng()
 def empirical_ntk(
     module: nn.Module,
     x1: Data,
@@ -68,9 +71,14 @@ def empirical_ntk(
         tensor([[5., 2.],
                 [2., 1.]])
     """
+    if memory_limit is not None:
+        require_integer("memory_limit", memory_limit, least=1)
     linearization = Linearization(module, predict=predict, params=params)
     rows = Reference(x1, batch_size=batch_size, unpack=unpack)
     columns = None if x2 is None else Reference(x2, batch_size=batch_size, unpack=unpack)
+    for data in (rows, columns):
+        if data is not None:
+            check_samples(linearization, data)
     return compute_kernel(linearization, rows, columns, method=method, memory_limit=memory_limit, progress=progress)
 
 
@@ -154,6 +162,17 @@ class PlannedKernel:
         Warns:
             UserWarning: If a rule disagrees with plain autograd; its parameters are then contracted.
         """
+        with full_precision(self._plan.linearization.device.type):
+            return self._compute(memory_limit, dtype, device, progress, processes)
+
+    def _compute(
+        self,
+        memory_limit: int | None,
+        dtype: torch.dtype | None,
+        device: torch.device | None,
+        progress: bool,
+        processes: Processes,
+    ) -> Tensor:
         plan, linearization = self._plan, self._plan.linearization
         dtype, device = dtype or linearization.dtype, device or linearization.device
         rows, columns = len(plan.rows), len(plan.columns or plan.rows)
@@ -172,11 +191,11 @@ class PlannedKernel:
         )
         try:
             with processes.agreement():
-                return assembled(verify(plan))
+                return _finite(assembled(verify(plan)), plan.outputs)
         except PlanChangedError as reason:
             warnings.warn(f"{reason} The whole kernel is computed by contraction instead.", stacklevel=3)
         with processes.agreement():
-            return assembled(plan.contract(linearization.params))
+            return _finite(assembled(plan.contract(linearization.params)), plan.outputs)
 
 
 def compute_kernel(
@@ -206,6 +225,18 @@ def compute_kernel(
     return planned.compute(
         memory_limit=memory_limit, dtype=dtype, device=device, progress=progress, processes=processes
     )
+
+
+def _finite(kernel: Tensor, outputs: int) -> Tensor:
+    """The kernel; a ValueError where a Jacobian is not finite, which shows in each of its products."""
+    for name, products in (("first", kernel[:, 0]), ("second", kernel[0])):
+        if not products.isfinite().all():
+            sample = int(products.isfinite().int().argmin()) // outputs
+            raise ValueError(
+                f"Expected finite Jacobians but that of sample {sample} of the {name} data set, or its product with another, "
+                "has NaN or infinity. Check inputs and weights."
+            )
+    return kernel
 
 
 def count_operations(linearization: Linearization, reference: Reference) -> Operations:

@@ -17,6 +17,7 @@ from lightning_ntk.kernel.per_sample import random_cotangent, sample_jacobians
 from lightning_ntk.kernel.recorder import Usage, one_hot_cotangents, record_usage
 from lightning_ntk.linearization.linearization import Linearization
 from lightning_ntk.linearization.parameters import Tensors
+from lightning_ntk.linearization.verification import require_dependent
 
 # Samples on which a plan is made and verified: enough to see what belongs to which sample.
 _PROBE_SAMPLES = 3
@@ -132,11 +133,8 @@ def make_plan(
         )
     uses, of_each_sample = usage.factors
     seen = any(gradients_of(factor).any() for _, factor in of_each_sample)
-    if not seen and linearization.unused(inputs) == params:
-        raise ValueError(
-            f"Expected outputs that depend on a trainable parameter but they depend on none of {sorted(params)}. "
-            "Return outputs that are not detached, and not computed under `torch.no_grad`."
-        )
+    if not seen:
+        require_dependent(linearization, inputs)
     layouts, coupled = find_layouts(of_each_sample)
     contracted = usage.uncovered | coupled
     layouts = {name: layout for name, layout in layouts.items() if name not in contracted}

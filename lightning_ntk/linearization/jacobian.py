@@ -4,6 +4,7 @@ J has N K rows, in sample-major order (row n K + k), and P columns.
 """
 
 from collections.abc import Iterable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from lightning_ntk.linearization.parameters import Tensors
 from lightning_ntk.linearization.passes import DataPasses, close
+from lightning_ntk.utilities.contexts import full_precision
 from lightning_ntk.utilities.distributed import sum_over
 
 _BATCHES_PER_PARTIAL_SUM = 8
@@ -104,17 +106,22 @@ class StoredJacobian:
 
     def jvp(self, tangent: Mapping[str, Tensor]) -> Tensor:
         """J v, `(N, K)` in float64."""
-        products = [
-            block.reshape(*block.shape[:2], -1) @ tangent[name].to(block).reshape(-1)
-            for name, block in self.blocks.items()
-        ]
-        return torch.stack(products).sum(0, dtype=torch.float64)
+        with self._full_precision():
+            products = [
+                block.reshape(*block.shape[:2], -1) @ tangent[name].to(block).reshape(-1)
+                for name, block in self.blocks.items()
+            ]
+            return torch.stack(products).sum(0, dtype=torch.float64)
 
     def vjp(self, cotangents: Tensor) -> Tensors:
         """J^T u for cotangents `(T, N, K)`, results `(T, *shape)` in float64."""
-        return {
-            name: (cotangents.flatten(1).to(block) @ block.reshape(block.shape[:2].numel(), -1))
-            .reshape(len(cotangents), *block.shape[2:])
-            .double()
-            for name, block in self.blocks.items()
-        }
+        with self._full_precision():
+            return {
+                name: (cotangents.flatten(1).to(block) @ block.reshape(block.shape[:2].numel(), -1))
+                .reshape(len(cotangents), *block.shape[2:])
+                .double()
+                for name, block in self.blocks.items()
+            }
+
+    def _full_precision(self) -> AbstractContextManager[None]:
+        return full_precision(next(iter(self.blocks.values())).device.type)

@@ -78,7 +78,13 @@ class Linearization(FrozenNetwork):
         inputs = self.convert(inputs)
         if self._overwrites is None:
             self.predict(inputs)
-        with isolated_pass(self.module, self.device.type), sdpa_kernel(SDPBackend.MATH), ExitStack() as stack:
+        with ExitStack() as stack:
+            for context in (
+                self.explained(inputs),
+                isolated_pass(self.module, self.device.type),
+                sdpa_kernel(SDPBackend.MATH),
+            ):
+                stack.enter_context(context)
             while True:
                 # Reverse mode does not see what a forward writes into weights under `no_grad`; forward mode does.
                 rung = 2 if self._overwrites else self._jvp_rung
@@ -103,7 +109,8 @@ class Linearization(FrozenNetwork):
             gradients = [pulled_back([outputs], [u], leaves, retain_graph=i < last) for i, u in enumerate(cotangents)]
             return outputs.detach(), gradients
 
-        return self._backward(inputs, pull_back)
+        with self.explained(inputs):
+            return self._backward(inputs, pull_back)
 
     def predict_jvp_and_vjp(
         self, tangent: Mapping[str, Tensor] | None, inputs: Any, cotangent_of: Callable[[Tensor, Tensor], Tensor]
@@ -127,20 +134,21 @@ class Linearization(FrozenNetwork):
             duals.close()
             return pulled_back([primal], [cotangent_of(primal.detach(), derivative.detach())], leaves)
 
-        if tangent is None:
-            return self._backward(inputs, pull_back)
-        tangent = self._convert_all(tangent)
-        if self._shares_forward and self._jvp_rung == 0 and self._overwrites is False:
-            try:
-                with sdpa_kernel(SDPBackend.MATH), duals:
-                    duals.enter_context(dual_level())
-                    return self._backward(inputs, pull_back, tangent)
-            except (NotImplementedError, RuntimeError) as error:
-                # Activation checkpointing refuses a forward that records more than its repetition.
-                if not (lacks_forward_mode(error) or isinstance(error, CheckpointError)):
-                    raise
-                self._shares_forward = False
-        return self.vjp(cotangent_of(*self.predict_and_jvp(tangent, inputs)), inputs)
+        with self.explained(inputs):
+            if tangent is None:
+                return self._backward(inputs, pull_back)
+            tangent = self._convert_all(tangent)
+            if self._shares_forward and self._jvp_rung == 0 and self._overwrites is False:
+                try:
+                    with sdpa_kernel(SDPBackend.MATH), duals:
+                        duals.enter_context(dual_level())
+                        return self._backward(inputs, pull_back, tangent)
+                except (NotImplementedError, RuntimeError) as error:
+                    # Activation checkpointing refuses a forward that records more than its repetition.
+                    if not (lacks_forward_mode(error) or isinstance(error, CheckpointError)):
+                        raise
+                    self._shares_forward = False
+            return self.vjp(cotangent_of(*self.predict_and_jvp(tangent, inputs)), inputs)
 
     def unused(self, inputs: Any) -> set[str]:
         """The names of the parameters without a gradient, because the outputs do not depend on them."""

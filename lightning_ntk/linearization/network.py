@@ -1,6 +1,7 @@
 """One network frozen at its weights at construction: its outputs, at these and at other weights."""
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from copy import copy
 from typing import Any, TypeAlias, TypeVar
 
@@ -12,7 +13,8 @@ from torch.utils import _pytree as pytree
 from lightning_ntk.linearization.parameters import Tensors, overwritten, trainable_parameters
 from lightning_ntk.utilities.contexts import isolated_pass
 from lightning_ntk.utilities.distributed import Processes
-from lightning_ntk.utilities.validation import require_float64, require_matching
+from lightning_ntk.utilities.errors import describe, explained
+from lightning_ntk.utilities.validation import require_callable, require_float64, require_matching, require_values
 
 T = TypeVar("T")
 Frozen = TypeVar("Frozen", bound="FrozenNetwork")
@@ -42,6 +44,12 @@ class _Predictor(nn.Module):
                 f"Expected outputs that are a tensor of shape (batch, outputs) or (batch,) but got {got}. "
                 "Give `predict=lambda module, inputs: ...` that returns such a tensor."
             )
+        require_values("outputs", outputs)
+        if not outputs.is_floating_point() or not outputs.numel():
+            raise ValueError(
+                f"Expected real floating-point outputs, at least one of each sample, but got {describe(outputs)}. "
+                "Give `predict=lambda module, inputs: ...` that returns such a tensor."
+            )
         self.flat = outputs.dim() == 1
         return then(outputs.unsqueeze(1) if self.flat else outputs)
 
@@ -65,8 +73,16 @@ class FrozenNetwork:
         params: Mapping[str, Tensor] | None = None,
     ) -> None:
         live = trainable_parameters(module)
+        require_callable("predict", predict)
         first = next(iter(live.values()))
         require_float64(first.device)
+        if dtype not in (None, torch.float32, torch.float64):
+            raise ValueError(f"Expected argument `dtype` to be torch.float32, torch.float64 or None but got {dtype!r}.")
+        if predict is None and type(module).forward is nn.Module.forward and "forward" not in vars(module):
+            raise ValueError(
+                f"Expected a module with a method `forward` but {type(module).__name__} has none. "
+                "Give `predict=lambda module, inputs: ...` that returns the outputs."
+            )
         self.dtype = dtype or (first.dtype if first.dtype in (torch.float32, torch.float64) else torch.float32)
         self.device = first.device
         self.module = module
@@ -131,7 +147,7 @@ class FrozenNetwork:
     def predict_at(self, params: Mapping[str, Tensor], inputs: Any) -> Tensor:
         """Outputs `(B, K)` of the (non-linear) network at other weights, with the captured buffers and frozen weights."""
         given = self._frozen | self.buffers | self._convert_all(params)
-        with isolated_pass(self.module, self.device.type), torch.no_grad():
+        with self.explained(inputs), isolated_pass(self.module, self.device.type), torch.no_grad():
             used = self.spare(given)
             if params is not self.params:  # those of a run, perhaps
                 used |= {name: value.clone() for name, value in given.items() if name in params and used[name] is value}
@@ -156,10 +172,18 @@ class FrozenNetwork:
         """Copies of weights or buffers if a forward may write into them, otherwise the tensors themselves."""
         return dict(tensors) if self._overwrites is False else {name: value.clone() for name, value in tensors.items()}
 
+    def explained(self, inputs: Any) -> AbstractContextManager[None]:
+        """Says on which inputs a pass has failed."""
+        return explained(
+            lambda: f"The pass of {type(self.module).__name__} over inputs {describe(inputs)}",
+            "Check that it takes such inputs, or give `unpack` or `predict`.",
+        )
+
     def convert(self, inputs: Any) -> Any:
         """The inputs on the device of the weights, floating-point ones in the type of the passes."""
 
         def convert(leaf: Tensor) -> Tensor:
+            require_values("inputs", leaf)
             # Autograd cannot save tensors made under inference_mode.
             leaf = leaf.clone() if leaf.is_inference() else leaf
             return leaf.to(self.device, self.dtype if leaf.is_floating_point() else None)

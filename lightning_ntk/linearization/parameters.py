@@ -16,6 +16,9 @@ def plain_name(name: str) -> str:
 
 def trainable_parameters(module: nn.Module) -> Tensors:
     """The live parameters that require a gradient, by their names in `named_parameters()`; tied ones once."""
+    if not isinstance(module, nn.Module):
+        hint = f" Make one: {module.__name__}(...)." if isinstance(module, type) else ""
+        raise TypeError(f"Expected argument `module` to be an nn.Module but got {module!r}.{hint}")
     for name, parameter in module.named_parameters():
         if isinstance(parameter, nn.parameter.UninitializedParameter):
             raise ValueError(

@@ -1,6 +1,6 @@
 """A network on a whole data set: every loop over its batches."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -50,13 +50,14 @@ class DataPasses:
         for batch in self.batches("initial predictions", *around):
             if batch.target is None:
                 raise ValueError("Expected the training set to have targets but its batches hold inputs only.")
+            rows = range(len(self.reference))[batch.rows]
             for name, value in (("inputs", batch.inputs), ("targets", batch.target)):
-                _require_finite(name, value, batch.rows)
+                require_finite(name, value, rows)
             samples.add(batch)
             targets.append(batch.target.detach().cpu())
             if batch.rows.start in self.rows:
                 outputs.append(self.linearization.predict(batch.inputs))
-                _require_finite("initial outputs", outputs[-1], batch.rows)
+                require_finite("outputs", outputs[-1], rows)
         # Before the outputs are joined: their shape depends on the number of samples.
         self.processes.require_same(samples.fingerprint, "reference data")
         joined = self._join(outputs)
@@ -83,9 +84,11 @@ def close(actual: Tensor, expected: Tensor, *, roundings: float = 1e4) -> bool:
     return bool((actual - expected).abs().max() <= roundings * torch.finfo(expected.dtype).eps * scale)
 
 
-def _require_finite(name: str, tree: object, rows: slice) -> None:
+def require_finite(name: str, tree: object, rows: Sequence[int]) -> None:
+    """Raises a ValueError for tensors with NaN or infinity, which names one of the samples `rows` that they are made of."""
     for leaf in pytree.tree_leaves(tree):
-        if isinstance(leaf, Tensor) and leaf.is_floating_point() and not leaf.isfinite().all():
+        if isinstance(leaf, Tensor) and not leaf.isfinite().all():
+            finite = leaf.isfinite().reshape(len(leaf), -1).all(1)
             raise ValueError(
-                f"Expected finite {name} but samples {rows.start} to {rows.stop - 1} hold NaN or infinity."
+                f"Expected finite {name} but sample {rows[int(finite.int().argmin())]} has NaN or infinity."
             )

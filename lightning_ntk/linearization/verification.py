@@ -1,19 +1,102 @@
 """Checks of a capture: its data and network are deterministic, and its products consistent."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
-from lightning_ntk.data.reference import NoFixedOrderError, Reference
+from lightning_ntk.data.reference import Batch, NoFixedOrderError, Reference
 from lightning_ntk.linearization.jacobian import Jacobian
 from lightning_ntk.linearization.linearization import Linearization
-from lightning_ntk.linearization.passes import close
+from lightning_ntk.linearization.passes import close, require_finite
+from lightning_ntk.utilities.contexts import full_precision
 
 # Relative tolerance of the random-probe checks, in roundings of the type of the passes.
 _PROBE_ROUNDINGS = 1e4
+# Evenly spaced samples that are looked at before a pass over all.
+_SAMPLES = 3
+
+
+class _Watch(TorchFunctionMode):
+    """Looks for parameters of the module that a forward uses although others stand in for them, and for autocast."""
+
+    def __init__(self, linearization: Linearization) -> None:
+        super().__init__()
+        self._live = {id(p): name for name, p in linearization.module.named_parameters() if p.requires_grad}
+        self._kind = linearization.device.type
+        self.live: set[str] = set()
+        self.autocast = False
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if any(
+            isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(result)
+        ):  # else a question, such as that of a shape
+            self.autocast |= torch.is_autocast_enabled(self._kind)
+            self.live |= {self._live[id(x)] for x in pytree.tree_leaves((args, kwargs)) if id(x) in self._live}
+        return result
+
+
+def check_samples(linearization: Linearization, reference: Reference) -> None:
+    """Requires of a few samples what every product with a Jacobian takes for granted, before all of them are read.
+
+    The data is finite and the same when it is read again. Outputs are finite, one row for each sample, the same again and for a
+    sample alone, in full precision, and depend on the parameters, which the forward uses as attributes of their modules.
+
+    Raises:
+        ValueError: If one of this does not hold; the message says which.
+    """
+    last = len(reference) - 1
+    rows = sorted({last * i // (_SAMPLES - 1) for i in range(_SAMPLES)})
+    some = reference.subset(rows)
+    batch = some.read(0, len(rows))
+    require_finite("inputs", batch.inputs, rows)
+    require_finite("targets", batch.target, rows)
+    _require_same_data(batch, some.read(0, len(rows)))
+    with full_precision(linearization.device.type), _Watch(linearization) as watch:
+        outputs = linearization.predict(batch.inputs)
+    if len(outputs) != len(rows):
+        raise ValueError(
+            f"Expected one row of outputs per sample but got {len(outputs)} rows for {len(rows)} samples. "
+            "Give `predict=lambda module, inputs: ...` that returns outputs (batch, outputs)."
+        )
+    if watch.autocast or torch.finfo(outputs.dtype).eps > torch.finfo(torch.float32).eps:
+        raise ValueError(
+            "Expected a forward in full precision but it computes in half precision, by `torch.autocast` or by conversions of "
+            "its own. Give `predict=lambda module, inputs: ...` that calls the network without them."
+        )
+    if torch.finfo(outputs.dtype).eps > torch.finfo(linearization.dtype).eps:
+        raise ValueError(
+            f"Expected outputs in the type of the passes, {linearization.dtype}, but they are {outputs.dtype}: the forward "
+            "converts them. Convert the module to that type, or give a `predict` that leaves them as they are."
+        )
+    if watch.live:
+        raise ValueError(
+            f"Expected a forward that reads its parameters from their modules but it reads {sorted(watch.live)} elsewhere, from "
+            "a Python list for example, where other weights cannot stand in. Use nn.ParameterList, or the attribute itself."
+        )
+    require_finite("outputs", outputs, rows)
+    _require_same_outputs(outputs, linearization.predict(batch.inputs))
+    for number, row in enumerate(rows):
+        _require_uncoupled(
+            row, linearization.predict(some.read(number, number + 1).inputs), outputs[number : number + 1]
+        )
+    require_dependent(linearization, batch.inputs)
+
+
+def require_dependent(linearization: Linearization, inputs: Any) -> None:
+    """Raises a ValueError for outputs that depend on no parameter."""
+    params = linearization.params.keys()
+    if linearization.unused(inputs) == params:
+        raise ValueError(
+            f"Expected outputs that depend on a trainable parameter but they depend on none of {sorted(params)}. "
+            "Return outputs that are not detached, and not computed under `torch.no_grad`."
+        )
 
 
 def check_determinism(linearization: Linearization, reference: Reference, predictions: Tensor) -> None:
@@ -23,17 +106,9 @@ def check_determinism(linearization: Linearization, reference: Reference, predic
     """
     batch = reference.read(0, reference.batch_size)
     again = reference.read(0, reference.batch_size)
-    if not _equal((batch.inputs, batch.target), (again.inputs, again.target)):
-        raise NoFixedOrderError(
-            "Expected the reference data to be the same whenever it is read but two reads of its first samples differ: "
-            "random augmentation or shuffling is active. Give a reference without it."
-        )
+    _require_same_data(batch, again)
     outputs = linearization.predict(batch.inputs)
-    if not close(linearization.predict(batch.inputs), outputs):
-        raise ValueError(
-            "Expected the same outputs from the same inputs but two passes in eval mode differ: the forward draws random "
-            "numbers, for example through F.dropout without training=self.training. Make it deterministic in eval mode."
-        )
+    _require_same_outputs(outputs, linearization.predict(batch.inputs))
     if not close(outputs, predictions[batch.rows]):
         raise NoFixedOrderError(
             "Expected the reference data to be in a fixed order but its first samples gave other outputs in a complete pass: "
@@ -42,12 +117,7 @@ def check_determinism(linearization: Linearization, reference: Reference, predic
     last = len(reference) - 1
     for row in {0, last // 2, last}:
         alone = linearization.predict(reference.read(row, row + 1).inputs)
-        if not close(alone, predictions[row : row + 1], roundings=1e5):
-            raise ValueError(
-                f"Expected the outputs of a sample not to depend on its batch but those of sample {row} differ when it is alone: "
-                "samples are coupled, for example by BatchNorm with batch statistics or by padding in the collate function. "
-                "Such a network has no kernel of single samples."
-            )
+        _require_uncoupled(row, alone, predictions[row : row + 1])
 
 
 def check_adjoint(linearization: Linearization, jacobian: Jacobian, predictions: Tensor) -> None:
@@ -94,6 +164,31 @@ def _probe(like: Tensor, generator: torch.Generator) -> Tensor:
 
 def _tolerance(dtype: torch.dtype) -> float:
     return _PROBE_ROUNDINGS * torch.finfo(dtype).eps
+
+
+def _require_same_data(first: Batch, again: Batch) -> None:
+    if not _equal((first.inputs, first.target), (again.inputs, again.target)):
+        raise NoFixedOrderError(
+            "Expected the reference data to be the same whenever it is read but two reads of the same samples differ: "
+            "random augmentation or shuffling is active. Give a reference without it."
+        )
+
+
+def _require_same_outputs(outputs: Tensor, again: Tensor) -> None:
+    if not close(again, outputs):
+        raise ValueError(
+            "Expected the same outputs from the same inputs but two passes in eval mode differ: the forward draws random "
+            "numbers, for example through F.dropout without training=self.training. Make it deterministic in eval mode."
+        )
+
+
+def _require_uncoupled(row: int, alone: Tensor, together: Tensor) -> None:
+    if not close(alone, together, roundings=1e5):
+        raise ValueError(
+            f"Expected the outputs of a sample not to depend on its batch but those of sample {row} differ when it is alone: "
+            "samples are coupled, for example by BatchNorm with batch statistics or by padding in the collate function. "
+            "Such a network has no kernel of single samples."
+        )
 
 
 def _equal(first: Any, second: Any) -> bool:

@@ -16,11 +16,11 @@ from lightning_ntk.linearization.linearization import Linearization, Predict
 from lightning_ntk.linearization.objective import Loss, Objective
 from lightning_ntk.linearization.parameters import Tensors
 from lightning_ntk.linearization.passes import DataPasses
-from lightning_ntk.linearization.verification import check_adjoint, check_determinism, check_kernel
-from lightning_ntk.utilities.contexts import preserved_rng
+from lightning_ntk.linearization.verification import check_adjoint, check_determinism, check_kernel, check_samples
+from lightning_ntk.utilities.contexts import full_precision, preserved_rng
 from lightning_ntk.utilities.distributed import ALONE, Processes
-from lightning_ntk.utilities.memory import mirror_upper_
-from lightning_ntk.utilities.validation import require_choice
+from lightning_ntk.utilities.memory import format_bytes, mirror_upper_
+from lightning_ntk.utilities.validation import require_callable, require_choice
 
 JacobianStorage = Literal["streamed", "stored"]
 
@@ -84,6 +84,7 @@ class LinearizedProblem:
         processes: Processes = ALONE,
     ) -> None:
         require_choice("jacobian", jacobian, JacobianStorage)
+        require_callable("loss", loss)
         self.progress = progress
         self.processes = processes
         self.unpack = unpack
@@ -111,11 +112,18 @@ class LinearizedProblem:
         linearization = self.linearization
         self.reference = Reference(data, batch_size=self._batch_size, unpack=self.unpack, transfer=self.transfer)
         self._passes = DataPasses(linearization, self.reference, progress=self.progress, processes=self.processes)
+        check_samples(linearization, self.reference)
         self.predictions, targets, self.samples = self._passes.first()
         check_determinism(linearization, self.reference, self.predictions)
         self.objective = Objective(self._loss, self.predictions, targets, flat=linearization.flat)
         self.jacobian: Jacobian = StreamedJacobian(self._passes, self.predictions)
         if self._storage == "stored":
+            size = self.predictions.numel() * linearization.num_parameters * linearization.dtype.itemsize
+            if size > (free := self.processes.free_memory(linearization.device)):
+                raise MemoryError(
+                    f"The stored Jacobian of {len(self.reference)} samples needs {format_bytes(size)} but {format_bytes(free)} "
+                    'are free. Use fewer samples, or jacobian="streamed".'
+                )
             batches = self._passes.batches("Jacobian", range(len(self.reference)))
             self.jacobian = StoredJacobian.cat(sample_jacobians(linearization, batch.inputs) for batch in batches)
         check_adjoint(linearization, self.jacobian, self.predictions)
@@ -178,7 +186,8 @@ class LinearizedProblem:
             computed = max(given.dtype, computed, key=lambda kind: torch.finfo(kind).eps)
         elif isinstance(self.jacobian, StoredJacobian):
             blocks = self.jacobian.blocks
-            kernel = mirror_upper_(contract(self.scaled(blocks), blocks, dtype)).to(self.device)
+            with full_precision(self.linearization.device.type):
+                kernel = mirror_upper_(contract(self.scaled(blocks), blocks, dtype)).to(self.device)
         else:
             kernel = self.planned_kernel.compute(
                 dtype=dtype, device=self.device, progress=self.progress, processes=self.processes

@@ -1,6 +1,7 @@
 """Checks that raise a sentence: what was expected, what came, what to do."""
 
 from collections.abc import Mapping, Sequence
+from numbers import Real
 from typing import Any, get_args
 
 import torch
@@ -12,6 +13,31 @@ def require_choice(name: str, value: object, choices: object) -> None:
     allowed = [v for c in get_args(choices) for v in (get_args(c) or [c])]
     if value not in allowed:
         raise ValueError(f"Expected argument `{name}` to be one of {', '.join(map(repr, allowed))} but got {value!r}.")
+
+
+def require_callable(name: str, value: object) -> None:
+    """Raises a TypeError unless an argument is None or can be called."""
+    if value is not None and not callable(value):
+        raise TypeError(f"Expected argument `{name}` to be a function or None but got {value!r}.")
+
+
+def require_values(name: str, tensor: Tensor) -> None:
+    """Raises a ValueError for a tensor that does not hold one value per element in memory."""
+    kinds = {
+        "quantized": (tensor.is_quantized, "Use `dequantize()`."),
+        "nested": (tensor.is_nested, "Use `to_padded_tensor(0.0)`."),
+        "sparse": (tensor.layout != torch.strided, "Use `to_dense()`."),
+        "on the meta device": (tensor.is_meta, "Load its values."),
+    }
+    for kind, (found, advice) in kinds.items():
+        if found:
+            raise ValueError(f"Expected {name} in dense tensors but got one that is {kind}. {advice}")
+
+
+def require_number(name: str, value: object, what: str) -> None:
+    """Raises a TypeError unless an argument is a real number."""
+    if not isinstance(value, Real) or isinstance(value, bool):
+        raise TypeError(f"Expected argument `{name}` to be {what} but got {value!r}.")
 
 
 def require_device(name: str, value: object) -> None:

@@ -92,10 +92,10 @@ def test_sums_over_batches_are_kept_in_float64() -> None:
         (
             torch.tensor([1.0, 2.0, float("nan"), 0.0]).expand(6, 4).T,
             torch.ones(4, 3),
-            "finite inputs but samples 2 to 3",
+            "finite inputs but sample 2 has",
         ),
-        (torch.ones(4, 6), torch.full((4, 3), float("inf")), "finite targets but samples 0 to 1"),
-        (torch.full((4, 6), 1e38), torch.ones(4, 3), "finite initial outputs but samples 0 to 1"),
+        (torch.ones(4, 6), torch.full((4, 3), float("inf")), "finite targets but sample 0 has"),
+        (torch.full((4, 6), 1e38), torch.ones(4, 3), "finite outputs but sample 0 has"),
     ],
 )
 def test_data_without_numbers_is_refused(inputs: Tensor, targets: Tensor | None, message: str) -> None:

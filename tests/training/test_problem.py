@@ -70,8 +70,10 @@ def test_a_kernel_of_differing_rates_is_verified_in_the_type_of_its_passes(monke
     monkeypatch.setattr(module_under_test, "check_kernel", spy)
     module, inputs, targets = make("mlp")
     problem = LinearizedProblem(module, (inputs, targets), lr_scales={"0.weight": 0.3})
-    problem.kernel(problem.kernel(dtype=torch.float64), dtype=torch.float64)
-    assert types == [torch.float64, torch.float32]  # a given kernel may come from float32
+    kernel = problem.kernel(dtype=torch.float64)
+    problem.kernel(kernel, dtype=torch.float64)
+    problem.kernel(kernel.float(), dtype=torch.float64)
+    assert types == [torch.float64, torch.float64, torch.float32]
 
 
 def test_momentum_buffers_of_a_checkpoint_go_to_the_device_of_the_network() -> None:
