@@ -29,12 +29,20 @@ from lightning_ntk.data.reference import unpack_pair
 from lightning_ntk.data.sample_index import UnknownSamplesError
 from lightning_ntk.linearization.parameters import plain_name
 from lightning_ntk.plots import plot_history
+from lightning_ntk.solvers.selection import Solver
 from lightning_ntk.training.base import StepSettings
 from lightning_ntk.training.linearized_training import LinearizedTraining
 from lightning_ntk.training.optimizer_copy import require_supported_optimizer
+from lightning_ntk.training.problem import JacobianStorage
 from lightning_ntk.training.replay import Replay
 from lightning_ntk.utilities.distributed import ALONE
-from lightning_ntk.utilities.validation import require_choice, require_device, require_integer, require_steps
+from lightning_ntk.utilities.validation import (
+    require_callable,
+    require_choice,
+    require_device,
+    require_integer,
+    require_steps,
+)
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -173,7 +181,7 @@ class LinearizationMonitor(Callback):
         self.loss = loss
         self.predict = predict
         self.unpack = unpack
-        self.network = [network] if isinstance(network, str) else list(network)
+        self.network = [network] if isinstance(network, str) or not isinstance(network, Sequence) else list(network)
         self.evaluation = evaluation
         self.reference_samples = reference_samples
         self.capture_at = capture_at
@@ -197,11 +205,25 @@ class LinearizationMonitor(Callback):
         self._reset()
 
     def _validate(self) -> None:
-        if isinstance(self.reference, str) and self.reference != "train":
-            raise ValueError(
-                f'Expected argument `reference` to be a data set, a DataLoader, "train" or None but got {self.reference!r}.'
-            )
+        for name, data, also in (("reference", self.reference, '"train" '), ("evaluation", self.evaluation, "")):
+            indexed = hasattr(data, "__getitem__") and not isinstance(data, str | bytes | dict | type)
+            named = name == "reference" and isinstance(data, str) and data == "train"
+            if not (data is None or named or indexed or isinstance(data, Dataset | DataLoader)):
+                raise ValueError(
+                    f"Expected argument `{name}` to be a data set, a DataLoader, {also}or None but got {data!r:.100}."
+                )
         require_steps(self.steps)
+        for name in ("loss", "predict", "unpack"):
+            require_callable(name, getattr(self, name))
+        if not all(isinstance(name, str) for name in self.network):
+            raise ValueError(f"Expected argument `network` to be names of submodules but got {self.network!r:.100}.")
+        if not isinstance(self.name, str) or not self.name:
+            raise ValueError(f"Expected argument `name` to be a prefix of tags but got {self.name!r}.")
+        for name in ("per_parameter", "taylor", "closest", "figures", "save_state", "strict", "progress"):
+            require_choice(name, getattr(self, name), Literal[True, False])
+        require_choice("solver", self.solver, Solver)
+        require_choice("jacobian", self.jacobian, JacobianStorage)
+        require_integer("batch_size", self.batch_size, least=1)
         require_choice("dynamics", self.dynamics, FollowedDynamics)
         require_choice("mismatch", self.mismatch, Literal["refuse", "log"])
         require_choice("dtype", self.dtype, Literal["float32", "float64", None])

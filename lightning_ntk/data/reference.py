@@ -136,6 +136,7 @@ class Reference:
         self.unpack = unpack or unpack_pair
         self._transfer = transfer
         self._source = _source_of(data)
+        self._rows: Sequence[int] = range(len(self))  # in the data set that was given
         if len(self) == 0:
             raise ValueError("Expected argument `data` to hold at least one sample but it is empty.")
 
@@ -165,6 +166,7 @@ class Reference:
             raise ValueError(f"Expected rows from 0 to {len(self) - 1} but got {list(rows)}.")
         other = copy(self)
         other._source = self._source.subset(rows)
+        other._rows = [self._rows[row] for row in rows]
         return other
 
     def whole(self) -> Iterator[tuple[slice, Any]]:
@@ -187,9 +189,9 @@ class Reference:
     def _unpacked(self, parts: Sequence[range], *, workers: bool = True) -> Iterator[Batch]:
         for part, batch in self._transferred(parts, workers=workers):
             with self._reading(part):
-                pair = self.unpack(batch)
+                pair: Any = self.unpack(batch)
             if not isinstance(pair, tuple | list) or len(pair) != 2 or not isinstance(pair[1], Tensor | None):
-                got = f"{len(pair)} of them" if isinstance(pair, tuple | list) and len(pair) != 2 else repr(pair)[:200]
+                got = [type(part).__name__ for part in pair] if isinstance(pair, tuple | list) else type(pair).__name__
                 raise ValueError(
                     f"Expected `unpack` to return a pair (inputs, target), with a tensor as target, but got {got}."
                 )
@@ -207,10 +209,12 @@ class Reference:
             yield Batch(slice(part.start, part.stop), inputs, target)
 
     def _reading(self, part: range) -> AbstractContextManager[None]:
-        return explained(
-            lambda: f"Reading the samples {part.start} to {part.stop - 1} of {len(self)} of the data set",
-            "Check the data set, its length and its collate function.",
-        )
+        def what() -> str:
+            rows = self._rows[part.start : part.stop]
+            named = f"{rows[0]} to {rows[-1]}" if isinstance(rows, range) else ", ".join(map(str, rows[:8]))
+            return f"Reading the samples {named} of the data set"
+
+        return explained(what, "Check the data set, its length and its collate function.")
 
 
 def seen_samples(loader: DataLoader[Any], batches: float) -> int | None:
@@ -279,7 +283,8 @@ def _source_of(data: Any) -> _Tensors | _Samples:
             "Give a map-style data set, with __getitem__ and __len__, as the reference."
         )
     try:
-        len(dataset)
+        with explained(lambda: "Asking the data set for its length", "Check its `__len__`."):
+            len(dataset)
     except (TypeError, ValueError, OverflowError) as error:
         raise TypeError(f"Expected a data set with a length but {type(dataset).__name__} has none: {error}.") from error
     if loader is not None and loader.batch_sampler is None:

@@ -17,7 +17,7 @@ from lightning_ntk.linearization.verification import check_samples
 from lightning_ntk.utilities.contexts import full_precision, preserved_rng
 from lightning_ntk.utilities.distributed import ALONE, Processes
 from lightning_ntk.utilities.memory import format_bytes
-from lightning_ntk.utilities.validation import require_choice, require_integer
+from lightning_ntk.utilities.validation import require_choice, require_instance, require_integer, require_number
 
 Method: TypeAlias = Literal["auto", "structured", "contraction"]
 
@@ -229,6 +229,8 @@ def compute_kernel(
 
 def _finite(kernel: Tensor, outputs: int) -> Tensor:
     """The kernel; a ValueError where a Jacobian is not finite, which shows in each of its products."""
+    if kernel.is_meta:  # there are no numbers
+        return kernel
     for name, products in (("first", kernel[:, 0]), ("second", kernel[0])):
         if not products.isfinite().all():
             sample = int(products.isfinite().int().argmin()) // outputs
@@ -247,11 +249,13 @@ def count_operations(linearization: Linearization, reference: Reference) -> Oper
 def complete_scales(given: Mapping[str, float], names: Iterable[str]) -> dict[str, float]:
     """The factor of every parameter, 1 unless it is given; a ValueError for `lr_scales` that cannot be used."""
     scales = dict.fromkeys(names, 1.0)
+    require_instance("lr_scales", given, Mapping, "a dict of numbers by parameter")
     if unknown := sorted(given.keys() - scales.keys()):
         raise ValueError(
             f"Expected argument `lr_scales` to name trainable parameters, {sorted(scales)}, but got {unknown}."
         )
     for name, scale in given.items():
+        require_number("lr_scales", scale, "a dict of numbers by parameter")
         if not 0 <= scale < math.inf:
             raise ValueError(f"Expected argument `lr_scales` to be finite and at least 0 but got {scale} for {name!r}.")
         scales[name] = float(scale)

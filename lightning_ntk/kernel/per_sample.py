@@ -11,7 +11,7 @@ from torch.utils import _pytree as pytree
 
 from lightning_ntk.linearization.linearization import Linearization
 from lightning_ntk.linearization.parameters import Tensors
-from lightning_ntk.utilities.contexts import isolated_pass
+from lightning_ntk.utilities.contexts import full_precision, isolated_pass
 
 # Samples whose activations, K times each, are held at once while their Jacobians are made.
 _VMAP_CHUNK = 32
@@ -67,10 +67,11 @@ def _match_autograd(linearization: Linearization, inputs: object, jacobians: Ten
     expected = linearization.predict_and_vjp([cotangent], inputs)[1][0]
     tolerance = 1e4 * torch.finfo(first.dtype).eps
     close = []
-    for name, block in jacobians.items():
-        product = cotangent.flatten() @ block.reshape(block.shape[:2].numel(), -1)
-        scale = (block.reshape(*cotangent.shape, -1).square().sum(2) * cotangent.square()).sum().sqrt()
-        close.append((product - expected[name].flatten()).norm() <= tolerance * scale)
+    with full_precision(linearization.device.type):
+        for name, block in jacobians.items():
+            product = cotangent.flatten() @ block.reshape(block.shape[:2].numel(), -1)
+            scale = (block.reshape(*cotangent.shape, -1).square().sum(2) * cotangent.square()).sum().sqrt()
+            close.append((product - expected[name].flatten()).norm() <= tolerance * scale)
     return bool(torch.stack(close).all())
 
 

@@ -14,6 +14,7 @@ from torch.utils.checkpoint import CheckpointError
 from lightning_ntk.linearization.network import FrozenNetwork, Predict
 from lightning_ntk.linearization.parameters import Tensors
 from lightning_ntk.utilities.contexts import isolated_pass, without_library_kernels
+from lightning_ntk.utilities.validation import require_instance
 
 __all__ = ["Linearization", "Predict"]
 
@@ -70,6 +71,7 @@ class Linearization(FrozenNetwork):
 
     def vjp(self, cotangent: Tensor, inputs: Any) -> Tensors:
         """The vector-Jacobian product `J^T u` for a cotangent `(B, K)`, with the names and shapes of `params`."""
+        require_instance("cotangent", cotangent, Tensor, "a tensor (B, K)")
         return self.predict_and_vjp([cotangent], inputs)[1][0]
 
     def predict_and_jvp(self, tangent: Mapping[str, Tensor], inputs: Any) -> tuple[Tensor, Tensor]:

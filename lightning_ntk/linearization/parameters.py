@@ -6,6 +6,8 @@ from typing import TypeAlias
 import torch
 from torch import Tensor, nn
 
+from lightning_ntk.utilities.validation import require_instance, require_values
+
 Tensors: TypeAlias = dict[str, Tensor]
 
 
@@ -16,9 +18,7 @@ def plain_name(name: str) -> str:
 
 def trainable_parameters(module: nn.Module) -> Tensors:
     """The live parameters that require a gradient, by their names in `named_parameters()`; tied ones once."""
-    if not isinstance(module, nn.Module):
-        hint = f" Make one: {module.__name__}(...)." if isinstance(module, type) else ""
-        raise TypeError(f"Expected argument `module` to be an nn.Module but got {module!r}.{hint}")
+    require_instance("module", module, nn.Module, "an nn.Module, an object and not its class,")
     for name, parameter in module.named_parameters():
         if isinstance(parameter, nn.parameter.UninitializedParameter):
             raise ValueError(
@@ -32,6 +32,7 @@ def trainable_parameters(module: nn.Module) -> Tensors:
             "Unfreeze the parameters whose linearized training is wanted."
         )
     for name, tensor in parameters.items():
+        require_values(f"the parameter `{name}`", tensor)
         if not tensor.is_floating_point():
             raise ValueError(f"Expected real floating-point parameters but `{name}` has dtype {tensor.dtype}.")
     return parameters

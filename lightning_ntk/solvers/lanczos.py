@@ -4,7 +4,7 @@ import logging
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 import torch
 from torch import Tensor
@@ -13,6 +13,7 @@ from lightning_ntk.solvers.base import ErrorBound, Modes, Solved, Stop, signs
 from lightning_ntk.solvers.products import Product
 from lightning_ntk.utilities.distributed import ALONE, Processes
 from lightning_ntk.utilities.progress import track_operations
+from lightning_ntk.utilities.validation import require_choice, require_number
 
 T = TypeVar("T")
 
@@ -48,6 +49,10 @@ class Lanczos:
     matrix_free: bool | None = None
 
     def __post_init__(self) -> None:
+        require_choice("matrix_free", self.matrix_free, Literal[True, False, None])
+        require_number("tolerance", self.tolerance, "a number between 0 and 1")
+        if self.horizon is not None:
+            require_number("horizon", self.horizon, "a number of optimizer steps or None")
         if self.horizon is not None and not self.horizon >= 0:
             raise ValueError(
                 f"Expected argument `horizon` to be at least 0 optimizer steps or None but got {self.horizon}."

@@ -63,8 +63,11 @@ def find_closest(training: ModalTraining, displacement: Mapping[str, Tensor], un
             "Expected equal learning rates, or frozen parameters, for the closest time but got `lr_scales` "
             f"{problem.lr_scales}: the distance is no function of the kernel's modes then."
         )
-    matching = require_matching(displacement, problem.linearization.params)
+    matching = require_matching(displacement, problem.linearization.params, "a displacement")
     displaced = {name: value.detach().double() for name, value in matching.items()}
+    for name, value in displaced.items():
+        if not value.isfinite().all():
+            raise ValueError(f"Expected a finite displacement but that of `{name}` has NaN or infinity.")
     squared = _SquaredDistance(training, displaced)
     time, state = _closest_time(squared, training, last)
     span = squared.in_span(problem.linearization.dtype)

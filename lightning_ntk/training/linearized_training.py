@@ -13,7 +13,7 @@ from lightning_ntk.linearization.jacobian import StreamedJacobian
 from lightning_ntk.linearization.linearization import Linearization, Predict
 from lightning_ntk.linearization.objective import Loss
 from lightning_ntk.linearization.parameters import Tensors
-from lightning_ntk.linearization.passes import DataPasses
+from lightning_ntk.linearization.passes import DataPasses, require_finite
 from lightning_ntk.solvers.base import Modes
 from lightning_ntk.solvers.lanczos import Lanczos, LanczosSolver
 from lightning_ntk.solvers.selection import Solver
@@ -26,7 +26,7 @@ from lightning_ntk.training.off_span import displacement, displacements, off_spa
 from lightning_ntk.training.problem import JacobianStorage, LinearizedProblem
 from lightning_ntk.training.replay import Batches, RecordedTraining
 from lightning_ntk.utilities.contexts import preserved_rng
-from lightning_ntk.utilities.validation import require_choice
+from lightning_ntk.utilities.validation import require_choice, require_instance
 
 
 class LinearizedTraining:
@@ -251,6 +251,7 @@ class LinearizedTraining:
 
     def weights_at(self, times: Sequence[float | None]) -> list[Tensors]:
         """`weights` at several times for one pass: one forward and `len(times)` backward passes, memory O(T P)."""
+        require_instance("times", times, list | tuple | range, "a list of times")
         stacked = displacements(self.problem, self._terms, [self.state(t) for t in times])
         return [self._add_to_initial({n: value[i] for n, value in stacked.items()}) for i in range(len(times))]
 
@@ -281,6 +282,7 @@ class LinearizedTraining:
             )
             passes = DataPasses(self.linearization, other, progress=self.problem.progress)
             outputs = passes.predict()
+            require_finite("outputs", outputs, range(len(other)))
             return outputs + StreamedJacobian(passes, outputs).jvp(self._displacement(t)).to(outputs)
 
     def loss(self, t: float | None) -> float:

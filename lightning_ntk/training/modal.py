@@ -13,6 +13,7 @@ from lightning_ntk.solvers.eigh import CompleteModes
 from lightning_ntk.training.base import LinearizedState
 from lightning_ntk.training.modal_run import ModalRun
 from lightning_ntk.training.modes import ModalProblem
+from lightning_ntk.utilities.validation import require_number
 
 
 class ModalTraining:
@@ -115,6 +116,8 @@ class ModalTraining:
 
     def require_time(self, t: float | None) -> None:
         """Raises a ValueError where there is no such time."""
+        if t is not None:
+            require_number("t", t, "a number of optimizer steps or None")
         if t is not None and not t >= 0:
             raise ValueError(f"Expected argument `t` to be at least 0 optimizer steps but got {t}.")
         if not is_infinite(t):

@@ -19,8 +19,9 @@ from lightning_ntk.linearization.passes import DataPasses
 from lightning_ntk.linearization.verification import check_adjoint, check_determinism, check_kernel, check_samples
 from lightning_ntk.utilities.contexts import full_precision, preserved_rng
 from lightning_ntk.utilities.distributed import ALONE, Processes
+from lightning_ntk.utilities.errors import describe, explained
 from lightning_ntk.utilities.memory import format_bytes, mirror_upper_
-from lightning_ntk.utilities.validation import require_callable, require_choice
+from lightning_ntk.utilities.validation import require_callable, require_choice, require_instance
 
 JacobianStorage = Literal["streamed", "stored"]
 
@@ -115,7 +116,8 @@ class LinearizedProblem:
         check_samples(linearization, self.reference)
         self.predictions, targets, self.samples = self._passes.first()
         check_determinism(linearization, self.reference, self.predictions)
-        self.objective = Objective(self._loss, self.predictions, targets, flat=linearization.flat)
+        with explained(lambda: f"The loss of the first outputs, {describe(self.predictions)},", "Check the loss."):
+            self.objective = Objective(self._loss, self.predictions, targets, flat=linearization.flat)
         self.jacobian: Jacobian = StreamedJacobian(self._passes, self.predictions)
         if self._storage == "stored":
             size = self.predictions.numel() * linearization.num_parameters * linearization.dtype.itemsize
@@ -197,6 +199,7 @@ class LinearizedProblem:
 
 
 def _checked_kernel(given: Tensor, size: int) -> Tensor:
+    require_instance("ntk", given, Tensor, "a tensor")
     if tuple(given.shape) != (size, size):
         raise ValueError(f"Expected argument `ntk` of shape {(size, size)} but got {tuple(given.shape)}.")
     if not given.is_floating_point():

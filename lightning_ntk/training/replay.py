@@ -13,6 +13,7 @@ from lightning_ntk.training.function_space import FunctionSpaceSGD, require_rows
 from lightning_ntk.training.off_span import displacement, off_span_terms
 from lightning_ntk.training.problem import LinearizedProblem
 from lightning_ntk.utilities.contexts import preserved_rng
+from lightning_ntk.utilities.validation import require_instance, require_number
 
 Rows: TypeAlias = Tensor | Sequence[int]
 Batches: TypeAlias = Sequence[Rows | tuple[Rows, ...]]
@@ -134,6 +135,7 @@ class RecordedTraining:
         momentum_buffers: Mapping[str, Tensor] | None = None,
         ntk: Tensor | None = None,
     ) -> None:
+        require_instance("batches", batches, list | tuple, "a list with the rows of every step")
         self._hyperparameters = hyperparameters
         self._batches = [_micro_batches(batch, len(problem.reference), step) for step, batch in enumerate(batches)]
         self._replay = Replay(problem, hyperparameters, momentum_buffers=momentum_buffers, ntk=ntk)
@@ -143,6 +145,8 @@ class RecordedTraining:
     def state(self, t: float | None) -> LinearizedState:
         """The linearized network after t steps. It goes on from the last time that was asked for."""
         steps, replay = len(self._batches), self._replay
+        if t is not None:
+            require_number("t", t, "a number of optimizer steps")
         if t is None or not (0 <= t <= steps and t == int(t)):
             raise ValueError(
                 f"Expected argument `t` to be a whole number of steps up to {steps}, the number of recorded `batches`, "

@@ -1,7 +1,6 @@
 """Checks that raise a sentence: what was expected, what came, what to do."""
 
 from collections.abc import Mapping, Sequence
-from numbers import Real
 from typing import Any, get_args
 
 import torch
@@ -35,9 +34,13 @@ def require_values(name: str, tensor: Tensor) -> None:
 
 
 def require_number(name: str, value: object, what: str) -> None:
-    """Raises a TypeError unless an argument is a real number."""
-    if not isinstance(value, Real) or isinstance(value, bool):
-        raise TypeError(f"Expected argument `{name}` to be {what} but got {value!r}.")
+    """Raises a TypeError unless an argument is a real number, that of a tensor or an array too."""
+    try:
+        valid = not isinstance(value, bool | str) and isinstance(float(value), float)  # type: ignore[arg-type]
+    except (TypeError, ValueError, RuntimeError):
+        valid = False
+    if not valid:
+        raise TypeError(f"Expected argument `{name}` to be {what} but got {_shown(value)}.")
 
 
 def require_device(name: str, value: object) -> None:
@@ -63,6 +66,12 @@ def require_float64(device: torch.device) -> None:
         )
 
 
+def require_instance(name: str, value: object, kind: Any, what: str) -> None:
+    """Raises a TypeError unless an argument is of a type."""
+    if not isinstance(value, kind):
+        raise TypeError(f"Expected argument `{name}` to be {what} but got {_shown(value)}.")
+
+
 def require_integer(name: str, value: object, *, least: int) -> None:
     """Raises a ValueError unless an argument is an integer that is at least `least`."""
     if not isinstance(value, int) or isinstance(value, bool) or value < least:
@@ -70,13 +79,18 @@ def require_integer(name: str, value: object, *, least: int) -> None:
 
 
 def require_same_names(tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor], what: str = "tensors") -> None:
-    """Raises a ValueError, about `what`, unless names and shapes are the same."""
+    """Raises an error, about `what`, unless they are tensors by name and names and shapes are the same."""
+    given: Any = tensors
+    if not isinstance(given, Mapping):
+        raise TypeError(f"Expected {what} by name, a dict of tensors, but got {_shown(given)}.")
     differing = sorted(expected.keys() ^ tensors.keys())
     if differing:
         raise ValueError(
             f"Expected {what} with the names {sorted(expected)[:6]} but these names differ: {differing[:6]}."
         )
-    for name, tensor in tensors.items():
+    for name, tensor in given.items():
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"Expected {what} by name, a dict of tensors, but `{name}` is {_shown(tensor)}.")
         if tensor.shape != expected[name].shape:
             shape = tuple(expected[name].shape)
             raise ValueError(f"Expected {what} with `{name}` of shape {shape} but got {tuple(tensor.shape)}.")
@@ -99,10 +113,14 @@ def require_same_shape(**tensors: Tensor) -> None:
 
 def require_steps(value: Any) -> None:
     """Raises a ValueError unless the argument `steps` is a positive integer, a list of steps or "log"."""
-    whole = (
-        isinstance(value, Sequence) and not isinstance(value, str) and all(isinstance(s, int) and s >= 0 for s in value)
-    )
-    if not (value == "log" or whole or (isinstance(value, int) and not isinstance(value, bool) and value > 0)):
+    values = isinstance(value, Sequence | int)  # an array would be compared element by element
+    whole = isinstance(value, Sequence) and not isinstance(value, str) and all(type(s) is int and s >= 0 for s in value)
+    if not (values and (value == "log" or whole or (type(value) is int and value > 0))):
         raise ValueError(
-            f'Expected argument `steps` to be a positive integer, a list of steps or "log" but got {value!r}.'
+            f'Expected argument `steps` to be a positive integer, a list of integers or "log" but got {value!r}.'
         )
+
+
+def _shown(value: object) -> str:
+    """A value in one short line."""
+    return " ".join(repr(value).split())[:100]
