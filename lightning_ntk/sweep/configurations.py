@@ -29,6 +29,7 @@ class Range:
 
     Raises:
         ValueError: If the interval is empty, is logarithmic and reaches zero, or has integer values and fractional ends.
+        TypeError: If an end is no number, or `log` or `integer` is not True or False.
     """
 
     low: float
@@ -37,6 +38,11 @@ class Range:
     integer: bool = False
 
     def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            switch = name in ("log", "integer")
+            if isinstance(value, bool) != switch or not isinstance(value, int | float):
+                kind = "true or false" if switch else "a number"
+                raise TypeError(f"Expected `{name}` of a range to be {kind} but got {value!r}.")
         if not (math.isfinite(self.low) and math.isfinite(self.high) and self.low < self.high):
             raise ValueError(
                 f"Expected a range with low < high, both finite, but got low={self.low}, high={self.high}."

@@ -15,6 +15,7 @@ import contextlib
 import json
 import math
 import traceback
+import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ from typing import Any, Literal
 
 import optuna
 from optuna.distributions import BaseDistribution, FloatDistribution
-from optuna.exceptions import UpdateFinishedTrialError
+from optuna.exceptions import ExperimentalWarning, UpdateFinishedTrialError
 from optuna.storages import BaseStorage
 from optuna.trial import FrozenTrial, TrialState
 
@@ -35,11 +36,11 @@ MAX_DEATHS = 3
 
 # User attributes of trials.
 _KEY, _CONFIGURATION, _ATTEMPT, _ROWS = "key", "configuration", "attempt", "rows"
-_ERROR, _INTERRUPTED, _DUPLICATE = "error", "interrupted", "duplicate of"
+_ERROR, _DEATH, _INTERRUPTED, _DUPLICATE = "error", "death", "interrupted", "duplicate of"
 # MySQL keeps 65535 bytes of an attribute.
 _CHUNK = 30_000
-# Points of the curve in Optuna's dashboard, each of them a write; the rows have all of them.
-_CURVE_POINTS = 100
+# Points of the curve and scalars in Optuna's dashboard, each of them a write; the rows have all of them.
+_CURVE_POINTS, _SCALARS = 100, 30
 
 Row = dict[str, float]
 State = Literal["complete", "failed", "running", "waiting", "missing"]
@@ -119,35 +120,39 @@ class Queue:
     def complete(self, task: Task, rows: Sequence[Row], metric: str) -> bool:
         """Stores a result; False if the trial has ended, so another worker's counts.
 
-        Optuna's dashboard shows the scalar `metric` as the trial's curve and, from the last row, as its value.
+        Optuna's dashboard shows the scalar `metric` as the trial's curve and, from the last row, as its value, and the other
+        scalars of the last row as user attributes.
         """
         text = json.dumps(rows)
         parts = {f"{_ROWS}/{part}": text[i : i + _CHUNK] for part, i in enumerate(range(0, len(text), _CHUNK))}
+        shown = {f"scalar {tag}": rows[-1][tag] for tag in list(rows[-1])[:_SCALARS]}
         value = rows[-1].get(metric, math.nan)
         with contextlib.suppress(UpdateFinishedTrialError):
             for row in rows[:: math.ceil(len(rows) / _CURVE_POINTS)]:
                 if "step" in row and metric in row:
                     self.storage.set_trial_intermediate_value(task.trial_id, int(row["step"]), row[metric])
         # Optuna has no complete trial whose value is not a number; the rows keep what it was.
-        return self._end(task.trial_id, TrialState.COMPLETE, parts, math.inf if math.isnan(value) else value)
+        value = math.inf if math.isnan(value) else value
+        self._name_value(metric)
+        return self._end(task.trial_id, TrialState.COMPLETE, {**parts, **shown}, value)
 
     def fail(self, task: Task, error: BaseException) -> bool:
         """Stores the traceback of a failure; False if the trial has ended."""
         text = "".join(traceback.format_exception(error))
         return self._end(task.trial_id, TrialState.FAIL, {_ERROR: text[-_CHUNK:]})  # its end says most
 
-    def release(self, trial_id: int, *, interrupted: bool) -> None:
-        """Ends a trial without a result; as a death of its worker, unless that was `interrupted`."""
-        self._end(trial_id, TrialState.FAIL, {_INTERRUPTED: True} if interrupted else {})
+    def release(self, trial_id: int, *, death: str | None = None) -> None:
+        """Ends a trial without a result: its worker was asked to stop, or died as `death` says."""
+        self._end(trial_id, TrialState.FAIL, {_INTERRUPTED: True} if death is None else {_DEATH: death})
 
-    def recover(self, observer: Observer, dead: Mapping[str, bool] | None = None) -> None:
-        """Enqueues again what dead workers were running; `dead` maps known ones to whether they were asked to end."""
+    def recover(self, observer: Observer, dead: Mapping[str, str | None] | None = None) -> None:
+        """Enqueues again what dead workers were running; `dead` maps known ones to how they died, None if they were asked to stop."""
         dead = dead or {}
         for trial in self._trials():
             if trial.state == TrialState.RUNNING:
                 worker = trial.user_attrs.get(WORKER, {}).get("id")
                 if worker in dead or observer.is_gone(trial.number, trial.user_attrs):
-                    self.release(trial._trial_id, interrupted=dead.get(worker, False))
+                    self.release(trial._trial_id, death=dead.get(worker, "it is gone"))
         self.enqueue()
 
     def knows(self, worker: str) -> bool:
@@ -180,9 +185,16 @@ class Queue:
                     self._end(trial._trial_id, TrialState.PRUNED, {_DUPLICATE: other.number})
                     return False
         except (KeyboardInterrupt, SystemExit):
-            self.release(trial._trial_id, interrupted=True)
+            self.release(trial._trial_id)
             raise
         return True
+
+    def _name_value(self, metric: str) -> None:
+        study = optuna.load_study(study_name=self.name, storage=self.storage)
+        if study.metric_names is None:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", ExperimentalWarning)
+                study.set_metric_names([metric])
 
     def _end(self, trial_id: int, state: TrialState, attributes: Mapping[str, Any], value: float | None = None) -> bool:
         try:
@@ -209,7 +221,11 @@ def _entry(trials: Sequence[FrozenTrial], rows: bool) -> Entry:
         ("missing", latest[-1:]),
     ]
     state, trial = next((state, found[0]) for state, found in candidates if found)
-    died = f"The process of its worker died in each of {len(deaths)} tries, without a Python error: out of memory?"
+    how = deaths[-1].user_attrs.get(_DEATH) if deaths else None
+    died = (
+        f"The process of its worker died in each of {len(deaths)} tries, without a Python error, the last time: {how}. "
+        "SIGKILL most often means that memory ran out."
+    )
     return Entry(
         configuration=dict(trial.user_attrs[_CONFIGURATION]),
         state=state,

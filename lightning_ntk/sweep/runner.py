@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import signal
 import sys
 import time
 import uuid
@@ -21,7 +22,7 @@ from lightning_ntk.sweep.objective import Objective, objective_identity, require
 from lightning_ntk.sweep.queue import Queue, State
 from lightning_ntk.sweep.results import Results
 from lightning_ntk.sweep.storage import open_storage
-from lightning_ntk.sweep.worker import POLL, work, work_in_process
+from lightning_ntk.sweep.worker import POLL, stop_signals, work, work_in_process
 from lightning_ntk.utilities.validation import require_integer
 
 # Worker processes that may die in a row before they took a trial: then something is wrong with all of them.
@@ -70,7 +71,7 @@ class Sweep:
     ) -> None:
         if not callable(objective):
             raise TypeError(f"Expected argument `objective` to be a function of a configuration but got {objective!r}.")
-        if not patience > 0:
+        if not (isinstance(patience, int | float) and patience > 0):
             raise ValueError(f"Expected argument `patience` to be a positive number of seconds but got {patience!r}.")
         self.objective = objective
         self.configurations = (
@@ -125,7 +126,8 @@ class Sweep:
 
         Raises:
             RuntimeError: If worker processes die as soon as they are started.
-            KeyboardInterrupt: On Ctrl-C, after the trials in flight went back to the queue.
+            OSError: If a log cannot be written.
+            KeyboardInterrupt: On Ctrl-C or SIGTERM, after the trials in flight went back to the queue.
         """
         require_integer("workers", workers, least=0)
         if threads is not None:
@@ -166,12 +168,18 @@ class _Workers:
         self._target = partial(work_in_process, sweep.objective, sweep.storage, sweep.name, sweep.patience)
         self._logs = [sweep.logs / f"worker-{slot}.log" for slot in range(1, count + 1)]
         self._processes: dict[Path, BaseProcess] = {}  # by log; a process is named by the id of its worker
-        self._ended: dict[str, bool] = {}
+        self._ended: dict[str, str | None] = {}
         self._early_deaths: list[Path] = []
 
     def run(self, show: Callable[[], Counter[State]]) -> None:
         """Returns when every configuration has ended, wherever it was run."""
         self._logs[0].parent.mkdir(parents=True, exist_ok=True)
+        for log in self._logs:
+            log.open("a").close()  # raises here rather than in every worker
+        with stop_signals():
+            self._run(show)
+
+    def _run(self, show: Callable[[], Counter[State]]) -> None:
         try:
             while True:
                 self._collect()
@@ -217,7 +225,7 @@ class _Workers:
             if process.is_alive():
                 continue
             del self._processes[log]
-            self._ended[process.name] = False
+            self._ended[process.name] = _how_it_ended(process.exitcode or 0)
             took_a_trial = self._queue.knows(process.name)
             if took_a_trial:
                 self._early_deaths.clear()
@@ -225,7 +233,7 @@ class _Workers:
                 self._early_deaths.append(log)
             if process.exitcode:
                 tqdm.write(
-                    f"A worker process ended with exit code {process.exitcode} (log: {log})"
+                    f"A worker process ended with {self._ended[process.name]} (log: {log})"
                     + ("; its configuration is run again." if took_a_trial else "."),
                     file=sys.stderr,
                 )
@@ -239,8 +247,15 @@ class _Workers:
             if process.is_alive():
                 process.kill()
                 process.join()
-            self._ended[process.name] = True
+            self._ended[process.name] = None
         self._queue.recover(self._observer, self._ended)
+
+
+def _how_it_ended(exit_code: int) -> str:
+    try:
+        return signal.Signals(-exit_code if exit_code < 0 else exit_code - 128).name
+    except ValueError:
+        return f"exit code {exit_code}"
 
 
 def _show(bar: tqdm, queue: Queue) -> Counter[State]:

@@ -1,7 +1,9 @@
 """Opens what keeps a sweep: a journal file or a database, and a study in it."""
 
+import json
 import os
 import random
+import re
 import time
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,8 @@ _SQLITE_PATIENCE = 60
 _ATTEMPTS = 8
 # User attribute of the study of a sweep.
 _OBJECTIVE = "lightning_ntk sweep"
+# How each line of a journal begins.
+_ENTRY = b'{"op_code":'
 
 
 def open_storage(storage: str | os.PathLike[str]) -> BaseStorage:
@@ -25,13 +29,9 @@ def open_storage(storage: str | os.PathLike[str]) -> BaseStorage:
         return get_storage(_database(url))
     path = Path(url).expanduser().resolve()
     path.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        return JournalStorage(JournalFileBackend(str(path), lock_obj=_RepairingLock(str(path))))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(
-            f"Expected argument `storage` to be a journal file of Optuna, a path that does not exist yet, or a URL but {path} is "
-            f"another kind of file ({type(error).__name__}: {error}). An SQLite file needs the URL sqlite:///{url}."
-        ) from error
+    if path.exists():
+        _require_journal(path)
+    return JournalStorage(JournalFileBackend(str(path), lock_obj=_RepairingLock(str(path))))
 
 
 def open_study(storage: BaseStorage, name: str, objective: str | None = None) -> int:
@@ -45,7 +45,10 @@ def open_study(storage: BaseStorage, name: str, objective: str | None = None) ->
     verbosity = optuna.logging.get_verbosity()
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     try:
-        study = optuna.create_study(storage=storage, study_name=name, load_if_exists=True)
+        if name in names:  # only read it: creating it again would write to a journal
+            study = optuna.load_study(storage=storage, study_name=name)
+        else:
+            study = optuna.create_study(storage=storage, study_name=name, load_if_exists=True)
     finally:
         optuna.logging.set_verbosity(verbosity)
     made_with = study.user_attrs.get(_OBJECTIVE)
@@ -57,6 +60,27 @@ def open_study(storage: BaseStorage, name: str, objective: str | None = None) ->
             f"{f'one of {made_with}' if made_with else 'not a sweep'}. Nothing was changed: give another `name` or `storage`."
         )
     return study._study_id
+
+
+def _require_journal(path: Path) -> None:
+    """Raises a ValueError, which names the line, unless every line is one of a journal; the last one may be unfinished."""
+    with path.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            whole = line.endswith(b"\n")
+            try:
+                valid = line.startswith(_ENTRY[: len(line)]) and (not whole or "op_code" in json.loads(line))
+            except ValueError:
+                valid = False
+            if valid or (number > 1 and not whole):
+                continue
+            raise ValueError(
+                f"Expected a journal file of Optuna but line {number} of {path} is not one of a journal. Nothing was changed. "
+                + (
+                    "It is another kind of file: give another `storage`; an SQLite file has the URL sqlite:///FILE."
+                    if number == 1
+                    else f"Delete this line, and what follows if it is not of the sweep either: {number - 1} lines are good."
+                )
+            )
 
 
 # Optuna's default lock is a symbolic link, which is broken for relative paths and needs rights on Windows.
@@ -86,26 +110,33 @@ def _cut_torn_line(journal: Path) -> None:
         file.seek(max(0, file.seek(0, os.SEEK_END) - 1))
         if file.read() in (b"", b"\n"):
             return
-    content = journal.read_bytes()
-    whole = content.rfind(b"\n") + 1
-    if whole == 0 and not content.startswith(b'{"op_code":'):
-        raise ValueError(
-            f"Expected a journal file of Optuna but {journal} is another kind of file. Nothing was changed."
-        )
-    os.truncate(journal, whole)
+    os.truncate(journal, journal.read_bytes().rfind(b"\n") + 1)
 
 
 def _database(url: str) -> RDBStorage:
-    from sqlalchemy.exc import DBAPIError
+    from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 
     create = _sqlite if url.startswith("sqlite:") else RDBStorage
-    for attempt in range(1, _ATTEMPTS):
+    for attempt in range(1, _ATTEMPTS + 1):
         try:
             return create(url)
-        except DBAPIError:
+        except SQLAlchemyError as error:
+            if not isinstance(error, DBAPIError) or attempt == _ATTEMPTS:
+                shown = re.sub(r":[^:/@]*@", ":***@", url)  # without the password
+                raise ValueError(
+                    f"Expected argument `storage` to be the URL of a database that can be read and written, or a path, but {shown!r} "
+                    f"gives: {storage_reason(error)}."
+                ) from error
             # When several processes make the tables of an empty database at once, only one succeeds.
             time.sleep(random.uniform(0, 0.2 * attempt))
-    return create(url)
+    raise AssertionError("not reached")
+
+
+def storage_reason(error: BaseException) -> str:
+    """What a database says about an error, in one line, without SQL."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return str(error).splitlines()[0].rstrip(".")
 
 
 def _sqlite(url: str) -> RDBStorage:

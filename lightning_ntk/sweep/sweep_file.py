@@ -13,10 +13,12 @@ from lightning_ntk.sweep.configurations import Configuration, Range, grid, latin
 from lightning_ntk.sweep.lightning_cli import CommandLineObjective
 from lightning_ntk.sweep.objective import ImportedObjective, Objective
 from lightning_ntk.sweep.runner import Sweep
+from lightning_ntk.utilities.validation import require_integer
 
 _SAMPLERS = {"random": random_sample, "latin_hypercube": latin_hypercube}
 _SOURCES = ("grid", *_SAMPLERS)
-_OPTIONS = ("objective", "storage", "name", "workers", "threads", "patience", "logs")
+_TEXTS = ("storage", "name", "logs")
+_OPTIONS = ("objective", "workers", "threads", "patience", *_TEXTS)
 
 
 @dataclass(frozen=True)
@@ -47,17 +49,23 @@ class SweepFile:
         except yaml.YAMLError as error:
             raise ValueError(f"Expected {file} to be YAML but {error}") from error
         _require_keys(content, str(file), {*_OPTIONS, *_SOURCES}, required={"objective"})
+        for key in _TEXTS:
+            if key in content and not (isinstance(content[key], str) and content[key]):
+                raise TypeError(f"Expected {key!r} in {file} to be text but got {content[key]!r}; leave it out for its default.")
+        require_integer("workers", workers := content.get("workers", 1), least=0)
+        if (threads := content.get("threads")) is not None:
+            require_integer("threads", threads, least=1)
         directory = file.resolve().parent
-        name = name or str(content.get("name", file.stem))
+        name = name or content.get("name", file.stem)
         if storage is None:
-            storage = str(content.get("storage", f"{name}.journal"))
+            storage = content.get("storage", f"{name}.journal")
             storage = storage if "://" in storage else str(directory / storage)
         sweep = Sweep(
             _objective(content["objective"], name, directory), _configurations(content, file),
             storage=storage, name=name, patience=content.get("patience", 120.0),
             logs=directory / content.get("logs", f"{name}.logs"),
         )  # fmt: skip
-        return SweepFile(sweep, content.get("workers", 1), content.get("threads"))
+        return SweepFile(sweep, workers, threads)
 
 
 def _objective(content: Any, name: str, directory: Path) -> Objective:
@@ -107,7 +115,12 @@ def _require_keys(content: Any, where: str, allowed: Set[str] | None = None, req
 
 
 class _Loader(yaml.SafeLoader):  # type: ignore[misc]
-    """YAML that refuses duplicate keys and reads 1e-3 as a number, as YAML 1.2 demands."""
+    """YAML that refuses duplicate keys and whose plain text has a value only where YAML 1.2 gives it one.
+
+    PyYAML reads YAML 1.1, where 1e-3 and 1:30 are text and the number 90, and 010 and no are 8 and false.
+    """
+
+    yaml_implicit_resolvers = {}  # noqa: RUF012, an attribute of PyYAML
 
     def compose_mapping_node(self, anchor: str | None) -> yaml.MappingNode:
         node = super().compose_mapping_node(anchor)
@@ -119,6 +132,11 @@ class _Loader(yaml.SafeLoader):  # type: ignore[misc]
         return node
 
 
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
-)
+for _tag, _pattern, _first in (
+    ("null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),
+    ("bool", r"true|True|TRUE|false|False|FALSE", list("tTfF")),
+    ("int", r"[-+]?(0|[1-9]\d*)", list("-+0123456789")),
+    ("float", r"[-+]?(\.\d+|\d+\.\d*|\d+(?=[eE]))([eE][-+]?\d+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)", list("-+.0123456789")),
+    ("merge", "<<", ["<"]),
+):
+    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(f"({_pattern})$"), _first)

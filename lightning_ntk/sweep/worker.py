@@ -30,13 +30,15 @@ def work(
     patience: float,
     identity: Identity | None = None,
     wait: bool = False,
+    supervised: bool = False,
     after_trial: Callable[[], object] = lambda: None,
 ) -> int:
     """Runs waiting trials one after another; returns how many.
 
     A trial that raises is recorded with its traceback, and the next one is taken. If this process is asked to stop (SIGINT or
-    SIGTERM), the trial in flight goes back to the queue. With `wait`, the worker stays until every configuration has ended, to
-    run those of workers that die.
+    SIGTERM), the trial in flight goes back to the queue; that of a `supervised` worker is left to the process that started it,
+    which knows whether it sent the signal. With `wait`, the worker stays until every configuration has ended, to run those of
+    workers that die.
     """
     identity = identity or worker_identity()
     observer = Observer(patience)
@@ -50,7 +52,8 @@ def work(
                 _run(queue, objective, task, patience / _BEATS)
             except (KeyboardInterrupt, SystemExit):
                 # Also if it came before the trial started: a notebook's process lives on and would seem to work on it.
-                queue.release(task.trial_id, interrupted=True)
+                if not supervised:
+                    queue.release(task.trial_id)
                 raise
             ended += 1
             after_trial()
@@ -62,7 +65,7 @@ def work(
 
 
 def _run(queue: Queue, objective: Objective, task: Task, beat_every: float) -> None:
-    with _stop_signals() as stopped:
+    with stop_signals() as stopped:
         try:
             with heartbeat(lambda now: queue.beat(task, now), beat_every):
                 rows = rows_of(objective(dict(task.configuration)))
@@ -80,7 +83,7 @@ def _run(queue: Queue, objective: Objective, task: Task, beat_every: float) -> N
 
 
 @contextlib.contextmanager
-def _stop_signals() -> Iterator[list[int]]:
+def stop_signals() -> Iterator[list[int]]:
     """Collects the signals that ask this process to stop; the first one raises KeyboardInterrupt."""
     received: list[int] = []
 
@@ -112,5 +115,8 @@ def work_in_process(
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
         torch.set_num_threads(threads)
-        with contextlib.suppress(KeyboardInterrupt):
-            work(Queue(open_storage(storage), name), objective, patience=patience, identity=worker_identity(identity))
+        queue = Queue(open_storage(storage), name)
+        try:
+            work(queue, objective, patience=patience, identity=worker_identity(identity), supervised=True)
+        except KeyboardInterrupt:
+            sys.exit(128 + signal.SIGTERM)

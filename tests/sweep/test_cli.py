@@ -99,6 +99,15 @@ def test_numbers_of_yaml_1_2_are_numbers(tmp_path: Path) -> None:
     assert list(dict.fromkeys(c["name"] for c in configurations)) == ["1e", "e3", "v1e3", "1e3"]
 
 
+def test_plain_text_without_a_value_in_yaml_1_2_is_text(tmp_path: Path) -> None:
+    path = tmp_path / "s.yaml"
+    texts = ["1:30", "010", "1_000", "on", "no", "2020-01-01"]
+    path.write_text(f"objective: a:b\ngrid: {{a: [{', '.join(texts)}], b: [true, null, .5]}}\n")
+    configurations = SweepFile.read(path).sweep.configurations
+    assert list(dict.fromkeys(c["a"] for c in configurations)) == texts
+    assert [c["b"] for c in configurations[:3]] == [True, None, 0.5]
+
+
 def test_samples_times_a_grid(tmp_path: Path) -> None:
     ranges = {"lr": {"low": 1e-3, "high": 1.0, "log": True}, "activation": ["tanh", "relu"]}
     path = write(
@@ -116,6 +125,11 @@ def test_samples_times_a_grid(tmp_path: Path) -> None:
 GRID = {"grid": {"a": [1]}}
 
 
+def sample(changes: dict[str, object]) -> dict[str, object]:
+    ranges = {"a": {"low": 1, "high": 4, **changes}}
+    return {"objective": "a:b", "random": {"samples": 1, "ranges": ranges}}
+
+
 @pytest.mark.parametrize(
     ("content", "sentence"),
     [
@@ -123,6 +137,14 @@ GRID = {"grid": {"a": [1]}}
         (GRID, "to have the keys ['objective']"),
         ({"objective": "a:b", "gird": {"a": [1]}}, "but it has ['gird']"),
         ({"objective": "a:b", "grid": {"a": [1, 1]}}, "numbers 0 and 1 are the same: {'a': 1}"),
+        ({"objective": "a:b", "storage": None, **GRID}, "Expected 'storage' in "),
+        ({"objective": "a:b", "name": ["a"], **GRID}, "widths.yaml to be text but got ['a']"),
+        ({"objective": "a:b", "threads": 0, **GRID}, "Expected argument `threads` to be an integer, at least 1"),
+        ({"objective": "a:b", "workers": "x", **GRID}, "Expected argument `workers` to be an integer, at least 0"),
+        ({"objective": "a:b", "patience": "x", **GRID}, "Expected argument `patience` to be a positive number"),
+        (sample({"log": "no"}), "Expected `log` of a range to be true or false but got 'no'"),
+        (sample({"low": "a"}), "Expected `low` of a range to be a number but got 'a'"),
+        (sample({"low": 0.2, "integer": True}), "Expected whole numbers as ends of an integer range but got 0.2 and 4"),
         ({"objective": "a:b", "grid": {}}, "zero trials"),
         ({"objective": "a:b", "grid": None}, "zero trials"),
         ({"objective": "a:b", "random": {"samples": 0, "ranges": {"x": [1, 2]}}}, "Expected argument `samples`"),

@@ -63,6 +63,8 @@ def test_optuna_sees_parameters_curves_and_values(queue: Queue, url: str) -> Non
     assert study.best_trial.user_attrs["parameter name"] == "tanh"
     assert study.best_trial.user_attrs["parameter flag"] is True
     assert study.best_trial.value == 0.25
+    assert study.best_trial.user_attrs["scalar d"] == 0.25
+    assert study.metric_names == ["d"]
     assert study.best_trial.intermediate_values == {0: 0.5, 7: 0.25}
 
 
@@ -190,7 +192,7 @@ def test_a_configuration_that_kills_its_workers_is_given_up(queue: Queue) -> Non
 def test_interrupts_do_not_count_as_deaths(queue: Queue) -> None:
     queue.enqueue(POINTS[:1])
     for _ in range(MAX_DEATHS + 2):
-        queue.release(queue.claim(ME).trial_id, interrupted=True)
+        queue.release(queue.claim(ME).trial_id)
         assert states(queue) == ["missing"]
         queue.enqueue()
     assert states(queue) == ["waiting"]

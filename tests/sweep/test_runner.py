@@ -132,6 +132,12 @@ def test_a_directory_for_logs_that_cannot_be_made_is_named(tmp_path: Path) -> No
         make(tmp_path, logs=tmp_path / "logs").run(workers=1, progress=False)
 
 
+def test_a_log_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    (tmp_path / "logs" / "worker-1.log").mkdir(parents=True)
+    with pytest.raises(IsADirectoryError, match=r"worker-1\.log'$"):
+        make(tmp_path, power, logs=tmp_path / "logs").run(workers=1, progress=False)
+
+
 def test_the_objective_cannot_change_what_is_stored(tmp_path: Path) -> None:
     def objective(config: dict[str, Any]) -> dict[str, float]:
         config.clear()

@@ -72,6 +72,49 @@ def test_a_writer_that_loses_its_lock_while_it_stalls_overwrites_nothing(
 def test_a_file_that_is_no_journal_is_refused_and_kept(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "notes"
     path.write_bytes(content)
-    with pytest.raises(ValueError, match=r"Expected .*a journal file of Optuna.* is another kind of file"):
+    with pytest.raises(ValueError, match=r"Expected a journal file of Optuna but line 1 of .* is another kind of file"):
         Queue(open_storage(path), "sweep", "f")
     assert path.read_bytes() == content
+
+
+@pytest.mark.parametrize("line", [b"garbage", b"\0\0\0", b"{}", b'{"op_code":'])
+def test_a_wrong_line_is_named_and_nothing_is_appended_behind_it(tmp_path: Path, line: bytes) -> None:
+    path = tmp_path / "sweep.journal"
+    Queue(open_storage(path), "sweep", "f").enqueue([{"a": 1}])
+    good = path.read_bytes()
+    path.write_bytes(good + line + b"\n")
+    number = good.count(b"\n") + 1
+    with pytest.raises(ValueError, match=rf"line {number} of {path} .* Delete this line, .* {number - 1} lines are good"):
+        open_storage(path)
+    assert path.read_bytes() == good + line + b"\n"
+    path.write_bytes(good + line)  # a writer was killed in this one
+    Queue(open_storage(path), "sweep", "f").enqueue([{"a": 2}])
+    assert len(Queue(open_storage(path), "sweep").entries()) == 2
+
+
+def test_reading_a_sweep_writes_nothing(tmp_path: Path) -> None:
+    path = tmp_path / "sweep.journal"
+    Queue(open_storage(path), "sweep", "f").enqueue([{"a": 1}])
+    before = path.read_bytes()
+    assert len(Queue(open_storage(path), "sweep").entries()) == 1
+    assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("url", "reason"),
+    [
+        ("sqlite:///{0}/garbage.db", "file is not a database"),
+        ("sqlite:////no/such/directory/s.db", "unable to open database file"),
+        ("sqlite:///file:{0}/empty.db?mode=ro&uri=true", "attempt to write a readonly database"),
+        ("nosuch://user:secret@host/x", r"\*\*\*@host/x' gives: Can't load plugin: sqlalchemy.dialects:nosuch"),
+        ("://x", "Could not parse SQLAlchemy URL"),
+    ],
+)
+def test_a_database_that_cannot_be_used_is_refused_with_the_reason(
+    tmp_path: Path, url: str, reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lightning_ntk.sweep.storage._ATTEMPTS", 1)
+    (tmp_path / "garbage.db").write_bytes(b"no database " * 1000)
+    (tmp_path / "empty.db").touch()
+    with pytest.raises(ValueError, match=rf"Expected argument `storage` to be the URL of a database .*{reason}"):
+        open_storage(url.format(tmp_path))
