@@ -70,8 +70,10 @@ def main() -> None:
     results = Sweep(objective, grid, storage=options.storage, name="widths").run(workers=options.workers)
     distance = "ntk/relative_weight_distance"
     print(results.markdown(columns=["width", "seed", "step", distance, "ntk/loss", "ntk/linearized_loss"]))
-    for config, mean in results.mean(distance, over="seed"):
-        print(f"width {config['width']}: {mean.mean:.4f}, 95% interval [{mean.low:.4f}, {mean.high:.4f}]")
+    for config, mean in results.mean(distance, over="seed", geometric=True):
+        print(
+            f"width {config['width']}: geometric mean {mean.mean:.4f}, 95% interval [{mean.low:.4f}, {mean.high:.4f}]"
+        )
     print(f"slope of {distance} over width: {results.slope('width', distance)}")
 
 

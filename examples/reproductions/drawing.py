@@ -34,13 +34,6 @@ def finish(axis: Any, x: str, y: str, *, scales: str = "log-log", title: str = "
         axis.legend(**{"edgecolor": "none", "framealpha": 0.8, "fontsize": 8} | legend)
 
 
-def label_at(axis: Any, places: Iterable[float]) -> None:
-    """Ticks of a logarithmic horizontal axis at these places only."""
-    places = sorted(places)
-    axis.set_xticks(places, [f"{place:g}" for place in places])
-    axis.set_xticks([], minor=True)
-
-
 def number(value: float) -> str:
     """Two decimals, without a minus before zero."""
     return f"{round(value, 2) + 0.0:.2f}"

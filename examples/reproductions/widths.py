@@ -24,13 +24,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from drawing import draw_power_law, draw_reference, finish, grid_of_panels, label_at, markdown, number, save
+from drawing import draw_power_law, draw_reference, finish, grid_of_panels, markdown, number, save
 from ntk_parametrization import mlp
 from setting import CLASSES, FullBatch, digits, fit, max_learning_rate
 from torch import Tensor, nn
 
 from lightning_ntk import LinearizationMonitor
 from lightning_ntk.kernel.probe import KernelProbe
+from lightning_ntk.plots.style import label_at
 from lightning_ntk.sweep import Results, Sweep, log_log_slope
 
 ACTIVATIONS = {"tanh": (nn.Tanh, 1.5), "relu": (nn.ReLU, math.sqrt(2))}  # with sigma_w

@@ -71,19 +71,30 @@ def value_axis(axis: Any, values: Iterable[float], *, negligible: float = 0.0) -
     """
     positive = [value for value in values if value > 0 and math.isfinite(value)]
     if positive and max(positive) > _WIDE * min(positive):
-        from matplotlib.ticker import LogLocator
-
         kept = [value for value in positive if value >= negligible * max(positive)]
         axis.set_yscale("log")
         if len(kept) < len(positive):
             axis.set_ylim(bottom=min(kept) / 2, top=max(kept) * 2)
-        low, high = axis.get_ylim()
-        if high < _FEW_DECADES * low:
-            # Powers of ten alone would give one or two labels.
-            axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-            axis.yaxis.set_major_formatter("{x:g}")
-            axis.yaxis.set_minor_formatter("")
+        label_few_decades(axis)
     tidy(axis)
+
+
+def label_few_decades(axis: Any) -> None:
+    """Labels a logarithmic vertical axis at 1, 2 and 5 where powers of ten alone would give one or two labels."""
+    from matplotlib.ticker import LogLocator
+
+    low, high = axis.get_ylim()
+    if high < _FEW_DECADES * low:
+        axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.yaxis.set_major_formatter("{x:g}")
+        axis.yaxis.set_minor_formatter("")
+
+
+def label_at(axis: Any, places: Iterable[float]) -> None:
+    """Ticks of a logarithmic horizontal axis at these places only."""
+    places = sorted(places)
+    axis.set_xticks(places, [f"{place:g}" for place in places])
+    axis.set_xticks([], minor=True)
 
 
 def tidy(axis: Any) -> None:

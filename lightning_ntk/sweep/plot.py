@@ -3,12 +3,18 @@
 import itertools
 from typing import TYPE_CHECKING, Any
 
-from lightning_ntk.plots.style import MARKERS, PALETTE, new_figure, tidy
+from lightning_ntk.plots.history import LABELS
+from lightning_ntk.plots.style import MARKERS, PALETTE, label_at, label_few_decades, new_figure, tidy
 from lightning_ntk.sweep.results import Results
-from lightning_ntk.sweep.statistics import log_log_slope, mean_interval
+from lightning_ntk.sweep.statistics import geometric_mean_interval, log_log_slope
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+# The interval of two repetitions is a factor of 12.7 standard errors, and covers the figure.
+_FEWEST_FOR_A_BAR = 3
+# Values of the parameter that have room below the axis.
+_MOST_LABELS = 8
 
 
 def plot_scaling(
@@ -22,7 +28,8 @@ def plot_scaling(
         results: The results of a sweep.
         x: A numeric parameter.
         y: A scalar.
-        over: A parameter whose values are repetitions. Means and their intervals are drawn over the single points.
+        over: A parameter whose values are repetitions. Where there are three or more, their geometric mean and its interval are
+            drawn over the single points.
         step: The step of the measurement. Default: the last one of each configuration.
         confidence: Probability of the intervals.
 
@@ -46,15 +53,18 @@ def plot_scaling(
         axis.plot([xs[0], xs[-1]], [law.at(xs[0]), law.at(xs[-1])], "-", color=color, linewidth=1.2, label=label)
         if over:
             for value in sorted(set(xs)):
-                mean = mean_interval([b for a, b in points if a == value], confidence)
-                if mean.count > 1:
-                    # An interval that reaches zero has no lower end on a logarithmic axis.
-                    bars = [[mean.mean - max(mean.low, 1e-3 * mean.mean)], [mean.high - mean.mean]]
+                mean = geometric_mean_interval([b for a, b in points if a == value], confidence)
+                if mean.count >= _FEWEST_FOR_A_BAR:
+                    bars = [[mean.mean - mean.low], [mean.high - mean.mean]]
                     axis.errorbar(value, mean.mean, bars, fmt=marker, color=color, markersize=6, capsize=3)
     axis.set_xscale("log")
     axis.set_yscale("log")
     axis.set_xlabel(x)
-    axis.set_ylabel(y + (f" at step {step:g}" if step is not None else ""))
+    axis.set_ylabel(LABELS.get(y.rpartition("/")[2], y) + (f" at step {step:g}" if step is not None else ""))
+    places = {point[0] for points in series.values() for point in points}
+    if len(places) <= _MOST_LABELS:
+        label_at(axis, places)
+    label_few_decades(axis)
     tidy(axis)
     axis.legend(frameon=False, fontsize=9)
     return figure, axis

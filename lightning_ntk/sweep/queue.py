@@ -146,7 +146,7 @@ class Queue:
         self._end(trial_id, TrialState.FAIL, {_INTERRUPTED: True} if death is None else {_DEATH: death})
 
     def recover(self, observer: Observer, dead: Mapping[str, str | None] | None = None) -> None:
-        """Enqueues again what dead workers were running; `dead` maps known ones to how they died, None if they were asked to stop."""
+        """Enqueues again what dead workers were running; `dead` maps known ones to how they died, None if asked to."""
         dead = dead or {}
         for trial in self._trials():
             if trial.state == TrialState.RUNNING:

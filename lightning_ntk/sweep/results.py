@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from lightning_ntk.sweep.configurations import Configuration
 from lightning_ntk.sweep.queue import Entry
-from lightning_ntk.sweep.statistics import Mean, PowerLaw, log_log_slope, mean_interval
+from lightning_ntk.sweep.statistics import Mean, PowerLaw, geometric_mean_interval, log_log_slope, mean_interval
 
 if TYPE_CHECKING:
     import pandas
@@ -59,6 +59,22 @@ class Results:
     def columns(self) -> list[str]:
         """The names of the table's columns."""
         return ["trial", *self.parameters, *self._step, *self.scalars]
+
+    def columns_within(self, width: int, rows: Sequence[TableRow] | None = None) -> list[str]:
+        """The columns of a Markdown table that fit into `width` characters.
+
+        Parameters that vary come first, then the step, the relative weight distance, and the others in their order.
+        """
+        rows = self.final if rows is None else rows
+        varying = [name for name in self.parameters if len({repr(row.get(name)) for row in rows}) > 1]
+        distances = [tag for tag in self.scalars if tag.endswith("/relative_weight_distance")]
+        kept, left = set(), width - 1
+        for name in dict.fromkeys(["trial", *varying, *self._step, *distances, *self.columns]):
+            needed = 3 + max(len(name), *(len(_shown(row.get(name, ""))) for row in rows))
+            if needed <= left:
+                kept.add(name)
+                left -= needed
+        return [name for name in self.columns if name in kept]
 
     def at_step(self, step: float | None) -> list[TableRow]:
         """The row of each configuration at a step; None: the last one."""
@@ -149,7 +165,13 @@ class Results:
         return log_log_slope([point[0] for point in points], [point[1] for point in points], confidence)
 
     def mean(
-        self, y: str, *, over: str = "seed", step: float | None = None, confidence: float = 0.95
+        self,
+        y: str,
+        *,
+        over: str = "seed",
+        step: float | None = None,
+        confidence: float = 0.95,
+        geometric: bool = False,
     ) -> list[tuple[Configuration, Mean]]:
         """Mean and confidence interval of a scalar over repetitions.
 
@@ -158,6 +180,7 @@ class Results:
             over: The parameter whose values are repetitions.
             step: The step of the measurement. Default: the last one of each configuration.
             confidence: Probability of the interval.
+            geometric: Whether to average logarithms, as `plot_scaling` does; the interval of a distance is then positive.
 
         Returns:
             Each combination of the other parameters, and its mean.
@@ -169,12 +192,14 @@ class Results:
             rest = {name: row[name] for name in self.parameters if name != over and name in row}
             if y in row:
                 groups.setdefault(repr(rest), (rest, []))[1].append(row[y])
-        return [(rest, mean_interval(values, confidence)) for rest, values in groups.values()]
+        interval = geometric_mean_interval if geometric else mean_interval
+        return [(rest, interval(values, confidence)) for rest, values in groups.values()]
 
-    def csv(self, rows: Sequence[TableRow] | None = None) -> str:
-        """The table, or these rows of it, as CSV; what a row lacks is empty."""
+    def csv(self, rows: Sequence[TableRow] | None = None, columns: Sequence[str] | None = None) -> str:
+        """The table, or these rows and columns of it, as CSV; what a row lacks is empty."""
         text = io.StringIO()
-        writer = csv.DictWriter(text, self.columns, restval="", lineterminator="\n")
+        names = self._names(columns)
+        writer = csv.DictWriter(text, names, restval="", extrasaction="ignore", lineterminator="\n")
         writer.writeheader()
         writer.writerows(self.rows if rows is None else rows)
         return text.getvalue()
@@ -184,12 +209,11 @@ class Results:
 
         Args:
             rows: Rows of the table. Default: the last one of each configuration.
-            columns: Names of columns. Default: all.
+            columns: Names of columns. Default: those that fit into 100 characters, see `columns_within`.
         """
-        names = list(self.columns if columns is None else columns)
-        for name in names:
-            _require("columns", name, self.columns)
-        cells = [[_shown(row.get(name, "")) for name in names] for row in (self.final if rows is None else rows)]
+        rows = self.final if rows is None else rows
+        names = self._names(self.columns_within(100, rows) if columns is None else columns)
+        cells = [[_shown(row.get(name, "")) for name in names] for row in rows]
         widths = [max(map(len, column)) for column in zip(names, *cells, strict=True)]
         lines = [names, ["-" * width for width in widths], *cells]
         return "\n".join(
@@ -210,6 +234,12 @@ class Results:
     def to_pandas(self) -> "pandas.DataFrame":
         """The whole table as a data frame of pandas."""
         return _optional("pandas").DataFrame(self.rows, columns=self.columns)
+
+    def _names(self, columns: Sequence[str] | None) -> list[str]:
+        names = list(self.columns if columns is None else columns)
+        for name in names:
+            _require("columns", name, self.columns)
+        return names
 
     @staticmethod
     def _row(entry: Entry, measured: Mapping[str, float]) -> TableRow:

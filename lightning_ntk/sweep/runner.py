@@ -150,10 +150,11 @@ class Sweep:
         entries = self.queue.entries()
         failed = [entry for entry in entries.values() if entry.state == "failed"]
         if failed:
-            reason = (failed[0].error or "").strip().splitlines()[-1]
+            reason = (failed[0].error or "").strip().splitlines()[-1].rstrip(".")
             warnings.warn(
-                f"{len(failed)} of {len(entries)} configurations failed, the first, {failed[0].configuration}, with: {reason} "
-                "The tracebacks are kept in the storage, `lightning-ntk sweep status` shows them; retry_failed=True tries again.",
+                f"{len(failed)} of {len(entries)} configurations failed, the first, {failed[0].configuration}, with: {reason}. "
+                "`lightning-ntk sweep status` shows the tracebacks, which the storage keeps; retry_failed=True (--retry-failed) "
+                "tries again.",
                 stacklevel=2,
             )
         return self.results

@@ -62,6 +62,21 @@ def mean_interval(values: Sequence[float], confidence: float = 0.95) -> Mean:
     return Mean(mean, mean - half, mean + half, len(values))
 
 
+def geometric_mean_interval(values: Sequence[float], confidence: float = 0.95) -> Mean:
+    """Geometric mean of positive values, with Student's interval of their logarithms.
+
+    Example:
+        >>> round(geometric_mean_interval([0.01, 1.0]).mean, 12)
+        0.1
+    """
+    wrong = [value for value in values if value <= 0]
+    if wrong:
+        raise ValueError(f"Expected positive values for a geometric mean but got {wrong[0]}.")
+    logs = mean_interval([math.log(value) for value in values], confidence)
+    mean, low, high = (float(numpy.exp(end)) for end in (logs.mean, logs.low, logs.high))
+    return Mean(mean, low, high, logs.count)
+
+
 def log_log_slope(x: Sequence[float], y: Sequence[float], confidence: float = 0.95) -> PowerLaw:
     """Least squares of log y = log factor + slope log x, with Student's interval.
 

@@ -124,8 +124,8 @@ def _database(url: str) -> RDBStorage:
             if not isinstance(error, DBAPIError) or attempt == _ATTEMPTS:
                 shown = re.sub(r":[^:/@]*@", ":***@", url)  # without the password
                 raise ValueError(
-                    f"Expected argument `storage` to be the URL of a database that can be read and written, or a path, but {shown!r} "
-                    f"gives: {storage_reason(error)}."
+                    f"Expected argument `storage` to be the URL of a database that can be read and written, or a path, but "
+                    f"{shown!r} gives: {storage_reason(error)}."
                 ) from error
             # When several processes make the tables of an empty database at once, only one succeeds.
             time.sleep(random.uniform(0, 0.2 * attempt))

@@ -5,7 +5,7 @@ import re
 from collections.abc import Mapping, Set
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import yaml
 
@@ -51,7 +51,9 @@ class SweepFile:
         _require_keys(content, str(file), {*_OPTIONS, *_SOURCES}, required={"objective"})
         for key in _TEXTS:
             if key in content and not (isinstance(content[key], str) and content[key]):
-                raise TypeError(f"Expected {key!r} in {file} to be text but got {content[key]!r}; leave it out for its default.")
+                raise TypeError(
+                    f"Expected {key!r} in {file} to be text but got {content[key]!r}; leave it out for its default."
+                )
         require_integer("workers", workers := content.get("workers", 1), least=0)
         if (threads := content.get("threads")) is not None:
             require_integer("threads", threads, least=1)
@@ -120,7 +122,7 @@ class _Loader(yaml.SafeLoader):  # type: ignore[misc]
     PyYAML reads YAML 1.1, where 1e-3 and 1:30 are text and the number 90, and 010 and no are 8 and false.
     """
 
-    yaml_implicit_resolvers = {}  # noqa: RUF012, an attribute of PyYAML
+    yaml_implicit_resolvers: ClassVar[dict[str, Any]] = {}
 
     def compose_mapping_node(self, anchor: str | None) -> yaml.MappingNode:
         node = super().compose_mapping_node(anchor)
@@ -136,7 +138,11 @@ for _tag, _pattern, _first in (
     ("null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),
     ("bool", r"true|True|TRUE|false|False|FALSE", list("tTfF")),
     ("int", r"[-+]?(0|[1-9]\d*)", list("-+0123456789")),
-    ("float", r"[-+]?(\.\d+|\d+\.\d*|\d+(?=[eE]))([eE][-+]?\d+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)", list("-+.0123456789")),
+    (
+        "float",
+        r"[-+]?(\.\d+|\d+\.\d*|\d+(?=[eE]))([eE][-+]?\d+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)",
+        list("-+.0123456789"),
+    ),
     ("merge", "<<", ["<"]),
 ):
     _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(f"({_pattern})$"), _first)

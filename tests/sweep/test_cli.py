@@ -1,6 +1,9 @@
 """The YAML file and the commands."""
 
+import os
 import re
+import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -8,6 +11,7 @@ import pytest
 import tomllib
 import yaml
 
+from lightning_ntk import __version__
 from lightning_ntk.sweep.cli import _parser, main
 from lightning_ntk.sweep.sweep_file import SweepFile
 
@@ -41,7 +45,8 @@ def test_run_status_table_and_plot(file: Path, capsys: pytest.CaptureFixture[str
     assert "9 configurations: 9 complete, 0 failed, 0 running, 0 waiting" in sweep(capsys, "run", file, "--quiet")
     assert (tmp_path / "widths.journal").exists()  # beside the file, wherever the command is called
     status = sweep(capsys, "status", file)
-    assert status.count("complete  {'width':") == 9
+    assert status.count("complete  width=") == 9
+    assert "complete  width=16, seed=-1   " in status  # aligned
     table = sweep(capsys, "table", file, "--format", "csv")
     assert table.splitlines()[1] == f"0,16,-1,{3 * 16**-0.5 * 1.1**-1}"
     sweep(capsys, "table", file, "--output", tmp_path / "t.md")
@@ -57,13 +62,39 @@ def test_failures_are_shown_with_their_traceback_and_tried_again_on_request(
 ) -> None:
     write(tmp_path, objective="train.py:objective", grid={"width": [16, 32], "seed": [0]}, workers=0)
     shown = sweep(capsys, "run", file, "--quiet", status=1)
+    assert f"Next: lightning-ntk sweep status {file}\n" in shown
+    assert "RuntimeError: no luck. `lightning-ntk sweep status`" in shown
     assert "UserWarning: 1 of 2 configurations failed" in shown
     assert "2 configurations: 1 complete, 1 failed" in shown
     status = sweep(capsys, "status", file, status=1)
     assert 'train.py", line' in status
-    assert "RuntimeError: no luck" in status
+    assert "failed    width=32, seed=0  RuntimeError: no luck\n" in status
+    assert f"Next: lightning-ntk sweep run {file} --retry-failed" in status
     (tmp_path / "repaired").touch()
     assert "2 complete, 0 failed" in sweep(capsys, "run", file, "--quiet", "--retry-failed")
+
+
+def test_equal_failures_are_shown_once(file: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    write(tmp_path, objective="train.py:objective", grid={"width": [32], "seed": [0, 1, 2]}, workers=0)
+    sweep(capsys, "run", file, "--quiet", status=1)
+    status = sweep(capsys, "status", file, status=1)
+    assert "width=32, seed=0 and 2 more failed with:\n    Traceback" in status
+    assert status.count("Traceback") == 1
+
+
+def test_a_table_fits_the_terminal_unless_it_is_asked_for_more(
+    file: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    (tmp_path / "train.py").write_text("objective = lambda config: {f'ntk/scalar_{i}': 1.0 for i in range(20)}")
+    assert "Next: lightning-ntk sweep table" in sweep(capsys, "run", file, "--quiet")
+    assert main(["sweep", "table", str(file)]) == 0
+    table = capsys.readouterr()
+    assert "15 more columns: --all-columns" in table.err
+    assert {len(line) for line in table.out.splitlines()} == {99}
+    assert "| ntk/scalar_19 |" in sweep(capsys, "table", file, "--all-columns")
+    assert sweep(capsys, "table", file, "--columns", "width", "ntk/scalar_7").startswith("| width | ntk/scalar_7 |\n")
+    shown = sweep(capsys, "table", file, "--columns", "seed", "--format", "csv")
+    assert shown.splitlines()[:2] == ["seed", "-1"]
 
 
 def test_a_worker_serves_the_queue_of_the_file(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -77,8 +108,26 @@ def test_storage_and_name_may_be_given_instead(file: Path, capsys: pytest.Captur
     sweep(capsys, "run", file, "--quiet", "--storage", storage, "--name", "second")
     assert (tmp_path / "other.db").exists()
     assert "9 complete" in sweep(capsys, "status", file, "--storage", storage, "--name", "second")
+    missing = f"sqlite:///{tmp_path}/missing.db"
+    assert "does not exist: run" in sweep(capsys, "status", file, "--storage", missing, status=1)
     assert "does not exist: run the sweep first" in sweep(capsys, "status", file, status=1)
     assert "but it has ['second']" in sweep(capsys, "table", file, "--storage", storage, status=1)
+
+
+def test_a_damaged_database_is_said_in_a_sentence(
+    file: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lightning_ntk.sweep.storage._ATTEMPTS", 1)
+    write(tmp_path, objective="train.py:objective", grid={"width": [16], "seed": [0]}, workers=0)
+    database = tmp_path / "other.db"
+    sweep(capsys, "run", file, "--quiet", "--storage", f"sqlite:///{database}")
+    content = database.read_bytes()
+    for page in (1, 3, 5):
+        damaged = content[: 4096 * page] + b"x" * (len(content) - 4096 * page)
+        database.write_bytes(damaged)
+        shown = sweep(capsys, "status", file, "--storage", f"sqlite:///{database}", status=1)
+        assert shown.startswith("lightning-ntk: ")
+        assert shown.endswith("database disk image is malformed.\n")
 
 
 def test_a_path_in_the_file_is_relative_to_it(file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -246,6 +295,38 @@ def options(arguments: Sequence[str]) -> int:
         main(arguments)
     code: int = stopped.value.code
     return code
+
+
+def test_help_needs_neither_torch_nor_the_extra(capsys: pytest.CaptureFixture[str]) -> None:
+    code = (
+        "import sys; from lightning_ntk.sweep.cli import _parser; _parser().format_help();"
+        "sys.exit(str(sorted({'torch', 'lightning', 'optuna', 'yaml', 'scipy'} & set(sys.modules))))"
+    )
+    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False).stderr
+    assert shown.strip() == "[]"
+    assert options(["--version"]) == 0
+    assert capsys.readouterr().out == f"lightning-ntk {__version__}\n"
+
+
+def test_a_missing_extra_is_named(
+    file: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delitem(sys.modules, "lightning_ntk.sweep.commands")
+    monkeypatch.setitem(sys.modules, "optuna.exceptions", None)
+    shown = sweep(capsys, "run", file, status=1)
+    assert "but optuna is not installed: pip install 'lightning-ntk[sweep]'" in shown
+
+
+def test_a_pipe_that_closes_is_no_traceback(
+    file: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sweep(capsys, "run", file, "--quiet")
+    reader, writer = os.pipe()
+    os.close(reader)
+    with open(writer, "w") as closed:
+        monkeypatch.setattr(sys, "stdout", closed)
+        assert main(["sweep", "status", str(file)]) == 1
+    assert capsys.readouterr().err == ""
 
 
 def test_unknown_commands_are_refused(capsys: pytest.CaptureFixture[str]) -> None:

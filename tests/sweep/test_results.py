@@ -81,6 +81,8 @@ def test_markdown_is_aligned_and_short(results: Results) -> None:
     assert lines[0] == "| width | activation | d      |"
     assert lines[2] == "| 16    | tanh       | 4.5455 |"
     assert len(lines) == 20
+    assert results.markdown().splitlines()[0] == "| trial | width | seed | activation | shape  | step | d      |"
+    assert results.columns_within(34) == ["trial", "width", "seed", "step"]
     with pytest.raises(ValueError, match="Expected argument `columns` to be one of"):
         results.markdown(columns=["loss"])
 
@@ -101,6 +103,9 @@ def test_means_are_over_seeds_only(results: Results) -> None:
     assert configuration == {"width": 16, "activation": "tanh", "shape": [8, 8]}
     assert mean.mean == pytest.approx(law(16, 0, 9) * (1.1 + 1 + 1 / 1.1) / 3)
     assert mean.count == 3
+    _, mean = results.mean("d", over="seed", geometric=True)[0]
+    assert mean.mean == pytest.approx(law(16, 0, 9))
+    assert mean.low > 0
 
 
 def test_series_are_split_by_the_parameters_that_vary(results: Results) -> None:
@@ -143,6 +148,10 @@ def test_a_plot_has_a_line_with_its_slope_for_each_series(results: Results) -> N
     assert labels[1].startswith("activation=relu: slope -0.25, 95% [")
     assert axis.get_xscale() == axis.get_yscale() == "log"
     assert len(axis.containers) == 6  # a mean with its interval for each width and activation
+    means = results.where({"activation": "tanh"}).mean("d", over="seed", geometric=True)
+    bars = [container.lines[2][0].get_segments()[0][:, 1].tolist() for container in axis.containers[:3]]
+    assert bars == [pytest.approx([mean.low, mean.high]) for _, mean in means]
+    assert [text.get_text() for text in axis.get_xticklabels()] == ["16", "64", "256"]
     _, axis = plot_scaling(results.where({"activation": "tanh"}), "width", "d", over="seed", step=0)
     assert axis.get_ylabel() == "d at step 0"
     fitted = axis.get_lines()[1].get_ydata()

@@ -121,7 +121,8 @@ def test_an_interrupt_stops_promptly_and_the_same_command_resumes(tmp_path: Path
 def test_a_configuration_that_kills_its_worker_fails_and_the_others_do_not(tmp_path: Path) -> None:
     sweep = Sweep(dying, {"width": [16, 32, 64]}, storage=tmp_path / "j", logs=tmp_path / "logs")
     with pytest.warns(
-        UserWarning, match=r"1 of 3 configurations failed, .* The process of its worker died in each of 3 tries, .*: SIGTERM"
+        UserWarning,
+        match=r"1 of 3 configurations failed, .* The process of its worker died in each of 3 tries, .*: SIGTERM",
     ):
         results = sweep.run(workers=1, progress=False)
     assert [row["width"] for row in results.rows] == [16, 64]

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from scipy.stats import t
 
 from lightning_ntk.sweep import log_log_slope
-from lightning_ntk.sweep.statistics import mean_interval
+from lightning_ntk.sweep.statistics import geometric_mean_interval, mean_interval
 
 
 @given(st.integers(0, 10_000), st.integers(3, 30), st.sampled_from([0.5, 0.9, 0.99]))
@@ -62,6 +62,18 @@ def test_means_and_intervals_are_students(values: list[float]) -> None:
     half = t.ppf(0.95, len(values) - 1) * np.std(values, ddof=1) / math.sqrt(len(values))
     assert mean.high - mean.mean == pytest.approx(half, rel=1e-9, abs=1e-10)
     assert mean.count == len(values)
+
+
+def test_a_geometric_mean_and_its_interval_are_those_of_logarithms() -> None:
+    values = [0.3, 0.01, 2.0, 0.05]
+    mean, logs = geometric_mean_interval(values, 0.9), mean_interval([math.log(value) for value in values], 0.9)
+    assert [math.log(end) for end in (mean.low, mean.mean, mean.high)] == pytest.approx(
+        [logs.low, logs.mean, logs.high]
+    )
+    assert mean.mean == pytest.approx(math.prod(values) ** 0.25)
+    assert geometric_mean_interval([3.0]).high == math.inf
+    with pytest.raises(ValueError, match=r"Expected positive values for a geometric mean but got 0\.0"):
+        geometric_mean_interval([1.0, 0.0])
 
 
 def test_values_without_spread_have_an_interval_without_width() -> None:

@@ -84,7 +84,9 @@ def test_a_wrong_line_is_named_and_nothing_is_appended_behind_it(tmp_path: Path,
     good = path.read_bytes()
     path.write_bytes(good + line + b"\n")
     number = good.count(b"\n") + 1
-    with pytest.raises(ValueError, match=rf"line {number} of {path} .* Delete this line, .* {number - 1} lines are good"):
+    with pytest.raises(
+        ValueError, match=rf"line {number} of {path} .* Delete this line, .* {number - 1} lines are good"
+    ):
         open_storage(path)
     assert path.read_bytes() == good + line + b"\n"
     path.write_bytes(good + line)  # a writer was killed in this one
