@@ -7,12 +7,10 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-import torch
 from optuna.exceptions import OptunaError
 from sqlalchemy.exc import SQLAlchemyError
 
 from lightning_ntk.sweep.objective import ImportedObjective
-from lightning_ntk.sweep.plot import plot_scaling
 from lightning_ntk.sweep.queue import Entry, Queue
 from lightning_ntk.sweep.results import Results
 from lightning_ntk.sweep.runner import Sweep
@@ -53,6 +51,8 @@ def _run(file: SweepFile, options: argparse.Namespace) -> int:
 def _worker(file: SweepFile, options: argparse.Namespace) -> int:
     _import_objective(file.sweep)
     if file.threads is not None:
+        import torch
+
         torch.set_num_threads(file.threads)
     file.sweep.enqueue()
     ended = work(file.sweep.queue, file.sweep.objective, patience=file.sweep.patience, wait=options.wait)
@@ -99,6 +99,8 @@ def _table(file: SweepFile, options: argparse.Namespace) -> int:
 
 
 def _plot(file: SweepFile, options: argparse.Namespace) -> int:
+    from lightning_ntk.sweep.plot import plot_scaling  # its package imports torch, which the other commands do without
+
     figure, axis = plot_scaling(
         _results(file.sweep), options.x, options.y,
         over=options.group, step=options.step, confidence=options.confidence,

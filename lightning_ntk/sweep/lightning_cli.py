@@ -5,11 +5,13 @@ import json
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from lightning_ntk.callback.monitor import LinearizationMonitor
 from lightning_ntk.sweep.configurations import Configuration, configuration_key
 from lightning_ntk.sweep.objective import add_to_path, import_path
+
+if TYPE_CHECKING:  # seconds, which `status` and `table` need not wait for
+    from lightning_ntk.callback.monitor import LinearizationMonitor
 
 
 @dataclass(frozen=True)
@@ -52,10 +54,12 @@ class CommandLineObjective:
         root = {"trainer.default_root_dir": str(self.root(configuration))}
         return ["fit", *files, *(f"--{name}={value}" for name, value in {**root, **values}.items())]
 
-    def __call__(self, configuration: Configuration) -> LinearizationMonitor:
+    def __call__(self, configuration: Configuration) -> "LinearizationMonitor":
         """Trains for one configuration."""
         from jsonargparse import ArgumentError
         from lightning.pytorch.cli import LightningCLI
+
+        from lightning_ntk.callback.monitor import LinearizationMonitor
 
         add_to_path(self.search)
         base: Any = LightningCLI if self.cli is None else import_path(self.cli, self.search)

@@ -104,7 +104,7 @@ def objective_identity(objective: Objective) -> str:
         return identity
     named = objective if hasattr(objective, "__qualname__") else type(objective)
     module = named.__module__
-    if module == "__main__":
+    if module in ("__main__", "__mp_main__"):  # the latter in a process that was spawned
         module = Path(getattr(sys.modules["__main__"], "__file__", None) or "__main__").stem
     return f"{module.rpartition('.')[2]}:{named.__qualname__}"
 

@@ -1,10 +1,13 @@
 """Checks that raise a sentence: what was expected, what came, what to do."""
 
-from collections.abc import Mapping, Sequence
-from typing import Any, get_args
+from __future__ import annotations
 
-import torch
-from torch import Tensor
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, get_args
+
+if TYPE_CHECKING:  # sweeps check their arguments without torch
+    import torch
+    from torch import Tensor
 
 
 def require_choice(name: str, value: object, choices: object) -> None:
@@ -22,6 +25,8 @@ def require_callable(name: str, value: object) -> None:
 
 def require_values(name: str, tensor: Tensor) -> None:
     """Raises a ValueError for a tensor that does not hold one value per element in memory."""
+    import torch
+
     kinds = {
         "quantized": (tensor.is_quantized, "Use `dequantize()`."),
         "nested": (tensor.is_nested, "Use `to_padded_tensor(0.0)`."),
@@ -45,6 +50,8 @@ def require_number(name: str, value: object, what: str) -> None:
 
 def require_device(name: str, value: object) -> None:
     """Raises a ValueError unless an argument is None or the name of a device."""
+    import torch
+
     try:
         valid = value is None or (isinstance(value, str) and bool(torch.device(value)))
     except RuntimeError:
@@ -80,6 +87,8 @@ def require_integer(name: str, value: object, *, least: int) -> None:
 
 def require_same_names(tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor], what: str = "tensors") -> None:
     """Raises an error, about `what`, unless they are tensors by name and names and shapes are the same."""
+    import torch
+
     given: Any = tensors
     if not isinstance(given, Mapping):
         raise TypeError(f"Expected {what} by name, a dict of tensors, but got {_shown(given)}.")
@@ -89,7 +98,7 @@ def require_same_names(tensors: Mapping[str, Tensor], expected: Mapping[str, Ten
             f"Expected {what} with the names {sorted(expected)[:6]} but these names differ: {differing[:6]}."
         )
     for name, tensor in given.items():
-        if not isinstance(tensor, Tensor):
+        if not isinstance(tensor, torch.Tensor):
             raise TypeError(f"Expected {what} by name, a dict of tensors, but `{name}` is {_shown(tensor)}.")
         if tensor.shape != expected[name].shape:
             shape = tuple(expected[name].shape)
