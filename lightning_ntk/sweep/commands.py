@@ -135,7 +135,7 @@ def _results(sweep: Sweep) -> Results:
 
 def _detail(entry: Entry) -> str:
     if entry.error:
-        return entry.error.strip().splitlines()[-1][:80]
+        return entry.reason[:80]
     if entry.state == "running" and entry.worker:
         return f"{entry.worker['host']}, process {entry.worker['pid']}"
     return f"{entry.seconds:.1f} s" if entry.seconds is not None else ""

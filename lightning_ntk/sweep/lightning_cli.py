@@ -82,8 +82,11 @@ class CommandLineObjective:
             warnings.filterwarnings("ignore", message="LightningCLI's args parameter")  # sys.argv is the sweep's
             SweepCLI(model, data, args=self.arguments(configuration), save_config_callback=None, parser_kwargs=raising)
         except ArgumentError as error:
+            classless = self.model is None and "'lightning.LightningModule'" in str(error)
             raise ValueError(
-                f"Expected a configuration and parameters that the LightningCLI knows but got {configuration}: {error}"
+                f"Expected a configuration and parameters that the LightningCLI knows but got {configuration}: "
+                + ("no class of the model is named, by `class_path` in it or as `model` of lightning_cli. " * classless)
+                + str(error)
             ) from error
         if len(monitors) > 1:
             raise ValueError(

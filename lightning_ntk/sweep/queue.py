@@ -14,6 +14,7 @@ copy the attributes of the failed trial.
 import contextlib
 import json
 import math
+import re
 import traceback
 import warnings
 from collections import Counter
@@ -58,6 +59,11 @@ class Entry:
     error: str | None  # traceback of the failure
     worker: Identity | None  # the process that runs or ran the trial
     seconds: float | None  # duration of the complete trial
+
+    @property
+    def reason(self) -> str:
+        """The failure in one line: the end of its traceback, with the indented lines that belong to it."""
+        return " ".join(re.split(r"\n(?=\S)", (self.error or "").strip())[-1].split())
 
 
 @dataclass(frozen=True)

@@ -150,9 +150,9 @@ class Sweep:
         entries = self.queue.entries()
         failed = [entry for entry in entries.values() if entry.state == "failed"]
         if failed:
-            reason = (failed[0].error or "").strip().splitlines()[-1].rstrip(".")
             warnings.warn(
-                f"{len(failed)} of {len(entries)} configurations failed, the first, {failed[0].configuration}, with: {reason}. "
+                f"{len(failed)} of {len(entries)} configurations failed, the first, {failed[0].configuration}, with: "
+                f"{failed[0].reason.rstrip('.')}. "
                 "`lightning-ntk sweep status` shows the tracebacks, which the storage keeps; retry_failed=True (--retry-failed) "
                 "tries again.",
                 stacklevel=2,

@@ -1,1 +1,1 @@
-"""Python and torch only: contexts, process groups, progress, memory, validation."""
+"""Python and torch only: contexts, process groups, progress, memory, validation, errors of other code, lazy imports."""

@@ -120,6 +120,12 @@ def test_each_configuration_has_a_directory_of_its_own(project: Path) -> None:
     assert objective.root({"a": 1}) != objective.root({"a": 2})
 
 
+def test_a_model_without_a_class_is_a_failure_that_says_where_to_name_it(project: Path) -> None:
+    objective = CommandLineObjective(config=("plain.yaml",), search=str(project))
+    with pytest.raises(ValueError, match="no class of the model is named, by `class_path` in it or as `model`"):
+        objective({"model.init_args.width": 3})
+
+
 def test_an_option_that_does_not_exist_is_a_failure_that_names_it(project: Path, tmp_path: Path) -> None:
     objective = CommandLineObjective(config=("config.yaml",), search=str(project))
     sweep = Sweep(objective, {"model.init_args.widht": [3]}, storage=tmp_path / "j")

@@ -176,6 +176,13 @@ def test_a_failure_is_kept_and_tried_again_only_when_asked(queue: Queue) -> None
     assert states(queue) == ["complete"]
 
 
+def test_the_reason_of_a_failure_is_its_last_sentence(queue: Queue) -> None:
+    queue.enqueue(POINTS[:1])
+    queue.fail(queue.claim(ME), ValueError("Expected a width:\n  it is missing\n    in the file."))
+    (entry,) = queue.entries().values()
+    assert entry.reason == "ValueError: Expected a width: it is missing in the file."
+
+
 def test_a_configuration_that_kills_its_workers_is_given_up(queue: Queue) -> None:
     queue.enqueue(POINTS[:1])
     for _ in range(MAX_DEATHS):
