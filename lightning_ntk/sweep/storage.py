@@ -1,5 +1,6 @@
 """Opens what keeps a sweep: a journal file or a database, and a study in it."""
 
+import contextlib
 import json
 import os
 import random
@@ -103,6 +104,10 @@ class _RepairingLock(JournalFileOpenLock):
             self.release()
             raise
         return acquired
+
+    def release(self) -> None:
+        with contextlib.suppress(RuntimeError):  # others took it while this writer stalled, and appended too
+            super().release()
 
 
 def _cut_torn_line(journal: Path) -> None:

@@ -50,9 +50,9 @@ def test_a_writer_that_loses_its_lock_while_it_stalls_overwrites_nothing(
 
         def late_flush() -> None:
             monkeypatch.undo()
+            file.flush = flush
             path.with_suffix(".journal.lock").unlink()  # after 30 seconds Optuna takes the lock of a stalled writer
             theirs.enqueue([{"a": 2}])
-            path.with_suffix(".journal.lock").touch()
             flush()
 
         file.flush = late_flush
