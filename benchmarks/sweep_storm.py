@@ -18,7 +18,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Sequence
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -83,10 +83,9 @@ def storm(generator: random.Random, kind: str, kills: int, directory: str) -> St
     processes = [start() for _ in range(runs)]
     killed = Counter[str]()
     for _ in range(kills):
-        known = starts(directory)
         if generator.random() < 0.8:
-            # A trial has started: the kill hits it, the writing of its result, or the claim of the next one.
-            wait_for(lambda known=known: starts(directory) > known or not any(p.is_alive() for p in processes))  # type: ignore[misc]
+            # The kill hits a trial, the writing of its result, or the claim of the next one.
+            wait_for_a_start(directory, processes)
         time.sleep(generator.uniform(0, 1.25 * SECONDS))
         slot = generator.randrange(runs)
         victims = workers_of(processes[slot]) if generator.random() < 0.6 else []
@@ -140,10 +139,10 @@ def kill(number: int) -> int:
     return 0
 
 
-def wait_for(condition: Callable[[], bool], seconds: float = 60.0) -> None:
-    """Returns when a condition holds, or after some time."""
-    deadline = time.monotonic() + seconds
-    while not condition() and time.monotonic() < deadline:
+def wait_for_a_start(directory: str, processes: Sequence[BaseProcess]) -> None:
+    """Returns when the objective is started again, or every `run` has ended."""
+    known = starts(directory)
+    while starts(directory) == known and any(process.is_alive() for process in processes):
         time.sleep(0.02)
 
 
