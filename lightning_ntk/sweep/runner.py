@@ -208,7 +208,9 @@ class _Workers:
 
     def _start(self, log: Path) -> None:
         identity = uuid.uuid4().hex
-        process = multiprocessing.get_context("spawn").Process(target=self._target, args=(identity, log), name=identity)
+        process = multiprocessing.get_context("spawn").Process(
+            target=self._target, args=(identity, self._threads, log), name=identity
+        )
         saved = {name: os.environ[name] for name in _THREAD_VARIABLES if name in os.environ}
         os.environ.update(dict.fromkeys(_THREAD_VARIABLES, str(self._threads)))
         try:

@@ -103,13 +103,18 @@ def stop_signals() -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
-def work_in_process(objective: Objective, storage: str, name: str, patience: float, identity: str, log: Path) -> None:
+def work_in_process(
+    objective: Objective, storage: str, name: str, patience: float, identity: str, threads: int, log: Path
+) -> None:
     """The whole life of a worker process that `Sweep.run` started."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     with log.open("a", buffering=1) as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
+        import torch  # not above: most commands do without
+
+        torch.set_num_threads(threads)
         queue = Queue(open_storage(storage), name)
         try:
             work(queue, objective, patience=patience, identity=worker_identity(identity), supervised=True)
