@@ -34,9 +34,13 @@ COMPARED = (
 _CHARTS = {
     "loss": ("loss", "linearized_loss"),
     "accuracy": ("accuracy", "linearized_accuracy", "taylor_accuracy"),
+    "perplexity": ("perplexity", "linearized_perplexity", "taylor_perplexity"),
     "loss on the evaluation set": ("evaluation/loss", "evaluation/linearized_loss"),
     "accuracy on the evaluation set": (
         "evaluation/accuracy", "evaluation/linearized_accuracy", "evaluation/taylor_accuracy",
+    ),
+    "perplexity on the evaluation set": (
+        "evaluation/perplexity", "evaluation/linearized_perplexity", "evaluation/taylor_perplexity",
     ),
     "relative distances": ("relative_weight_distance", "taylor_gap"),
     "weight distance and displacement": ("weight_distance", "displacement"),

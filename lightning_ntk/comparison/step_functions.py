@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Callable, Mapping
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,7 +23,7 @@ class StepComparison:
 
     The trained network has its own weights and buffers, the linearized one those of its passes in train mode. The expansion of
     the trained network is that of the run's function, with the run's buffers. Losses are means over batches with the number
-    of samples as weights; root mean squares are over all elements of the outputs.
+    of samples as weights, accuracies and perplexities are over labels; root mean squares are over all elements of the outputs.
 
     Args:
         step: The linearized network of the training step.
@@ -99,8 +100,8 @@ class StepComparison:
             if number % self._processes.size != self._processes.rank:
                 continue
             self._announce(number)
-            trained = step.evaluate(batch, weights)
-            lin = step.evaluate(batch, None, linearized)
+            trained = _slim(step.evaluate(batch, weights))
+            lin = _slim(step.evaluate(batch, None, linearized))
             if trained is None or lin is None:  # a batch that the step leaves out
                 continue
             size = rows.stop - rows.start
@@ -108,14 +109,17 @@ class StepComparison:
             sums.add_loss("linearized_", lin, size)
             for own, other in zip(trained.outputs, lin.outputs, strict=True):
                 sums.add("rmse", *error_sums(own, other))
-            if self._keeps_outputs and [output.dim() for output in trained.outputs] in ([1], [2]):
+            if self._keeps_outputs and [(o.dim() < 3, len(o)) for o in trained.outputs] == [(True, size)]:
                 pair = trained.outputs[0], lin.outputs[0]
                 kept.append(tuple(o.cpu().double().reshape(len(o), -1) for o in pair))
             del lin
-            taylor = step.evaluate(batch, around_start, displacement) if self._taylor else None
-            if taylor is not None:
+            if not self._taylor:
+                continue
+            expanded = step.evaluate(batch, around_start, displacement)
+            taylor = _slim(expanded)
+            if taylor is not None and expanded is not None:
                 sums.add_loss("taylor_", taylor, size)
-                for own, other, start in zip(trained.outputs, taylor.outputs, taylor.starts, strict=True):
+                for own, other, start in zip(trained.outputs, taylor.outputs, expanded.starts, strict=True):
                     sums.add("taylor", *taylor_sums(own, other, start))
         self.outputs = (torch.cat([own for own, _ in kept]), torch.cat([other for _, other in kept])) if kept else None
         return sums.scalars(self._processes, taylor=self._taylor)
@@ -132,14 +136,17 @@ class _Sums:
         pair[0] += float(numerator)
         pair[1] += float(denominator)
 
-    def add_loss(self, kind: str, evaluation: Evaluation, size: int) -> None:
-        self.add(f"{kind}loss", size * evaluation.loss.double(), size)
-        counted = _correct(evaluation.losses)
-        if counted is not None:
-            self.add(f"{kind}accuracy", *counted)
+    def add_loss(self, kind: str, network: "_Network", size: int) -> None:
+        self.add(f"{kind}loss", size * network.loss.double(), size)
+        scores = network.scores
+        if scores is not None and scores.counted:
+            self.add(f"{kind}accuracy", scores.correct, scores.counted)
+            if scores.log_loss is not None and scores.labels > size:
+                self.add(f"{kind}perplexity", scores.log_loss, scores.counted)
 
     def scalars(self, processes: Processes, *, taylor: bool) -> dict[str, float]:
-        names = ["loss", "linearized_loss", "rmse", "taylor", "accuracy", "linearized_accuracy", "taylor_accuracy"]
+        by_label = [f"{kind}{name}" for name in ("accuracy", "perplexity") for kind in ("", "linearized_", "taylor_")]
+        names = ["loss", "linearized_loss", "rmse", "taylor", *by_label]
         flat = torch.tensor([self._pairs.get(name, [0.0, 0.0]) for name in names], dtype=torch.float64)
         pairs = dict(zip(names, processes.sum_(flat), strict=True))
         if pairs["loss"][1] == 0:
@@ -152,27 +159,62 @@ class _Sums:
             scalars[name] = (pairs[name][0] / pairs[name][1]).item()
         if taylor:
             scalars["taylor_gap"] = ratio_of_norms(*pairs["taylor"]).item()
-        for name in ("accuracy", "linearized_accuracy", "taylor_accuracy"):
+        for name in by_label:
             if pairs[name][1] > 0:
-                scalars[name] = (pairs[name][0] / pairs[name][1]).item()
+                mean = pairs[name][0] / pairs[name][1]
+                scalars[name] = (mean.exp() if name.endswith("perplexity") else mean).item()
         return scalars
 
 
-def _correct(losses: list[LossCall]) -> tuple[float, float] | None:
-    """How many labels the only classification loss of a batch finds right, and how many there are; None without one."""
-    counted = [pair for call in losses if (pair := _correct_of(call)) is not None]
-    return counted[0] if len(counted) == 1 else None
+class _Scores(NamedTuple):
+    """What a classification loss says of its labels.
+
+    Attributes:
+        correct: How many labels have the largest output.
+        counted: How many labels are not to be ignored.
+        labels: How many labels there are.
+        log_loss: The sum of -log p over the labels that count; None where the loss is another one.
+    """
+
+    correct: float
+    counted: float
+    labels: int
+    log_loss: float | None = None
 
 
-def _correct_of(call: LossCall) -> tuple[float, float] | None:
+class _Network(NamedTuple):
+    """What is kept of a network on a batch while others are evaluated, which take many times the memory of its outputs."""
+
+    loss: Tensor
+    outputs: list[Tensor]
+    scores: _Scores | None
+
+
+def _slim(evaluation: Evaluation | None) -> _Network | None:
+    if evaluation is None:
+        return None
+    scores = [found for call in evaluation.losses if (found := _scores_of(call)) is not None]
+    return _Network(evaluation.loss, evaluation.outputs, scores[0] if len(scores) == 1 else None)
+
+
+def _scores_of(call: LossCall) -> _Scores | None:
+    """The scores of a call of a classification loss; None for other losses."""
     if len(call.args) < 2 or not all(isinstance(tensor, Tensor) for tensor in call.args[:2]):
         return None
     outputs, target = call.args[:2]
     if call.function in (F.cross_entropy, F.nll_loss) and not target.is_floating_point():
-        predicted = outputs.argmax(1 if outputs.dim() > 1 else 0)
         counts = target != call.kwargs.get("ignore_index", -100)
-    elif call.function is F.binary_cross_entropy_with_logits and bool(((target == 0) | (target == 1)).all()):
-        predicted, counts = outputs > 0, torch.ones_like(target, dtype=torch.bool)
-    else:
+        correct = ((outputs.argmax(1 if outputs.dim() > 1 else 0) == target) & counts).sum().item()
+        count = counts.sum().item()
+        return _Scores(correct, count, target.numel(), _log_loss(call, count))
+    if call.function is F.binary_cross_entropy_with_logits and bool(((target == 0) | (target == 1)).all()):
+        return _Scores(((outputs > 0) == target).sum().item(), target.numel(), target.numel())
+    return None
+
+
+def _log_loss(call: LossCall, count: float) -> float | None:
+    given, reduction = call.kwargs.get, call.kwargs.get("reduction", "mean")
+    if any(given(name) is not None for name in ("weight", "size_average", "reduce")) or given("label_smoothing"):
         return None
-    return ((predicted == target) & counts).sum().item(), counts.sum().item()
+    total = call.result.double().item()
+    return {"mean": total * count, "sum": total}.get(reduction)

@@ -1,9 +1,14 @@
 """Distances between the outputs of a trained network and those of its linearizations."""
 
+from collections.abc import Iterator
+
+import torch
 from torch import Tensor
 
 from lightning_ntk.functional.weights import ratio_of_norms
 from lightning_ntk.utilities.validation import require_same_shape
+
+_PART = 2**20
 
 
 def prediction_rmse(outputs: Tensor, linearized_outputs: Tensor) -> float:
@@ -53,8 +58,8 @@ def taylor_gap(outputs: Tensor, taylor_outputs: Tensor, initial_outputs: Tensor)
 def error_sums(outputs: Tensor, linearized_outputs: Tensor) -> tuple[Tensor, Tensor]:
     """The sum of squared differences in float64, and how many there are."""
     require_same_shape(outputs=outputs, linearized_outputs=linearized_outputs)
-    error = outputs.double() - linearized_outputs.double()
-    return error.square().sum(), error.new_full((), error.numel())
+    squares = [(own - other).square().sum() for own, other in _parts(outputs, linearized_outputs)]
+    return torch.stack(squares).sum(), squares[0].new_full((), outputs.numel())
 
 
 def root_mean(total: Tensor, count: Tensor) -> Tensor:
@@ -65,5 +70,15 @@ def root_mean(total: Tensor, count: Tensor) -> Tensor:
 def taylor_sums(outputs: Tensor, taylor_outputs: Tensor, initial_outputs: Tensor) -> tuple[Tensor, Tensor]:
     r""":math:`\|f_t - f_0 - J (w_t - w_0)\|^2` and :math:`\|f_t - f_0\|^2` in float64."""
     require_same_shape(outputs=outputs, taylor_outputs=taylor_outputs, initial_outputs=initial_outputs)
-    now = outputs.double()
-    return (now - taylor_outputs.double()).square().sum(), (now - initial_outputs.double()).square().sum()
+    squares = [
+        torch.stack([(now - taylor).square().sum(), (now - start).square().sum()])
+        for now, taylor, start in _parts(outputs, taylor_outputs, initial_outputs)
+    ]
+    missed, moved = torch.stack(squares).sum(0)
+    return missed, moved
+
+
+def _parts(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Parts of flattened tensors in float64: the outputs of language models are too large for copies of all of them."""
+    for parts in zip(*(torch.split(tensor.flatten(), _PART) for tensor in tensors), strict=True):
+        yield tuple(part.double() for part in parts)

@@ -66,7 +66,7 @@ class PairLoss:
         objective = self._prepared(self.linearization, inputs, target)
 
         def cotangent(outputs: Tensor, derivative: Tensor) -> Tensor:
-            predictions = outputs.double() + derivative.double()
+            predictions = outputs.to(objective.dtype) + derivative
             if not predictions.isfinite().all():
                 return torch.full_like(predictions, float("nan"))  # found by the step
             return _loss_gradient(objective, predictions, target)

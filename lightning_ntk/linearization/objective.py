@@ -12,9 +12,12 @@ from lightning_ntk.data.targets import match_targets
 
 Loss: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 
+# Outputs of a batch, above which the loss is computed in their own type: as those of a language model for every token.
+_LARGE = 2**24
+
 
 class Objective:
-    """A loss of outputs `(B, K)` and targets, in float64.
+    """A loss of outputs `(B, K)` and targets, in float64; in the type of the outputs where they are very many.
 
     A squared loss takes integer class labels as one-hot rows, any other loss takes targets as they are.
 
@@ -29,11 +32,13 @@ class Objective:
     """The c of a squared loss, see `measure_loss_factor`; None for other losses."""
     targets: Tensor
     """The prepared targets of all samples, on the CPU."""
+    dtype: torch.dtype
+    """The type of gradients."""
 
     def __init__(self, loss: Loss, outputs: Tensor, targets: Tensor, *, flat: bool = False) -> None:
         self._loss, self._flat = loss, flat
         self._losses: dict[torch.device, Loss] = {}
-        self._dtype = torch.float64
+        self.dtype = self._dtype = torch.float64 if outputs.numel() < _LARGE else outputs.dtype
         outputs, targets = outputs.detach().cpu(), targets.detach().cpu()
         self._reason: ValueError | None = None
         matched: Tensor | None = None
@@ -55,9 +60,9 @@ class Objective:
         return self.factor
 
     def prepare(self, targets: Tensor, outputs: Tensor) -> Tensor:
-        """Targets as the loss takes them: rows `(B, K)` in float64 for a squared loss, else unchanged."""
+        """Targets as the loss takes them: rows `(B, K)` for a squared loss, else unchanged."""
         if self.factor is not None:
-            return match_targets(targets, outputs, flat=self._flat)
+            return match_targets(targets, outputs, flat=self._flat).to(self._dtype)
         return targets.detach().to(outputs.device, self._dtype if targets.is_floating_point() else None)
 
     def value(self, outputs: Tensor, targets: Tensor) -> Tensor:
@@ -66,8 +71,8 @@ class Objective:
         return evaluate_loss(loss, outputs.detach().to(self._dtype), targets, flat=self._flat).double()
 
     def gradient(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        """The gradient of the loss in outputs `(B, K)`, for prepared targets, in float64."""
-        return _gradient(self._loss_on(outputs.device), outputs.to(self._dtype), targets, self._flat).double()
+        """The gradient of the loss in outputs `(B, K)`, for prepared targets."""
+        return _gradient(self._loss_on(outputs.device), outputs.to(self._dtype), targets, self._flat).to(self.dtype)
 
     def _loss_on(self, device: torch.device) -> Loss:
         # A loss may have buffers, class weights for example: they follow the outputs to their device and type.

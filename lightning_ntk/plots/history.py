@@ -22,6 +22,9 @@ LABELS = {
     "accuracy": "accuracy on the reference set",
     "linearized_accuracy": "accuracy of the linearized network",
     "taylor_accuracy": "accuracy of the expansion at the trained weights",
+    "perplexity": "perplexity on the reference set",
+    "linearized_perplexity": "perplexity of the linearized network",
+    "taylor_perplexity": "perplexity of the expansion at the trained weights",
     "kernel_distance": "kernel distance\n" r"$1 - \cos(\Theta_0, \Theta_t)$",
     "kernel_change": "kernel change\n" r"$\|\Theta_t - \Theta_0\| \,/\, \|\Theta_0\|$",
     "kernel_velocity": "kernel velocity (per step)\n" r"$(1 - \cos(\Theta_s, \Theta_t)) \,/\, (t - s)$",
@@ -71,7 +74,7 @@ def read_history(path: str | Path, name: str = "ntk") -> list[dict[str, float]]:
 
 def tells_at_start(key: str) -> bool:
     """Whether a scalar says something at step 0, where distances are zero by definition."""
-    return key.endswith(("loss", "accuracy", "residual"))
+    return key.endswith(("loss", "accuracy", "perplexity", "residual"))
 
 
 def series(history: History, key: str) -> tuple[list[float], list[float]]:

@@ -4,6 +4,7 @@ Nothing here is taken from the package but the result of the monitor.
 """
 
 import copy
+import math
 import random
 from collections.abc import Callable
 from typing import Any
@@ -311,14 +312,21 @@ class Outputs(nn.Module):
 
 
 def train_explicitly(
-    module: LightningModule, explicit: Explicit, batches: list[tuple[Any, tuple[Any, ...]]]
+    module: LightningModule,
+    explicit: Explicit,
+    batches: list[tuple[Any, tuple[Any, ...]]],
+    *,
+    accumulate: int = 1,
+    clip: float = math.inf,
+    schedule: Callable[[int], float] = lambda step: 1.0,
 ) -> dict[str, Tensor]:
-    """The weights of f0 + J (w - w0) after a step on each batch, with buffers of its own."""
+    """The weights of f0 + J (w - w0) after a step on every `accumulate` batches, with buffers of its own."""
     outputs_of = Outputs(module.train(), explicit)
     start = {n: p.detach().clone() for n, p in module.named_parameters() if p.requires_grad}
     weights = {name: value.clone().requires_grad_() for name, value in start.items()}
     buffers = {f"module.{name}": buffer.clone() for name, buffer in module.named_buffers()}
     optimizer = module.make_optimizer(weights.values())
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, schedule)
     for step, (batch, states) in enumerate(batches):
         found: list[tuple[tuple[Tensor, ...], Loss]] = []
         used: set[str] = set()
@@ -335,7 +343,6 @@ def train_explicitly(
         derivatives = jacobian(outputs, tuple(start.values()), vectorize=True)
         assert len(found) == 1  # one forward pass: random numbers and buffers are those of one step
         at_start, loss = found[0]
-        optimizer.zero_grad()
         linearized = []
         for output, row in zip(at_start, derivatives, strict=True):
             moved = [  # without what the batch does not use: it has no gradient, and optimizers leave it out
@@ -344,8 +351,13 @@ def train_explicitly(
                 if name in used
             ]
             linearized.append(output.detach() + torch.stack(moved).sum(0).view_as(output))
-        loss(*linearized, weights, step).backward()
-        optimizer.step()
+        (loss(*linearized, weights, step) / accumulate).backward()
+        if (step + 1) % accumulate == 0:
+            if clip < math.inf:
+                nn.utils.clip_grad_norm_(weights.values(), clip)
+            optimizer.step()
+            optimizer.zero_grad()
+            scheduler.step()
     return {name: weight.detach() for name, weight in weights.items()}
 
 
