@@ -8,12 +8,11 @@ import torch
 from torch import Tensor
 from torch.autograd.forward_ad import dual_level, make_dual, unpack_dual
 from torch.func import jvp
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import CheckpointError
 
 from lightning_ntk.linearization.network import FrozenNetwork, Predict
 from lightning_ntk.linearization.parameters import Tensors
-from lightning_ntk.utilities.contexts import isolated_pass, without_library_kernels
+from lightning_ntk.utilities.contexts import forward_mode, isolated_pass, without_library_kernels
 from lightning_ntk.utilities.validation import require_instance
 
 __all__ = ["Linearization", "Predict"]
@@ -84,7 +83,7 @@ class Linearization(FrozenNetwork):
             for context in (
                 self.explained(inputs),
                 isolated_pass(self.module, self.device.type),
-                sdpa_kernel(SDPBackend.MATH),
+                forward_mode(),
             ):
                 stack.enter_context(context)
             while True:
@@ -142,7 +141,7 @@ class Linearization(FrozenNetwork):
             tangent = self._convert_all(tangent)
             if self._shares_forward and self._jvp_rung == 0 and self._overwrites is False:
                 try:
-                    with sdpa_kernel(SDPBackend.MATH), duals:
+                    with forward_mode(), duals:
                         duals.enter_context(dual_level())
                         return self._backward(inputs, pull_back, tangent)
                 except (NotImplementedError, RuntimeError) as error:

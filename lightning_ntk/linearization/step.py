@@ -8,7 +8,6 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.forward_ad import dual_level, make_dual, unpack_dual
 from torch.func import functional_call
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import CheckpointError
 
 from lightning_ntk.data.batches import copy_batch, tensors_in
@@ -18,6 +17,7 @@ from lightning_ntk.linearization.linearization import lacks_forward_mode, pulled
 from lightning_ntk.linearization.parameters import Tensors, overwritten, plain_name, trainable_parameters
 from lightning_ntk.utilities.contexts import (
     evaluation_mode,
+    forward_mode,
     full_precision,
     preserved_rng,
     without_compilation,
@@ -297,7 +297,7 @@ class StepLinearization:
             stack.enter_context(torch.enable_grad() if train or reverse else torch.no_grad())
             network: Mapping[str, Tensor] = leaves
             if tangent is not None:
-                stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+                stack.enter_context(forward_mode())
                 if self._rung > 0:
                     stack.enter_context(without_library_kernels())
                 if not reverse:

@@ -8,6 +8,9 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn import functional as F  # noqa: N812
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
 
 # Every switch that lets a float32 product run in TF32 or bfloat16, through PyTorch's newer interface only: PyTorch raises
 # when `allow_tf32` is mixed in.
@@ -68,6 +71,26 @@ def without_library_kernels() -> Iterator[None]:
     # Not through their flags() contexts, which also set TF32 through the older interface.
     with _attribute((torch.backends.cudnn, torch.backends.mkldnn), "enabled", False):
         yield
+
+
+@contextmanager
+def forward_mode() -> Iterator[None]:
+    """Runs attention in the one way that has a forward-mode derivative, and gives embeddings that of reverse mode."""
+    with sdpa_kernel(SDPBackend.MATH), _PaddedEmbeddings():
+        yield
+
+
+class _PaddedEmbeddings(TorchFunctionMode):
+    """Rows of padding are constants, as they are in reverse mode: they may move where a head shares the weight."""
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        padding = kwargs.get("padding_idx") if func is F.embedding else None
+        if padding is None:
+            return result
+        indices, weight = args[:2]
+        return torch.where((indices == padding % len(weight)).unsqueeze(-1), result.detach(), result)
 
 
 @contextmanager

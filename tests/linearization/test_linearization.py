@@ -206,6 +206,26 @@ def test_tied_parameters_count_once_and_frozen_ones_are_constants() -> None:
     torch.testing.assert_close(linearization.predict(inputs), before)
 
 
+def test_rows_of_padding_are_constants_in_both_products() -> None:
+    """Where a head shares the weight, these rows move, but autograd has no derivative in their embeddings."""
+
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embedding = nn.Embedding(5, 3, padding_idx=-4)
+            self.embedding.weight.data.normal_()
+
+        def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+            return torch.tanh(self.embedding(tokens)).mean(1) @ self.embedding.weight.T
+
+    module, tokens = Tied().double(), torch.tensor([[1, 2, 0], [3, 1, 1]])
+    linearization = Linearization(module)
+    tangent, cotangent = {"embedding.weight": torch.randn(5, 3).double()}, torch.randn(2, 5).double()
+    (gradient,) = torch.autograd.grad(module(tokens), module.embedding.weight, cotangent)
+    expected = (gradient * tangent["embedding.weight"]).sum()
+    assert (linearization.jvp(tangent, tokens) * cotangent).sum().item() == pytest.approx(expected.item(), rel=1e-12)
+
+
 def test_usable_under_inference_mode_and_with_inference_tensors() -> None:
     module, inputs, _ = make("mlp")
     linearization = Linearization(module)
