@@ -103,11 +103,13 @@ class CutStep(Tracker):
         result = None
         again = planned.again and kind is Kind.BOTH
         value = func(*_mapped(self._value, args), **_mapped(self._value, kwargs)) if again else None
-        if planned.network:
+        # What is made of parameters and then detached is as it is at w0: DoRA divides its weights by such a norm.
+        is_network = planned.network or (kind is Kind.PARAMETERS and not planned.loss)
+        if is_network:
             result = func(*args, **kwargs)
             if not any(True for _ in tensors_of(result)):  # a query by a function that may return tensors, too
                 return result
-        if not planned.network or (planned.loss and kind is Kind.PARAMETERS):
+        if not is_network or (planned.loss and kind is Kind.PARAMETERS):
             entered, options = _mapped(self._value, args), _mapped(self._value, kwargs)
             value = func(*entered, **options)
             if kind is Kind.PARAMETERS:
@@ -128,7 +130,7 @@ class CutStep(Tracker):
                 if there is not own:
                     self._enter(there, Kind.BOTH, None)
         self._enter(result, kind, at)
-        written = written_base(func, args if planned.network else entered) if not again else None
+        written = written_base(func, args if is_network else entered) if not again else None
         if written is not None:
             self._enter(written, Kind(kind | self._kind(written)), at)
         return result

@@ -94,9 +94,8 @@ class Linearization(FrozenNetwork):
                 if rung > 1:
                     return self._double_vjp(tangent, inputs)
                 try:
-                    with torch.no_grad():
-                        outputs, derivative = jvp(lambda p: self.forward(p, inputs), (self.params,), (tangent,))[:2]
-                        return outputs, derivative
+                    outputs, derivative = jvp(lambda p: self.forward(p, inputs), (self.params,), (tangent,))[:2]
+                    return outputs.detach(), derivative.detach()
                 except (NotImplementedError, RuntimeError) as error:
                     if not lacks_forward_mode(error):
                         raise

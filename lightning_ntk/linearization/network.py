@@ -7,10 +7,9 @@ from typing import Any, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 from torch.utils import _pytree as pytree
 
-from lightning_ntk.linearization.parameters import Tensors, overwritten, trainable_parameters
+from lightning_ntk.linearization.parameters import Tensors, call_with, overwritten, trainable_parameters
 from lightning_ntk.utilities.contexts import isolated_pass
 from lightning_ntk.utilities.distributed import Processes
 from lightning_ntk.utilities.errors import describe, explained
@@ -28,7 +27,7 @@ def call_module(module: nn.Module, inputs: Any) -> Tensor:
 
 
 class _Predictor(nn.Module):
-    """`predict` as the forward of a module, so that `functional_call` can replace the weights it uses."""
+    """`predict` as the forward of a module, so that `call_with` can replace the weights it uses."""
 
     def __init__(self, module: nn.Module, predict: Predict) -> None:
         super().__init__()
@@ -194,7 +193,7 @@ class FrozenNetwork:
     def _call(self, state: Tensors, inputs: Any, then: Callable[[Tensor], T]) -> T:
         named = {f"module.{name}": value for name, value in state.items()}
         before = self._versions()
-        result: T = functional_call(self._predictor, named, (pytree.tree_map_only(Tensor, torch.clone, inputs), then))
+        result: T = call_with(self._predictor, named, (pytree.tree_map_only(Tensor, torch.clone, inputs), then))
         if self._versions() != before:
             raise RuntimeError(
                 "Expected a forward that writes into its weights or buffers always or never but it did so for this batch and not "

@@ -1,10 +1,11 @@
 """Parameters of a network by name, and which of them are variables."""
 
 from collections.abc import Mapping
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from lightning_ntk.utilities.validation import require_instance, require_values
 
@@ -36,6 +37,23 @@ def trainable_parameters(module: nn.Module) -> Tensors:
         if not tensor.is_floating_point():
             raise ValueError(f"Expected real floating-point parameters but `{name}` has dtype {tensor.dtype}.")
     return parameters
+
+
+def call_with(module: nn.Module, state: Mapping[str, Tensor], args: tuple[Any, ...]) -> Any:
+    """Calls a module with other tensors in the places of its parameters and buffers, by their names.
+
+    On its own, `torch.func.functional_call` replaces the tensors of a submodule that has two names twice, and leaves
+    the first replacement in the module.
+    """
+    names: dict[int, str] = {}
+    places: Tensors = {}
+    for prefix, submodule in module.named_modules():
+        for own in (submodule.named_parameters, submodule.named_buffers):
+            for place, tensor in own(prefix, recurse=False, remove_duplicate=False):
+                name = names.setdefault(id(tensor), place)  # tied tensors have the name of the first
+                if name in state:
+                    places[place] = state[name]
+    return functional_call(module, places, args, tie_weights=False)
 
 
 def overwritten(copies: Mapping[str, Tensor], originals: Mapping[str, Tensor]) -> set[str]:

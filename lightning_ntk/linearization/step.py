@@ -7,14 +7,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.autograd.forward_ad import dual_level, make_dual, unpack_dual
-from torch.func import functional_call
 from torch.utils.checkpoint import CheckpointError
 
 from lightning_ntk.data.batches import copy_batch, tensors_in
 from lightning_ntk.linearization.cut import Cut, CutRecorder
 from lightning_ntk.linearization.cut_step import CutChangedError, CutStep, LossCall
 from lightning_ntk.linearization.linearization import lacks_forward_mode, pulled_back
-from lightning_ntk.linearization.parameters import Tensors, overwritten, plain_name, trainable_parameters
+from lightning_ntk.linearization.parameters import Tensors, call_with, overwritten, plain_name, trainable_parameters
 from lightning_ntk.utilities.contexts import (
     evaluation_mode,
     forward_mode,
@@ -47,7 +46,7 @@ class Evaluation(NamedTuple):
 
 
 class _StepModule(nn.Module):
-    """A step as the forward of a module, so that `functional_call` can replace the weights that it uses."""
+    """A step as the forward of a module, so that `call_with` can replace the weights that it uses."""
 
     def __init__(self, module: nn.Module, step: Step) -> None:
         super().__init__()
@@ -294,7 +293,7 @@ class StepLinearization:
         batch = self.copy(batch)
         with ExitStack() as stack, ExitStack() as duals:
             stack.enter_context(preserved_rng())
-            stack.enter_context(torch.enable_grad() if train or reverse else torch.no_grad())
+            stack.enter_context(torch.enable_grad())
             network: Mapping[str, Tensor] = leaves
             if tangent is not None:
                 stack.enter_context(forward_mode())
@@ -312,8 +311,11 @@ class StepLinearization:
                 primal, derivative = unpack_dual(start)  # type: ignore[no-untyped-call]
                 return primal.detach().clone() if derivative is None else primal.detach() + derivative.detach()
 
-            copies = {n: value.detach().to(self._frozen[n]).clone() for n, value in frozen.items()}
-            beside = {f"frozen {n}": copies.get(n, p) for n, p in self._frozen.items() if n in self._beside}
+            # Tensors that are no parameters, as when the cut was found, for some functions tell them apart; but the step
+            # itself writes into its own.
+            fixed = {n: p.detach() for n, p in self._frozen.items() if n not in self._written}
+            fixed |= {n: value.detach().to(self._frozen[n]).clone() for n, value in frozen.items()}
+            beside = {f"frozen {n}": fixed.get(n, self._frozen[n]) for n in self._beside}
             network = {**network, **beside}
             trace = CutStep(self._cuts[train], network, value_of, tensors_in(batch), linearize)
             trace.running = self._running
@@ -336,11 +338,11 @@ class StepLinearization:
                     self.linearized_outputs = [(output.module, tuple(output.start.shape)) for output in trace.outputs]
                 return then(_Pass(loss, trace, leaves, values, duals))
 
-            return self._call({**{n: network[n] for n in leaves}, **buffers, **copies}, batch, trace, finish)
+            return self._call({**{n: network[n] for n in leaves}, **buffers, **fixed}, batch, trace, finish)
 
     def _call(self, state: Mapping[str, Tensor], batch: Any, trace: Any, then: Callable[..., Any]) -> Any:
         self._running.clear()
-        return functional_call(self._step, {f"module.{n}": v for n, v in state.items()}, (batch, trace, then))
+        return call_with(self._step, {f"module.{n}": v for n, v in state.items()}, (batch, trace, then))
 
     @contextmanager
     def _isolated(self, *, train: bool) -> Iterator[None]:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.autograd.forward_ad import _set_fwd_grad_enabled
 from torch.nn import functional as F  # noqa: N812
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
@@ -75,16 +76,22 @@ def without_library_kernels() -> Iterator[None]:
 
 @contextmanager
 def forward_mode() -> Iterator[None]:
-    """Runs attention in the one way that has a forward-mode derivative, and gives embeddings that of reverse mode."""
-    with sdpa_kernel(SDPBackend.MATH), _PaddedEmbeddings():
+    """Runs attention in the one way that has a forward-mode derivative, and gives this mode the derivatives of reverse mode.
+
+    Gradients must be enabled outside of the network, so that it shows where the network disables them.
+    """
+    with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH), _AsInReverseMode():
         yield
 
 
-class _PaddedEmbeddings(TorchFunctionMode):
-    """Rows of padding are constants, as they are in reverse mode: they may move where a head shares the weight."""
+class _AsInReverseMode(TorchFunctionMode):
+    """Makes a constant of what is one in reverse mode: all under `no_grad`, and rows of padding, which a tied head may move."""
 
     def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if not torch.is_grad_enabled():
+            with _set_fwd_grad_enabled(False):
+                return func(*args, **kwargs)
         result = func(*args, **kwargs)
         padding = kwargs.get("padding_idx") if func is F.embedding else None
         if padding is None:

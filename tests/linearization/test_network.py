@@ -189,3 +189,26 @@ def test_a_device_without_float64_is_refused() -> None:
         module.weight = nn.Parameter(torch.empty(3, 6, device="mps"))
         with pytest.raises(ValueError, match=r"\"mps\" has none\. Move the module to the CPU"):
             Linearization(module)
+
+
+def test_a_submodule_with_two_names_stays_in_its_module() -> None:
+    class Shared(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.encoder = nn.Sequential(nn.Linear(6, 4), nn.BatchNorm1d(4))
+            self.body = nn.Sequential(self.encoder, nn.Tanh(), nn.Linear(4, 3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.body(x)
+
+    module, x = Shared().double(), torch.randn(5, 6).double()
+    before = {name: id(tensor) for name, tensor in (*module.named_parameters(), *module.named_buffers())}
+    outputs = module.eval()(x)
+    linearization = Linearization(module)
+    with torch.no_grad():
+        module.encoder[0].weight.mul_(2)
+    assert torch.equal(linearization.predict(x), outputs)
+    tangent, cotangent = {n: torch.randn_like(p) for n, p in linearization.params.items()}, torch.randn_like(outputs)
+    pulled = sum((gradient * tangent[n]).sum() for n, gradient in linearization.vjp(cotangent, x).items())
+    assert (linearization.jvp(tangent, x) * cotangent).sum().item() == pytest.approx(pulled.item(), rel=1e-12)
+    assert before == {name: id(tensor) for name, tensor in (*module.named_parameters(), *module.named_buffers())}

@@ -197,6 +197,16 @@ def masked_logits(module, batch):
     return (module.net(x),), loss
 
 
+def constant_parts(module, batch):
+    """What has no gradient in reverse mode has none in forward mode."""
+    x, y = batch
+
+    def loss(logits, weights, step):
+        return F.cross_entropy(logits, y)
+
+    return (module(x),), loss
+
+
 def two_branches(module, batch):
     """Tensors of the network that are filled in parts."""
     x, y = batch
@@ -273,6 +283,7 @@ CASES: list[tuple[Callable[[], LightningModule], Explicit, str]] = [
     (zoo.SpectralNorm, spectral_norm, "sgd"),
     (zoo.SimCLR, simclr, "sgd"),
     (zoo.MaskedLogits, masked_logits, "sgd"),
+    (zoo.ConstantParts, constant_parts, "adamw"),
     (zoo.TwoBranches, two_branches, "sgd"),
     (zoo.CenteredTeacher, centered_teacher, "adamw"),
     (zoo.PerceptualLoss, perceptual_loss, "adamw"),

@@ -419,6 +419,27 @@ class TiedAndUnused(Tutorial):
         return F.cross_entropy(self.head(torch.tanh(self.decoder(torch.tanh(self.encoder(x))))), y)
 
 
+class ConstantParts(Tutorial):
+    """Parts without a gradient inside of the network, one of them of weights alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(64, 8)
+        self.scale = nn.Parameter(torch.ones(8))
+        self.head = nn.Linear(8, 10)
+
+    def forward(self, x):
+        h = torch.tanh(self.first(x))
+        with torch.no_grad():
+            size = 1 + self.first(x).square().mean(1, keepdim=True)
+        norm = torch.linalg.norm(1 + 3 * self.head.weight, dim=0)
+        return self.head(h / size * (5 * self.scale / norm.detach()))
+
+    def training_step(self, batch, batch_idx):
+        x, y = batch
+        return F.cross_entropy(self(x), y)
+
+
 class MaskedLogits(Tutorial):
     """Classes are ruled out by writing into the logits."""
 
@@ -1356,11 +1377,11 @@ def lora() -> Tutorial:
 MODULES: tuple[Callable[[], Tutorial], ...] = (
     Classifier, LogSoftmaxClassifier, CriterionClassifier, AccuracyFirst, FocalLoss, MetricsClassifier, Mixup,
     WarmedUpPenalty, TrainerReader, PositiveWeight, ResNet, SyncBatchNormResNet, TransferLearning, FrozenLayers,
-    GradientCheckpointing, SpectralNorm, ManyLayers, TiedAndUnused, MaskedLogits, VisionTransformer, MixtureOfExperts,
-    TwoBranches, StochasticDepth, DeviceAugmentation, RandomTransforms, MultiTask, LearnedLossWeights, Detection,
-    DeepSupervision, DomainAdversarial, Autoencoder, VariationalAutoencoder, VariationalDistributions, VectorQuantized,
-    Flow, Diffusion, UNet, MaskedAutoencoder, LSTMRegression, PackedGRU, TeacherForcing, SpeechRecognition,
-    LanguageModel, Siamese, Triplet, SimCLR, MomentumContrast, CLIP, CenteredTeacher, Distillation, PerceptualLoss,
-    MarginSoftmax, GraphConvolution, PolicyGradient, DictBatch, UserDictBatch, SampleWeights, bert,
+    GradientCheckpointing, SpectralNorm, ManyLayers, TiedAndUnused, ConstantParts, MaskedLogits, VisionTransformer,
+    MixtureOfExperts, TwoBranches, StochasticDepth, DeviceAugmentation, RandomTransforms, MultiTask, LearnedLossWeights,
+    Detection, DeepSupervision, DomainAdversarial, Autoencoder, VariationalAutoencoder, VariationalDistributions,
+    VectorQuantized, Flow, Diffusion, UNet, MaskedAutoencoder, LSTMRegression, PackedGRU, TeacherForcing,
+    SpeechRecognition, LanguageModel, Siamese, Triplet, SimCLR, MomentumContrast, CLIP, CenteredTeacher, Distillation,
+    PerceptualLoss, MarginSoftmax, GraphConvolution, PolicyGradient, DictBatch, UserDictBatch, SampleWeights, bert,
     bert_with_batch_encoding, distilbert, gpt2, gpt2_with_checkpointing, llama, t5, lora,
 )  # fmt: skip
