@@ -1,6 +1,5 @@
 """The Lightning callback: the life cycle of a monitored run."""
 
-import math
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -24,6 +23,7 @@ from lightning_ntk.callback.progress_bars import nested_bars
 from lightning_ntk.callback.step_watch import StepWatch
 from lightning_ntk.callback.training_step import require_followable_step
 from lightning_ntk.comparison.run_comparison import RunComparison
+from lightning_ntk.comparison.schedule import is_scheduled
 from lightning_ntk.data.batches import copy_batch
 from lightning_ntk.data.reference import unpack_pair
 from lightning_ntk.data.sample_index import UnknownSamplesError
@@ -49,8 +49,6 @@ if TYPE_CHECKING:
 
 FollowedDynamics = Literal["auto", "gradient_descent", "gradient_flow", "replay", "twin"]
 
-# Measurements per factor of ten in the number of steps, with steps="log".
-_LOG_POINTS_PER_DECADE = 8
 # The first steps of a run are slower than others, and measurements that take no time are not worth a word.
 _STEPS_BEFORE_COST = 2
 _LARGE_SHARE = 0.2
@@ -307,12 +305,7 @@ class LinearizationMonitor(Callback):
 
     def should_measure(self, step: int) -> bool:
         """Whether to measure `step` optimizer steps after the capture. Override it for a schedule of your own."""
-        if isinstance(self.steps, int):
-            return step % self.steps == 0
-        if self.steps == "log":
-            exponent = round(_LOG_POINTS_PER_DECADE * math.log10(step)) if step else 0
-            return step in (0, round(10 ** (exponent / _LOG_POINTS_PER_DECADE)))
-        return step in self.steps
+        return is_scheduled(self.steps, step)
 
     def plot(self) -> "tuple[Figure, Any]":
         """Plots distances and losses over optimizer steps: `(figure, axes)`. Needs matplotlib."""

@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_ntk.comparison.expected_gradient import ExpectedGradient
@@ -29,6 +29,7 @@ class RunComparison:
     Args:
         loss: The loss that is linearized, with the network at w0.
         online: The linearized network that trains beside the run.
+        module: The network that the run trains. Default: that of the loss.
         reference: The training set, on which functions are compared; None to compare weights only.
         evaluation: Another data set on which functions are compared.
         probe: The samples whose kernel is followed.
@@ -70,6 +71,7 @@ class RunComparison:
         loss: BatchLoss,
         online: OnlineTraining,
         *,
+        module: nn.Module | None = None,
         reference: FunctionComparison | None = None,
         evaluation: FunctionComparison | None = None,
         probe: KernelProbe | None = None,
@@ -82,6 +84,7 @@ class RunComparison:
     ) -> None:
         self.loss = loss
         self.online = online
+        self._module = loss.module if module is None else module
         self.reference = reference
         self.evaluation = evaluation
         self.training = training
@@ -130,7 +133,7 @@ class RunComparison:
             OverflowError: If the linearized network diverges beyond floating-point numbers.
         """
         if isinstance(settings, Optimizer):
-            live = dict(self.loss.module.named_parameters())
+            live = dict(self._module.named_parameters())
             settings = StepSettings.of(settings, {name: live[name] for name in self.initial_weights})
         self.online.step(settings)
         self._forget()
@@ -179,7 +182,7 @@ class RunComparison:
             The scalars by name, see docs/scalars.md.
         """
         if weights is None:
-            weights = {**dict(self.loss.module.named_parameters()), **dict(self.loss.module.named_buffers())}
+            weights = {**dict(self._module.named_parameters()), **dict(self._module.named_buffers())}
         own = {name: weights[name] for name in self.initial_weights}
         displacement, linearized = difference(own, self.initial_weights), self.online.displacement()
         scalars = compare_weights(displacement, linearized, per_parameter=self._per_parameter)

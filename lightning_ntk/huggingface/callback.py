@@ -1,0 +1,244 @@
+"""The callback for the Trainer of transformers: it sees the batches as the model does, right before the model's own pass."""
+
+import copy
+import warnings
+from collections.abc import Iterator, Mapping, Sequence, Sized
+from contextlib import contextmanager
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.utils.data import DataLoader, Dataset
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from lightning_ntk.comparison.expected_gradient import ExpectedGradient
+from lightning_ntk.comparison.run_comparison import RunComparison
+from lightning_ntk.comparison.schedule import is_scheduled
+from lightning_ntk.comparison.step_functions import StepComparison
+from lightning_ntk.data.reference import Reference, evenly_spaced
+from lightning_ntk.linearization.parameters import trainable_parameters
+from lightning_ntk.linearization.step import StepLinearization
+from lightning_ntk.training.base import StepSettings
+from lightning_ntk.training.twin import Twin
+from lightning_ntk.utilities.validation import require_integer, require_steps
+
+
+class LinearizationCallback(TrainerCallback):
+    """Compares a run of the Trainer of transformers with its linearized network, as `LinearizationMonitor` does one of Lightning.
+
+    The linearized network is trained in lockstep by a copy of the run's optimizer, on the loss that the model returns. The
+    weights of the run are bitwise those of a run without the callback. The scalars are in `history` and, with the prefix
+    `ntk/`, in `trainer.state.log_history`. The gradient of the run is compared with that of the linearized loss in the first
+    step and in every step that is measured, `gradient_mismatch`.
+
+    One process and one device are supported, in full precision and in bf16, and runs from their start.
+
+    Args:
+        reference: The data on which functions are compared: the training set, another data set, collated as the training
+            set is, or a DataLoader. None compares weights only.
+        steps: An integer n to measure every n optimizer steps, a list of steps, or "log" for roughly logarithmic steps.
+            The first (0) and the last step are always measured.
+        evaluation: Data on which functions are compared too.
+        reference_samples: On at most how many samples of a data set, evenly spaced, to compare functions. None for all.
+        per_parameter: Whether to log the distance of every parameter tensor, `parameter/<name>`.
+        taylor: Whether to expand the trained network after the fact, for `taylor_gap`.
+        name: Prefix of the logged tags.
+
+    Raises:
+        ValueError: If an argument has a value that it cannot have; when training starts, if the run cannot be followed.
+
+    Example:
+        >>> callback = LinearizationCallback(steps=100)
+        >>> callback.history
+        []
+    """
+
+    history: list[dict[str, float]]
+    """One row for each measurement: "step" and every scalar, without the prefix."""
+
+    def __init__(
+        self,
+        reference: Dataset[Any] | DataLoader[Any] | Literal["train"] | None = "train",
+        steps: int | Sequence[int] | Literal["log"] = "log",
+        *,
+        evaluation: Dataset[Any] | DataLoader[Any] | None = None,
+        reference_samples: int | None = 256,
+        per_parameter: bool = False,
+        taylor: bool = True,
+        name: str = "ntk",
+    ) -> None:
+        require_steps(steps)
+        if reference_samples is not None:
+            require_integer("reference_samples", reference_samples, least=1)
+        self.reference = reference
+        self.steps = steps
+        self.evaluation = evaluation
+        self.reference_samples = reference_samples
+        self.per_parameter = per_parameter
+        self.taylor = taylor
+        self.name = name
+        self.history = []
+        self.comparison: RunComparison | None = None
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Refuses what cannot be followed, linearizes the network and measures."""
+        _require_supported(args, state)
+        self._args, self._state, self._loader = args, state, kwargs["train_dataloader"]
+        self._model: nn.Module = kwargs["model"]
+        optimizer = kwargs["optimizer"]
+        self._optimizer: Optimizer = getattr(optimizer, "optimizer", optimizer)  # Accelerate wraps it
+        self._batches = 0  # of the epoch
+        self._mismatch: float | None = None
+        self.history, self._lost = [], False
+        self.comparison = self._capture()
+        self._measure()
+        self._hook = self._model.register_forward_pre_hook(self._before_forward, with_kwargs=True)
+
+    def on_epoch_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Counts the batches of an epoch anew: its last step may have fewer."""
+        self._batches = 0
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Lets the linearized network take the step that the optimizer is about to take, with its learning rates."""
+        if self.comparison is None or self._lost:
+            return
+        live = {name: p for name, p in self._model.named_parameters() if name in self.comparison.initial_weights}
+        settings = StepSettings.of(self._optimizer, live, clip_norm=args.max_grad_norm or None)
+        self._mismatch = None
+        if self._compares_gradient:
+            self._compare_gradient({name: p.grad for name, p in live.items()}, settings.clip_norm)
+        with self._following(self.comparison):
+            self.comparison.step(settings)
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Measures if it is time."""
+        if is_scheduled(self.steps, state.global_step) or state.global_step == state.max_steps:
+            self._measure()
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Measures the last step of a run that was stopped, and takes back the hook."""
+        self._hook.remove()
+        if self.history[-1]["step"] != state.global_step:
+            self._measure()
+
+    def _capture(self) -> RunComparison:
+        shadow = copy.deepcopy(self._model).train()
+        if hasattr(shadow, "_original_forward"):  # Accelerate has put one in its place that computes in lower precision
+            shadow.__dict__.pop("forward", None)
+        step = StepLinearization(shadow, lambda batch: _loss_of(shadow(**batch)))
+        return RunComparison(
+            step, Twin(step, self._optimizer, trainable_parameters(self._model)), module=self._model,
+            reference=self._functions(step, self.reference), evaluation=self._functions(step, self.evaluation),
+            expected_gradient=ExpectedGradient(step), per_parameter=self.per_parameter,
+        )  # fmt: skip
+
+    def _functions(self, step: StepLinearization, data: Any) -> StepComparison | None:
+        if data is None:
+            return None
+        loader = self._loader if isinstance(data, str) else data
+        if not isinstance(loader, DataLoader):
+            loader = DataLoader(data, collate_fn=self._loader.collate_fn)
+        reference = Reference(
+            evenly_spaced(loader, self.reference_samples),
+            batch_size=self._args.per_device_train_batch_size,
+            transfer=lambda batch: {n: v.to(step.device) if isinstance(v, Tensor) else v for n, v in batch.items()},
+        )
+        return StepComparison(step, reference, taylor=self.taylor)
+
+    def _before_forward(self, model: nn.Module, args: tuple[Any, ...], batch: dict[str, Any]) -> None:
+        """Lets the linearized network train on the batch, with the random numbers that the model will have."""
+        if self.comparison is None or self._lost or not (model.training and torch.is_grad_enabled()):
+            return
+        # The model itself divides by the number of labels in all batches of a step, where the Trainer tells it.
+        scale = 1.0 if batch.get("num_items_in_batch") is not None else 1 / self._batches_of_step()
+        self._batches += 1
+        with self._following(self.comparison):
+            if args:
+                raise ValueError("Expected a Trainer that calls model(**batch) but it gives positional inputs.")
+            self.comparison.accumulate(batch, scale)
+            if self._compares_gradient and self.comparison.expected_gradient is not None:
+                live = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+                self.comparison.expected_gradient.accumulate(batch, live, scale)
+
+    def _batches_of_step(self) -> int:
+        each = int(self._args.gradient_accumulation_steps)
+        rest = len(self._loader) % each if isinstance(self._loader, Sized) else 0
+        return rest if rest and self._batches >= len(self._loader) - rest else each
+
+    @property
+    def _compares_gradient(self) -> bool:
+        step = self._state.global_step + 1
+        return step in (1, self._state.max_steps) or is_scheduled(self.steps, step)
+
+    def _compare_gradient(self, gradients: dict[str, Tensor | None], clip_norm: float | None) -> None:
+        assert self.comparison is not None
+        expected, step = self.comparison.expected_gradient, self.comparison.loss
+        assert expected is not None
+        assert isinstance(step, StepLinearization)
+        norm = float(nn.utils.get_total_norm(list(expected.total().values())))
+        factor = 1.0 if clip_norm is None else min(1.0, clip_norm / (norm + 1e-6))  # as the Trainer has clipped them
+        own = {name: None if gradient is None else gradient / factor for name, gradient in gradients.items()}
+        types = [torch.bfloat16 if self._args.bf16 else step.precision, *(p.dtype for p in step.params.values())]
+        precision = max(types, key=lambda dtype: torch.finfo(dtype).eps)
+        self._mismatch, mismatch = expected.compare(own, precision)
+        if mismatch is None:
+            return
+        number = self.comparison.steps + 1
+        sentence = f"LinearizationCallback does not follow the loss of this run in step {number}. {mismatch.describe()}"
+        if number == 1:
+            raise ValueError(f"{sentence} It follows the loss that the model itself returns.")
+        warnings.warn(sentence, stacklevel=2)
+
+    def _measure(self) -> None:
+        if self.comparison is None or self._lost:
+            return
+        step = self._state.global_step
+        with self._following(self.comparison):
+            scalars = self.comparison.measure()
+            if self._mismatch is not None:
+                scalars["gradient_mismatch"] = self._mismatch
+            self.history.append({"step": float(step), **scalars})
+            self._state.log_history.append({f"{self.name}/{tag}": v for tag, v in scalars.items()} | {"step": step})
+
+    @contextmanager
+    def _following(self, comparison: RunComparison) -> Iterator[None]:
+        """Ends the measurements, and not the run, where the linearized network is lost after the first step."""
+        try:
+            yield
+        except Exception as error:
+            if comparison.steps == 0:
+                raise
+            self._lost = True
+            warnings.warn(
+                f"LinearizationCallback has lost the linearized network in step {comparison.steps + 1}, and measurements "
+                f"end; training goes on. {type(error).__name__}: {error}",
+                stacklevel=2,
+            )
+
+
+def _require_supported(args: TrainingArguments, state: TrainerState) -> None:
+    reasons = {
+        "one process and one device": args.world_size > 1 or args.n_gpu > 1,
+        "full precision or bf16=True": args.fp16,
+        "label_smoothing_factor=0, since the model returns its own loss": args.label_smoothing_factor > 0,
+        "a run from its start": state.global_step > 0,
+    }
+    refused = [expected for expected, found in reasons.items() if found]
+    if refused:
+        raise ValueError(f"Expected {refused[0]} with LinearizationCallback, which does not follow other runs.")
+
+
+def _loss_of(outputs: Any) -> Tensor | None:
+    loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs[0]
+    if loss is None:
+        raise ValueError("Expected a model that returns its loss but it returned none: the batches need `labels`.")
+    return loss  # type: ignore[no-any-return]

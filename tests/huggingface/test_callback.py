@@ -1,0 +1,152 @@
+"""The callback for the Trainer of transformers: the numbers of the Lightning run, and of a loop of one's own."""
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import Trainer, seed_everything
+from torch import nn
+from torch.utils.data import DataLoader
+
+from lightning_ntk import LinearizationMonitor
+from lightning_ntk.comparison import RunComparison, StepComparison
+from lightning_ntk.data.reference import Reference
+from lightning_ntk.linearization import StepLinearization
+from lightning_ntk.training import StepSettings, Twin
+from tests.training_steps.test_after_one_step import assert_same
+from tests.training_steps.test_families import Family, InDoublePrecision, bert
+from tests.training_steps.test_language_models import PaddedLanguageModel, warm_up
+
+transformers = pytest.importorskip("transformers")
+pytest.importorskip("accelerate")
+
+from lightning_ntk.huggingface import LinearizationCallback  # noqa: E402
+
+STEPS, BATCH, CLIP = 4, 3, 0.3
+
+
+class InOrder(transformers.Trainer):
+    """Takes the samples in the order of the data set."""
+
+    def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Any:
+        return torch.utils.data.SequentialSampler(self.train_dataset)
+
+
+class OwnLoss(PaddedLanguageModel):
+    def training_step(self, batch, batch_idx):
+        return self.model(**batch).loss
+
+
+def optimizer_of(model: nn.Module) -> torch.optim.Optimizer:
+    # Not Adam, which makes full steps of gradients that are zero but for rounding.
+    return torch.optim.SGD((p for p in model.parameters() if p.requires_grad), lr=0.05, momentum=0.9)
+
+
+def train(model: nn.Module, data: Any, path: Path, *callbacks: Any, **options: Any) -> transformers.Trainer:
+    arguments = {"max_steps": STEPS, "per_device_train_batch_size": BATCH, "max_grad_norm": CLIP} | options
+    optimizer = optimizer_of(model)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, warm_up)
+    trainer = InOrder(
+        model=model, train_dataset=data, optimizers=(optimizer, scheduler), callbacks=list(callbacks),
+        args=transformers.TrainingArguments(
+            str(path), use_cpu=True, report_to=[], save_strategy="no", disable_tqdm=True, **arguments
+        ),
+    )  # fmt: skip
+    trainer.train()
+    return trainer
+
+
+def assert_equal_rows(actual: list[dict[str, float]], expected: list[dict[str, float]]) -> None:
+    assert [row.keys() for row in actual] == [row.keys() for row in expected]
+    for row, other in zip(actual, expected, strict=True):
+        assert row == pytest.approx(other, rel=1e-12, abs=1e-12)
+    assert actual[-1]["relative_weight_distance"] > 1e-2
+
+
+def test_the_numbers_are_those_of_lightning_and_of_a_loop_of_ones_own(tmp_path: Path) -> None:
+    with InDoublePrecision():
+        seed_everything(0, verbose=False)
+        module = OwnLoss().double()
+        module.optimizer = "sgd"
+        model, plain, looped = (copy.deepcopy(module.model) for _ in range(3))
+        data = module.dataset()
+        monitor = LinearizationMonitor(steps=1, strict=True, progress=False)
+        Trainer(
+            max_steps=STEPS, max_epochs=-1, accelerator="cpu", precision="64-true", logger=False, callbacks=[monitor],
+            gradient_clip_val=CLIP, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+        ).fit(module, DataLoader(data, BATCH))  # fmt: skip
+
+        callback = LinearizationCallback(steps=1)
+        trainer = train(model, data, tmp_path, callback)
+        assert_equal_rows(callback.history, monitor.history)
+        logged = [row for row in trainer.state.log_history if "ntk/loss" in row]
+        assert [row["ntk/loss"] for row in logged] == [row["loss"] for row in callback.history]
+        train(plain, data, tmp_path)
+        assert_same(dict(model.state_dict()), dict(plain.state_dict()))
+
+        optimizer, loader = optimizer_of(looped), DataLoader(data, BATCH)
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, warm_up)
+        shadow = copy.deepcopy(looped).train()
+        step = StepLinearization(shadow, lambda batch: shadow(**batch).loss)
+        live = dict(looped.named_parameters())
+        comparison = RunComparison(
+            step,
+            Twin(step, optimizer, live),
+            module=looped,
+            reference=StepComparison(step, Reference(loader, batch_size=BATCH)),
+        )
+        rows = [{"step": 0.0, **comparison.measure()}]
+        for number, batch in enumerate(loader, 1):
+            comparison.accumulate(batch)
+            looped.train()(**batch).loss.backward()
+            comparison.step(StepSettings.of(optimizer, live, clip_norm=CLIP))
+            nn.utils.clip_grad_norm_(looped.parameters(), CLIP)
+            optimizer.step()
+            scheduler.step()
+            optimizer.zero_grad()
+            rows.append({"step": float(number), **comparison.measure()})
+    expected = [{name: v for name, v in row.items() if name != "gradient_mismatch"} for row in monitor.history]
+    assert_equal_rows(rows, expected)
+
+
+@pytest.mark.parametrize("options", [{}, {"bf16": True}], ids=["float32", "bf16"])
+@pytest.mark.parametrize("name", ["GPT-2", "BERT"])
+def test_accumulated_batches_are_those_of_the_run(name: str, options: dict[str, Any], tmp_path: Path) -> None:
+    """GPT-2 is told the number of labels in all batches of a step. The last step of an epoch has one batch instead of two."""
+    seed_everything(0, verbose=False)
+    module = PaddedLanguageModel() if name == "GPT-2" else Family(bert(), "classes")
+    data = torch.utils.data.Subset(module.dataset(), range(9))
+    callback = LinearizationCallback(reference=None, steps=1)
+    train(module.model, data, tmp_path, callback, gradient_accumulation_steps=2, num_train_epochs=2, **options)
+    assert len(callback.history) == STEPS + 1
+    mismatches = [row["gradient_mismatch"] for row in callback.history[1:]]
+    assert max(mismatches) <= (0.05 if options else 1e-5)
+    assert callback.history[1]["relative_weight_distance"] <= (0.05 if options else 1e-4)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [({"label_smoothing_factor": 0.1}, "label_smoothing_factor=0"), ({"fp16": True}, "full precision or bf16=True")],
+)
+def test_runs_that_cannot_be_followed_are_refused(options: dict[str, Any], message: str, tmp_path: Path) -> None:
+    module = Family(bert(), "classes")
+    with pytest.raises(ValueError, match=message):
+        train(module.model, module.dataset(), tmp_path, LinearizationCallback(), **options)
+
+
+def test_a_loss_besides_that_of_the_model_is_refused(tmp_path: Path) -> None:
+    class Doubled(InOrder):
+        def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+            return 2 * super().compute_loss(*args, **kwargs)
+
+    module = Family(bert(), "classes")
+    before = copy.deepcopy(dict(module.model.state_dict()))
+    trainer = Doubled(
+        model=module.model, train_dataset=module.dataset(), callbacks=[LinearizationCallback(reference=None)],
+        args=transformers.TrainingArguments(str(tmp_path), use_cpu=True, report_to=[], save_strategy="no"),
+    )  # fmt: skip
+    with pytest.raises(ValueError, match="run's gradient is 2 times that of"):
+        trainer.train()
+    assert_same(dict(module.model.state_dict()), before)
