@@ -84,6 +84,7 @@ def test_it_builds_without_a_warning_and_names_everything_public(tmp_path: Path)
     for package in (
         "lightning_ntk",
         "lightning_ntk.functional",
+        "lightning_ntk.huggingface",
         "lightning_ntk.metrics",
         "lightning_ntk.plots",
         "lightning_ntk.kernel",

@@ -72,6 +72,10 @@ def explicit(module: Family, batch: dict[str, Tensor]) -> tuple[Any, Any]:
 class InDoublePrecision(TorchFunctionMode):
     """Computes in float64 what the models compute in float32 whatever their type is: norms, rotations, losses."""
 
+    def __enter__(self):
+        zoo.digits()  # which are kept, in their own type
+        return super().__enter__()
+
     def __torch_function__(self, func, types, args=(), kwargs=None):
         double = {torch.float32: torch.float64}
         args = tuple(double.get(a, a) if isinstance(a, torch.dtype) else a for a in args)

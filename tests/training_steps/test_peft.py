@@ -7,10 +7,13 @@ from functools import partial
 from typing import Any
 
 import pytest
-from lightning.pytorch import Callback, seed_everything
+import torch
+from lightning.pytorch import Callback, Trainer, seed_everything
 from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_ntk import LinearizationMonitor
+from tests.training_steps import zoo
 from tests.training_steps.test_families import Family, exactly, fit, gpt2, watch
 
 peft = pytest.importorskip("peft")
@@ -86,6 +89,43 @@ def test_after_some_steps_both_factors_move() -> None:
         fit(module, monitor)
     last = monitor.history[-1]
     assert all(value < 0.9 for name, value in last.items() if name.startswith("parameter/"))
+
+
+def test_no_linearized_training_comes_closer_than_what_the_first_factor_moves() -> None:
+    """Its tangent is zero, so that all that it moves is outside of the span of the Jacobian."""
+
+    class Regression(zoo.Tutorial):
+        def __init__(self) -> None:
+            super().__init__()
+            network = nn.Sequential(nn.Linear(64, 8), nn.Tanh(), nn.Linear(8, 3))
+            self.model = peft.get_peft_model(network, peft.LoraConfig(r=2, target_modules=["0", "2"]))
+
+        def forward(self, x):
+            return self.model(x)
+
+        def training_step(self, batch, batch_idx):
+            return nn.functional.mse_loss(self(batch[0]), batch[1])
+
+        def configure_optimizers(self):
+            return torch.optim.SGD((p for p in self.parameters() if p.requires_grad), lr=0.1)
+
+        def dataset(self):
+            x, y = zoo.digits()
+            return TensorDataset(x[:12].double(), y[:12, None].double() / 10 * torch.tensor([1.0, -1.0, 2.0]))
+
+    seed_everything(0, verbose=False)
+    module = Regression().double()
+    start = {name: p.detach().clone() for name, p in module.named_parameters() if p.requires_grad}
+    monitor = LinearizationMonitor(steps=8, closest=True, strict=True, progress=False)
+    trainer = Trainer(
+        max_steps=8, max_epochs=-1, accelerator="cpu", precision="64-true", logger=False, callbacks=[monitor],
+        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+    )  # fmt: skip
+    trainer.fit(module, DataLoader(module.dataset(), 12))
+    moved = {name: (module.get_parameter(name).detach() - value).square().sum() for name, value in start.items()}
+    share = (sum(v for n, v in moved.items() if "lora_A" in n) / sum(moved.values())).sqrt().item()
+    assert monitor.dynamics_used == "gradient_descent"
+    assert 0.01 < share <= monitor.history[-1]["distance_floor"] * (1 + 1e-9)
 
 
 class AfterFirstStep(Callback):
