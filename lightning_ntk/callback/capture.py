@@ -14,6 +14,7 @@ from lightning_ntk.callback.progress_bars import shows_progress
 from lightning_ntk.callback.training_step import ShadowStep
 from lightning_ntk.comparison.choice import choose_dynamics
 from lightning_ntk.comparison.expected_gradient import ExpectedGradient
+from lightning_ntk.comparison.full_batch import FullBatchCheck
 from lightning_ntk.comparison.functions import FunctionComparison, OutputComparison
 from lightning_ntk.comparison.optimizer import ObservedOptimizer
 from lightning_ntk.comparison.run_comparison import RunComparison
@@ -86,6 +87,7 @@ class RunCapture:
         self._horizon = None if remaining is None else remaining - monitor.capture_at
         self._momentum = view.momentum_buffers(module, optimizer)
         self._samples = self._affordable_samples(trainer)
+        self._averages = trainer.accumulate_grad_batches * processes.size > 1
         if state is not None:
             self._horizon, self._momentum, self._samples = state["horizon"], state["momentum"], state["samples"]
         self._observed = ObservedOptimizer(
@@ -117,17 +119,20 @@ class RunCapture:
             built = self._beside_run()
         loss, online, training, reference, evaluation = built
         self.judge = self._judge(trainer)
-        self.comparison = RunComparison(
-            loss, online, reference=reference, evaluation=evaluation, probe=self._probe(loss), optimizer=self._observed,
-            training=training, expected_gradient=ExpectedGradient(loss, processes=processes),
-            per_parameter=monitor.per_parameter, closest=monitor.closest, modes=monitor.modes,
-        )  # fmt: skip
-        if saved is not None:
-            self.comparison.load_state_dict(saved)
         self.differences = [
             *self._differing(dynamics, self._size),
             *forward_differences(trainer, module, in_eval_mode=loss is not self.step),
         ]
+        # Where it is known that the run is no gradient descent, its batches are not looked at.
+        looks = training is not None and not self._differing(dynamics, self._size)
+        self.comparison = RunComparison(
+            loss, online, reference=reference, evaluation=evaluation, probe=self._probe(loss), optimizer=self._observed,
+            training=training, expected_gradient=ExpectedGradient(loss, processes=processes),
+            full_batch=FullBatchCheck(training.problem) if training is not None and looks else None,
+            per_parameter=monitor.per_parameter, closest=monitor.closest, modes=monitor.modes,
+        )  # fmt: skip
+        if saved is not None:
+            self.comparison.load_state_dict(saved)
 
     @property
     def accumulates_before(self) -> bool:
@@ -215,7 +220,7 @@ class RunCapture:
 
     def _choose(self) -> tuple[str, str]:
         monitor, no_kernel = self._monitor, self._no_order
-        not_squared, rows, itemsize = False, 0, 0
+        not_squared, parts, rows, itemsize = False, False, 0, 0
         if self._data is not None and self._pair is None:
             no_kernel = self._no_pair
         elif self._data is not None and self._pair is not None:
@@ -226,14 +231,17 @@ class RunCapture:
                     outputs = linearization.predict(first.inputs)
                 if first.target is None:
                     raise ValueError("the batches have no target")
-                not_squared = Objective(self._pair.loss, outputs, first.target, flat=linearization.flat).factor is None
+                objective = Objective(self._pair.loss, outputs, first.target, flat=linearization.flat)
+                not_squared = objective.factor is None
+                parts = not not_squared and not objective.is_mean(outputs) and self._averages
                 rows, itemsize = (self._size or 0) * outputs.shape[1], linearization.dtype.itemsize
             except (ValueError, TypeError, RuntimeError, NotImplementedError) as error:
                 if monitor.is_given_loss:
                     raise
                 no_kernel = str(error)
+        sums = ["its loss is no mean over samples, and it averages that of parts"] if parts else []
         return choose_dynamics(
-            lambda name: self._differing(name, self._size),
+            lambda name: [*self._differing(name, self._size), *(sums if name == "gradient_descent" else [])],
             no_kernel=no_kernel or None,
             not_squared=not_squared,
             kernel_bytes=float(rows) ** 2 * itemsize,

@@ -1,8 +1,9 @@
 """The Lightning callback: the life cycle of a monitored run."""
 
 import time
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from functools import partial
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -20,8 +21,10 @@ from lightning_ntk.callback import trainer as view
 from lightning_ntk.callback.capture import RunCapture
 from lightning_ntk.callback.loggers import figures_of, log_charts, log_figures, log_hparams
 from lightning_ntk.callback.progress_bars import nested_bars
+from lightning_ntk.callback.step_hooks import StepHooks
 from lightning_ntk.callback.step_watch import StepWatch
 from lightning_ntk.callback.training_step import require_followable_step
+from lightning_ntk.comparison.optimizer import some
 from lightning_ntk.comparison.run_comparison import RunComparison
 from lightning_ntk.comparison.schedule import is_scheduled
 from lightning_ntk.data.batches import copy_batch
@@ -32,9 +35,10 @@ from lightning_ntk.plots import plot_history
 from lightning_ntk.solvers.selection import Solver
 from lightning_ntk.training.base import StepSettings
 from lightning_ntk.training.linearized_training import LinearizedTraining
-from lightning_ntk.training.optimizer_copy import require_supported_optimizer
+from lightning_ntk.training.optimizer_copy import held_by, require_supported_optimizer
 from lightning_ntk.training.problem import JacobianStorage
 from lightning_ntk.training.replay import Replay
+from lightning_ntk.training.twin import Twin
 from lightning_ntk.utilities.distributed import ALONE
 from lightning_ntk.utilities.validation import (
     require_callable,
@@ -200,6 +204,7 @@ class LinearizationMonitor(Callback):
         self.strict = strict
         self.progress = progress
         self._validate()
+        self._hooks: StepHooks | None = None  # into the optimizer, while it trains
         self._reset()
 
     def _validate(self) -> None:
@@ -256,6 +261,7 @@ class LinearizationMonitor(Callback):
             )
 
     def _reset(self) -> None:
+        self._unhook()
         self.history = []
         self.seconds = {"capture": 0.0, "measurements": 0.0}
         self._capture: RunCapture | None = None  # until the step `capture_at`
@@ -266,7 +272,11 @@ class LinearizationMonitor(Callback):
         self._resumed: dict[str, Any] | None = None  # what a resumed run goes on from, until its first batch
         self._first_batch: Any = None  # a copy, to say what the run does with it
         self._captured_at = 0.0  # on the clock of `seconds`
-        self._had_backward = False  # whether the present batch had a backward pass
+        self._batch: Any = None  # the present one
+        self._had_backward = False  # whether it had a backward pass
+        self._had_step = False  # whether the optimizer stepped in it
+        self._error: Exception | None = None  # that the processes are to be told of
+        self._exact = True  # whether the linearized network follows all that the run has done
         self._watch = StepWatch()
         self._lost = False  # whether the linearized network could not follow, which ends the measurements
         self._started = False  # whether checkpoints have anything to hold
@@ -352,7 +362,7 @@ class LinearizationMonitor(Callback):
         resumed = None
         if loaded and self._step > 0:
             self.history, self._start, self._lost = loaded["history"], loaded["start"], loaded["lost"]
-            self._reported = set(loaded["reported"])
+            self._reported, self._exact = set(loaded["reported"]), loaded["exact"]
             resumed = None if self._lost else loaded["capture"]
         self._processes = view.processes_of(trainer)
         try:
@@ -377,29 +387,35 @@ class LinearizationMonitor(Callback):
         if self._capture is None or self._lost:
             return
         capture, comparison = self._capture, self._capture.comparison
-        self._had_backward = False
+        self._batch, self._had_backward, self._had_step = batch, False, False
         self._first_batch = copy_batch(batch) if self.is_given_loss and comparison.steps_taken == 0 else None
         scale = 1 / trainer.accumulate_grad_batches
-        self._watch.next_batch(pl_module, self._report_once, self._step)
         self._require_known_samples(batch)
+        with self._following():
+            self._raise_earlier()
+            self._hooks = self._hooks or StepHooks(
+                partial(self._before_step, trainer, pl_module), partial(self._after_step, trainer, pl_module)
+            )
+            self._hooks.attach(view.single_optimizer(trainer))
+            gradients, loss_scale = self._gradients(trainer, pl_module), view.loss_scale(trainer) or 1.0
+            self._watch.begin_batch(pl_module, gradients, loss_scale, self._mark, self._step)
+            if capture.shadow is not None:
+                capture.shadow.follow(batch_idx)
+            if capture.accumulates_before:
+                comparison.accumulate(batch, scale)
+            if self._compares_gradient(trainer) and comparison.expected_gradient is not None:
+                comparison.expected_gradient.accumulate(batch, view.tensors_of(pl_module), scale)
+        self._tell_judge(pl_module, batch, scale)
+
+    def _tell_judge(self, module: LightningModule, batch: Any, scale: float) -> None:
+        """Before the first step, tells of a batch the gradient that tells a wrong loss from rounding."""
+        if self._capture is None or self._lost or self._capture.judge is None:
+            return
         try:
             with self._processes.agreement():
-                if capture.shadow is not None:
-                    capture.shadow.follow(batch_idx)
-                if capture.accumulates_before:
-                    comparison.accumulate(batch, scale)
-                if self._compares_gradient(trainer) and comparison.expected_gradient is not None:
-                    comparison.expected_gradient.accumulate(batch, view.tensors_of(pl_module), scale)
+                self._capture.judge.accumulate(batch, view.tensors_of(module), scale)
         except Exception as error:
-            self._lose(error, self._step + 1)
-            return
-        if capture.judge is None:
-            return
-        try:
-            with self._processes.agreement():
-                capture.judge.accumulate(batch, view.tensors_of(pl_module), scale)
-        except Exception as error:
-            capture.judge = None  # in all processes
+            self._capture.judge = None  # in all processes
             self._report_once(
                 "judge",
                 "LinearizationMonitor compares the given loss with the run in the precision of the run alone, because the "
@@ -408,62 +424,113 @@ class LinearizationMonitor(Callback):
 
     @override
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Called after every backward pass. Notes that the batch has one."""
-        self._had_backward = True
+        """Called after every backward pass. Tells of the batch, and notes the gradients as they are."""
+        again, self._had_backward = self._had_backward, True
+        if self._capture is None or self._lost:
+            return
+        capture, clips_values = self._capture, trainer.gradient_clip_algorithm == "value"
+        try:
+            gradients, scale = self._gradients(trainer, pl_module), view.loss_scale(trainer) or 1.0
+            self._watch.end_backward(gradients, scale, (trainer.gradient_clip_val or None) if clips_values else None)
+            if again and pl_module.automatic_optimization:
+                self._mark(
+                    "closure",
+                    f"Step {self._step + 1}: the run has several backward passes for one batch, of which the linearized network "
+                    "follows one.",
+                )
+            elif not capture.accumulates_before:
+                capture.comparison.accumulate(self._batch, 1 / trainer.accumulate_grad_batches)
+        except Exception as error:
+            self._error = error
 
     @override
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
-        """Called before gradients are clipped. Reads what the step depends on; later the scheduler has moved on."""
+        """Called before gradients are clipped. Compares them with those of the loss that is linearized."""
         if self._capture is None or self._lost:
             return
-        comparison, parameters = self._capture.comparison, dict(pl_module.named_parameters())
-        linearized = {name: parameters[name] for name in comparison.initial_weights}
-        self._settings = view.step_settings(trainer, optimizer, linearized)
-        self._loss_scale = view.loss_scale(trainer)
-        if self._compares_gradient(trainer):
-            self._compare_gradient(trainer, pl_module, view.gradients(optimizer, linearized, self._loss_scale))
-        thawed = [plain_name(n) for n, p in parameters.items() if p.requires_grad and n not in linearized]
-        if thawed:
-            self._report_once(
-                "thawed",
-                f"From step {self._step + 1} on the run trains {_some(thawed)}, frozen when the network was linearized: "
-                "they stay fixed in the linearized network and are excluded from all distances.",
-            )
+        with self._following():
+            linearized = self._live(pl_module)
+            self._loss_scale = view.loss_scale(trainer)
+            if self._compares_gradient(trainer):
+                self._compare_gradient(trainer, pl_module, view.gradients(optimizer, linearized, self._loss_scale))
+            parameters = pl_module.named_parameters()
+            thawed = [plain_name(n) for n, p in parameters if p.requires_grad and n not in linearized]
+            if thawed:
+                self._mark(
+                    "thawed",
+                    f"From step {self._step + 1} on the run trains {some(thawed)}, frozen when the network was linearized: "
+                    "they stay fixed in the linearized network and are excluded from all distances.",
+                )
+
+    def _before_step(self, trainer: Trainer, module: LightningModule, optimizer: Optimizer) -> None:
+        """Called when the optimizer has its final gradients. Reads what the step depends on."""
+        if self._capture is None or self._lost:
+            return
+        comparison, step = self._capture.comparison, self._step + 1
+        self._settings = None
+        with self._following():
+            self._raise_earlier()
+            if self._had_step:
+                raise ValueError("Expected at most one optimizer step in a batch but `training_step` took 2.")
+            settings = view.step_settings(trainer, optimizer, self._live(module))
+            scale = view.scale_of_gradients(optimizer, view.loss_scale(trainer))
+            self._watch.before_step(module, self._gradients(trainer, module), scale, settings, self._mark, step)
+            self._settings = settings._replace(gradient_factor=self._watch.factor)
+            changes = list(comparison.prepare_step(optimizer, self._settings))
+            is_twin = isinstance(comparison.online, Twin)
+            if changes and self.dynamics == "auto" and comparison.steps_taken == 0 and not is_twin:
+                self._take_over(f"In its first step the run {changes[0][1]}.")
+                changes = []
+            for kind, phrase in changes:
+                followed = "" if is_twin else ': dynamics="twin" does'
+                self._mark(
+                    kind, f"Step {step}: the run {phrase}, which the linearized network does not follow{followed}."
+                )
+
+    def _after_step(self, trainer: Trainer, module: LightningModule, optimizer: Optimizer) -> None:
+        """Called when the optimizer has new weights. Advances the linearized network, so that no checkpoint comes between."""
+        if self._capture is None or self._lost or self._settings is None:
+            return
+        self._had_step, comparison, settings = True, self._capture.comparison, self._settings
+        with self._following():
+            comparison.note_state()
+            self._watch.after_step(module)
+            if not self._processes.any(view.step_is_taken(optimizer, settings, len(comparison.initial_weights))):
+                self._discard()
+                return
+            comparison.step(settings)
+            lr, training = float(settings.groups[0]["lr"]), comparison.training
+            if training is not None and lr > training.max_learning_rate:
+                self._report_once(
+                    "unstable",
+                    f"Step {self._step + 1}: The learning rate {lr:.4g} is above {training.max_learning_rate:.4g}, the largest "
+                    "for which the linearized network is stable: it diverges while the run may not.",
+                )
 
     @override
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Called after every (micro-)batch. Advances the linearized network after a step, and measures if it is time."""
-        stepped, self._step = trainer.global_step - self._step, trainer.global_step
+        """Called after every (micro-)batch. Measures if it is time."""
+        stepped, self._step = trainer.global_step > self._step, trainer.global_step
         if view.has_averaged_weights(trainer) or self._lost:
             return
         if self._capture is None:
             if self.is_given_loss and self._is_due:
                 self._begin(trainer, pl_module)
             return
-        capture, comparison = self._capture, self._capture.comparison
-        try:
-            with self._processes.agreement():
-                self._retract_unless_backward()
-                if self._had_backward and not capture.accumulates_before:
-                    comparison.accumulate(batch, 1 / trainer.accumulate_grad_batches)
-                if stepped > 1:
-                    raise ValueError(
-                        f"Expected at most one optimizer step in a batch but `training_step` took {stepped}."
-                    )
-                if stepped:
-                    self._follow_step(trainer, pl_module)
-        except Exception as error:
-            self._lose(error, self._step)
-            return
-        if stepped and (self.should_measure(comparison.steps) or view.is_last_step(trainer)):
+        self._retract_unless_backward()
+        if stepped and not self._had_step:  # as a GradScaler leaves a step out
+            with self._following():
+                self._discard()
+        comparison = self._capture.comparison
+        if stepped and not self._lost and (self.should_measure(comparison.steps) or view.is_last_step(trainer)):
             self._measure(trainer, pl_module)
-            self._watch.note_weights(pl_module)
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Called when training ends. Measures the last step of a run that another callback stopped, and draws figures."""
+        self._unhook()
         averaged = view.ends_with_averaged_weights(trainer, self) or view.has_averaged_weights(trainer)
         if self.history and self.history[-1]["step"] != self._step and not averaged and not self._lost:
             self._measure(trainer, pl_module)
@@ -481,6 +548,11 @@ class LinearizationMonitor(Callback):
             log_figures(trainer.loggers, figures, name=self.name, step=self._step)
 
     @override
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Called when everything has ended, also by an exception. Lets go of the optimizer."""
+        self._unhook()
+
+    @override
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run goes on from; before training starts, only that it has not."""
         if not self._started:
@@ -492,6 +564,7 @@ class LinearizationMonitor(Callback):
             "start": self._start,
             "reported": sorted(self._reported),
             "lost": self._lost,
+            "exact": self._exact,
             "capture": self._capture.state_dict() if self._capture is not None and captured else None,
         }
 
@@ -537,19 +610,25 @@ class LinearizationMonitor(Callback):
         if any(said):
             rank_zero_info(f"LinearizationMonitor: {' '.join(filter(None, said))}")
         if capture.differences:
-            self._report_once(
+            self._mark(
                 "differences",
                 f"LinearizationMonitor compares this run with {dynamics.replace('_', ' ')}, which does not describe all of "
                 f"it, so that a part of every distance is due to the difference: {'; '.join(capture.differences)}.",
             )
-        if (self.closest or self.modes) and capture.comparison.training is None:
+        self._say_modes()
+        self.seconds["capture"] = time.perf_counter() - started
+        self._captured_at = time.perf_counter()
+
+    def _say_modes(self) -> None:
+        """Says that scalars that were asked for are not logged."""
+        assert self._capture is not None
+        comparison = self._capture.comparison
+        if (self.closest or self.modes) and comparison.training is None:
             self._report_once(
                 "modes",
                 f"LinearizationMonitor logs nothing for `closest` and `modes`: they need the modes of the kernel, which the "
-                f'{dynamics} does not have. Choose dynamics="gradient_descent" or "gradient_flow", or leave them out.',
+                f'{comparison.dynamics} does not have. Choose dynamics="gradient_descent" or "gradient_flow", or leave them out.',
             )
-        self.seconds["capture"] = time.perf_counter() - started
-        self._captured_at = time.perf_counter()
 
     def _compares_gradient(self, trainer: Trainer) -> bool:
         """Whether the gradient of the step to come is compared with that of the loss that is linearized."""
@@ -578,7 +657,7 @@ class LinearizationMonitor(Callback):
             judged = {name: value for name, value in judge.total().items() if name in trained}
             mismatch = comparison.expected_gradient.compare(judged, torch.float32)[1]
         self._capture.judge = None  # of the first step alone
-        self._watch.note_gradient(relative, gradients, self._settings, agrees=mismatch is None)
+        self._watch.mismatch = relative
         if mismatch is None:
             return
         where = "the first step" if comparison.steps_taken == 0 else f"step {self._step + 1}"
@@ -598,7 +677,7 @@ class LinearizationMonitor(Callback):
             raise MisconfigurationException(
                 f'{sentence} {advice}; or use mismatch="log" to go on with `gradient_mismatch` beside every distance.'
             )
-        self._report_once("gradient", sentence)
+        self._mark("gradient", sentence)
 
     def _retract_unless_backward(self) -> None:
         """Takes the present batch back where `training_step` left it out."""
@@ -619,40 +698,82 @@ class LinearizationMonitor(Callback):
         except UnknownSamplesError as error:
             if self.dynamics != "auto":
                 raise MisconfigurationException(f"LinearizationMonitor cannot replay this run. {error}") from error
-            comparison.follow_with(self._capture.twin())
-            self._report_once("dynamics", f"LinearizationMonitor follows the run with the linearized twin. {error}")
+            self._take_over(str(error))
 
-    def _lose(self, error: Exception, step: int) -> None:
+    def _live(self, module: LightningModule) -> dict[str, Tensor]:
+        """The live parameters that were linearized."""
+        assert self._capture is not None
+        parameters, names = dict(module.named_parameters()), self._capture.comparison.initial_weights.keys()
+        gone = [plain_name(name) for name in names if name not in parameters]
+        if gone:
+            raise ValueError(
+                f"Expected the parameters that were linearized but the module has no {some(gone)} any more. They were pruned, "
+                "merged, renamed or removed, and the linearized network does not follow that."
+            )
+        return {name: parameters[name] for name in names}
+
+    def _gradients(self, trainer: Trainer, module: LightningModule) -> dict[str, Tensor | None]:
+        """The gradients of the linearized parameters that the optimizer steps."""
+        held = {id(p) for p in held_by(view.single_optimizer(trainer))}
+        return {name: p.grad for name, p in self._live(module).items() if id(p) in held}
+
+    @contextmanager
+    def _following(self) -> Iterator[None]:
+        """What fails here loses the linearized network, in all processes, and not the run."""
+        try:
+            with self._processes.agreement():
+                yield
+        except MisconfigurationException:
+            raise
+        except Exception as error:
+            self._lose(error)
+
+    def _raise_earlier(self) -> None:
+        """Raises what failed where the processes do not meet."""
+        error, self._error = self._error, None
+        if error is not None:
+            raise error
+
+    def _discard(self) -> None:
+        """The step was counted, and not taken."""
+        assert self._capture is not None
+        self._capture.comparison.discard()
+        self._watch.discard()
+        if self._capture.judge is not None:
+            self._capture.judge.discard()
+
+    def _take_over(self, why: str) -> None:
+        """Replaces dynamics that were chosen here, and that do not fit, by the twin."""
+        assert self._capture is not None
+        self._capture.comparison.follow_with(self._capture.twin())
+        self._capture.reason = f"Linearized twin in lockstep. {why}"
+        self._report_once("dynamics", f"LinearizationMonitor follows the run with the linearized twin. {why}")
+        self._say_modes()
+
+    def _lose(self, error: Exception) -> None:
         self._lost = True
+        self._unhook()
+        step = self._step + 1
         self._fail(error, f"The linearized network is lost in step {step}, and measurements end; training goes on.")
 
-    def _follow_step(self, trainer: Trainer, module: LightningModule) -> None:
-        assert self._capture is not None
-        assert self._settings is not None
-        comparison = self._capture.comparison
-        taken = view.step_was_taken(trainer, self._settings, self._loss_scale, len(comparison.initial_weights))
-        if not self._processes.any(taken):
-            comparison.discard()
-            self._watch.discard()
-            if self._capture.judge is not None:
-                self._capture.judge.discard()
-            return
-        comparison.step(self._settings)
-        for kind, sentence in comparison.surprises(self._settings):
-            self._report_once(kind, f"Step {self._step}: {sentence}")
-        self._watch.after_step(module, comparison, self._report_once, self._step)
+    def _unhook(self) -> None:
+        if self._hooks is not None:
+            self._hooks.detach()
+        self._hooks = None
 
     def _measure(self, trainer: Trainer, module: LightningModule) -> None:
         assert self._capture is not None
         started = time.perf_counter()
         try:
             with nested_bars(trainer), self._processes.agreement():
+                self._watch.check_weights(module, self._mark, self._step)
                 scalars = self._capture.comparison.measure(view.tensors_of(module))
         except Exception as error:
             self._fail(error, f"The measurement at step {self._step} failed, and so may later ones; training goes on.")
             return
         if self._watch.mismatch is not None:
             scalars["gradient_mismatch"] = self._watch.mismatch
+        scalars["exact"] = float(self._exact)
         self.history.append({"step": float(self._step), **scalars})
         tagged = {f"{self.name}/{tag}": value for tag, value in scalars.items()}
         for logger in trainer.loggers:
@@ -683,6 +804,11 @@ class LinearizationMonitor(Callback):
             raise error
         self._report_once("failure", f"{sentence} {type(error).__name__}: {error}")
 
+    def _mark(self, kind: str, message: str) -> None:
+        """Reports what the linearized network does not follow, and marks all rows to come."""
+        self._exact = False
+        self._report_once(kind, message)
+
     def _report_once(self, kind: str, message: str) -> None:
         if kind not in self._reported:
             self._reported.add(kind)
@@ -691,7 +817,3 @@ class LinearizationMonitor(Callback):
 
 def _histories(trainer: Trainer) -> dict[str, list[dict[str, float]]]:
     return {c.name: c.history for c in view.callbacks_of(trainer) if isinstance(c, LinearizationMonitor)}
-
-
-def _some(names: Sequence[str]) -> str:
-    return ", ".join(names[:3]) + (" and others" if names[3:] else "")

@@ -1,132 +1,167 @@
-"""What a run does with its weights besides following the gradient, found around its optimizer steps."""
+"""What a run does with gradients and weights besides its backward passes and optimizer steps."""
 
 import math
 from collections.abc import Callable, Mapping
+from typing import NamedTuple
 
 import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor
 
-from lightning_ntk.comparison.run_comparison import RunComparison
 from lightning_ntk.linearization.parameters import plain_name
 from lightning_ntk.training.base import StepSettings
 
 Report = Callable[[str, str], None]
+Gradients = Mapping[str, Tensor | None]
 
-# The share by which the first step of the run may differ from that of the linearized network beyond rounding.
-_FIRST_STEP_TOLERANCE = 1e-2
-# Optimizers such as Adam make full steps of gradients that are zero but for rounding: what is smaller than this share of the
-# largest entry is left out.
-_ROUNDING_SHARE = 1e3
+
+class _Sums(NamedTuple):
+    """What tells a gradient from another, or from a multiple of it, at little cost."""
+
+    names: tuple[str, ...]
+    norms: Tensor  # of each tensor
+    sums: Tensor  # of its entries
+    sizes: Tensor
+
+    @classmethod
+    def of(cls, gradients: Gradients, *, scale: float = 1.0, clip_value: float | None = None) -> "_Sums":
+        dense = {n: g.detach() for n, g in gradients.items() if g is not None and g.layout == torch.strided}
+        given = dense
+        if clip_value is not None:
+            given, scale = {n: (g / scale).clamp(-clip_value, clip_value) for n, g in dense.items()}, 1.0
+        values = list(given.values())
+        sizes = torch.tensor([float(value.numel()) for value in values], dtype=torch.float64)
+        if not values:
+            return cls((), sizes, sizes, sizes)
+        norms = torch.stack([norm.double() for norm in torch._foreach_norm(values)]).cpu() / scale
+        sums = torch.stack([value.sum(dtype=torch.float64) for value in values]).cpu() / scale
+        return cls(tuple(given), norms, sums, sizes)
+
+    @property
+    def total(self) -> float:
+        return float(self.norms.norm())
+
+    def factor_to(self, other: "_Sums", tolerance: float) -> float | None:
+        """The c for which the other gradient is c times this one, as far as norms and sums tell; None without one."""
+        if self.names != other.names or self.total == 0:
+            return 1.0 if self.names == other.names and other.total == 0 else None
+        size = float(self.norms @ other.norms) / self.total**2
+        for factor in (size, -size):
+            off = (other.norms - abs(factor) * self.norms).abs().max()
+            sums = ((other.sums - factor * self.sums).abs() / self.sizes.sqrt()).max()
+            if max(off, sums) <= tolerance * max(self.total * size, other.total):
+                return 1.0 if abs(factor - 1) <= tolerance else factor
+        return None
 
 
 class StepWatch:
-    """Compares what the run does around a step with what the optimizer alone would do.
+    """Compares what the run does around a step with what its backward passes and its optimizer alone would do.
 
     Attributes:
-        mismatch: The relative difference of the gradient of the last step; None where it was not compared.
+        mismatch: The relative difference between the gradient of the last step and the expected one; None where it was not
+            compared.
+        factor: The factor that the run gave its gradient in the coming step, before clipping.
     """
 
     def __init__(self) -> None:
         self.mismatch: float | None = None
-        self._gradients: Mapping[str, Tensor | None] = {}
-        self._settings: StepSettings | None = None
-        self._agrees = False
+        self.factor = 1.0
+        self._first_factor: float | None = None
+        self._gradient: _Sums | None = None  # after the last backward pass
+        self._clip_value: float | None = None
         self._weights: dict[str, Tensor] = {}
+        self._versions: dict[str, tuple[int, int]] = {}
 
-    def note_gradient(
-        self, relative: float, gradients: Mapping[str, Tensor | None], settings: StepSettings | None, *, agrees: bool
+    def begin_batch(
+        self, module: LightningModule, gradients: Gradients, scale: float, report: Report, step: int
     ) -> None:
-        """Keeps the gradients of the step to come, as they are before clipping."""
-        self.mismatch, self._gradients, self._settings, self._agrees = relative, gradients, settings, agrees
+        """Looks for weights, and gradients that are being accumulated, that have changed since they were noted."""
+        self.check_weights(module, report, step)
+        if self._gradient is not None:
+            now = _Sums.of(gradients, scale=scale, clip_value=self._clip_value)
+            if self._gradient.norms.isfinite().all() and self._gradient.factor_to(now, _tolerance(gradients)) != 1:
+                report(
+                    "gradients",
+                    f"Step {step + 1}: the run changed its gradients between the batches that it accumulates, which the "
+                    "linearized network does not follow.",
+                )
+        self._versions = _versions(module)
 
-    def note_weights(self, module: LightningModule) -> None:
+    def end_backward(self, gradients: Gradients, scale: float, clip_value: float | None) -> None:
+        """Notes gradients as a backward pass leaves them, multiplied by the scale of a GradScaler."""
+        self._clip_value = clip_value
+        self._gradient = _Sums.of(gradients, scale=scale, clip_value=clip_value)
+
+    def before_step(
+        self,
+        module: LightningModule,
+        gradients: Gradients,
+        scale: float,
+        settings: StepSettings,
+        report: Report,
+        step: int,
+    ) -> None:
+        """Compares the gradients that the optimizer is about to use with those of the last backward pass."""
+        written = [n for n, version in _versions(module).items() if self._versions.get(n, version) != version]
+        if written:
+            self._report_written(written[0], "before", step, report)
+        before, self._gradient, self.factor = self._gradient, None, 1.0
+        if before is None or not before.norms.isfinite().all():
+            return
+        now, tolerance = _Sums.of(gradients, scale=scale), _tolerance(gradients)
+        factor = before.factor_to(now, tolerance)
+        norm = before.total
+        # As `clip_grad_norm_` computes it.
+        clipped = 1.0 if settings.clip_norm is None else min(1.0, settings.clip_norm / (norm + 1e-6))
+        if factor is not None and abs(factor - clipped) <= tolerance * clipped:
+            factor = 1.0
+        elif settings.clip_value is not None or now.total > (settings.clip_norm or math.inf) * (1 - 1e-3):
+            factor = None  # clipped and multiplied, in an unknown order
+        first = self._first_factor = self._first_factor if self._first_factor is not None else factor
+        self.factor = 1.0 if factor is None else factor
+        if factor is None or first is None or abs(factor - first) > tolerance * abs(first):
+            report(
+                "clipping",
+                f"Step {step}: the run changed its gradients after its backward pass, from a norm of {norm:.4g} to "
+                f"{now.total:.4g}, in a way that the linearized network cannot follow. Clip with "
+                "Trainer(gradient_clip_val=...) instead of in a hook.",
+            )
+
+    def after_step(self, module: LightningModule) -> None:
         """Keeps what tells the weights at the end of a step."""
-        self._weights = _norms({name: p.detach() for name, p in module.named_parameters()})
+        self._weights = _norms(module)
 
     def discard(self) -> None:
         """Forgets the gradients: the step was not taken."""
-        self.mismatch, self._gradients = None, {}
+        self.mismatch, self._gradient = None, None
 
-    def next_batch(self, module: LightningModule, report: Report, step: int) -> None:
-        """Reports weights that have changed since the end of the last step."""
+    def check_weights(self, module: LightningModule, report: Report, step: int) -> None:
+        """Looks for weights that have changed since the end of the last step."""
         if not self._weights:
             return
-        now = _norms({name: p.detach() for name, p in module.named_parameters()})
-        changed = [plain_name(n) for n, norm in self._weights.items() if n in now and not torch.equal(now[n], norm)]
-        self._weights = {}
-        if changed:
-            report(
-                "weights",
-                f"The weights of the run changed between step {step} and the batch after it, for example "
-                f"`{changed[0]}`: something besides the optimizer writes into them, which the linearized network does not.",
-            )
+        now = _norms(module)
+        for name, norm in self._weights.items():
+            if name in now and not torch.equal(now[name], norm):
+                self._report_written(name, "after", step, report)
+                break
+        self._weights = now
 
-    def after_step(self, module: LightningModule, comparison: RunComparison, report: Report, step: int) -> None:
-        """Reports gradients that changed before the step, and a first step that is no step of the optimizer."""
-        gradients, self._gradients = self._gradients, {}
-        if not gradients:
-            self.mismatch = None
-            return
-        parameters = dict(module.named_parameters())
-        self._check_clipping(gradients, {n: parameters[n].grad for n in gradients}, report, step)
-        if comparison.steps_taken == 1 and comparison.dynamics == "twin" and self._agrees:
-            live = {name: parameters[name].detach() for name in comparison.initial_weights}
-            distance = _first_distance(gradients, live, comparison)
-            if distance > _FIRST_STEP_TOLERANCE:
-                report(
-                    "first step",
-                    f"The first step of the run differs from that of the linearized network by {distance:.2g} of its length, "
-                    "though their gradients agree: the run changes its weights by more than its optimizer does.",
-                )
-        if comparison.steps_taken == 1:
-            self.note_weights(module)
-
-    def _check_clipping(
-        self, before: Mapping[str, Tensor | None], after: Mapping[str, Tensor | None], report: Report, step: int
-    ) -> None:
-        settings = self._settings
-        if settings is None or settings.clip_value is not None:
-            return
-        if any((before[name] is None) != (after[name] is None) for name in before):
-            return  # cleared after the step
-        norm, now = _total(before), _total(after)
-        # As `clip_grad_norm_` computes it.
-        expected = norm if settings.clip_norm is None else norm * min(1.0, settings.clip_norm / (norm + 1e-6))
-        eps = max((torch.finfo(g.dtype).eps for g in before.values() if g is not None), default=0.0)
-        if math.isfinite(norm) and abs(now - expected) > math.sqrt(eps) * max(norm, now):
-            report(
-                "clipping",
-                f"Step {step}: the run changed its gradients after its backward pass, from a norm of {norm:.4g} to {now:.4g}, "
-                "which the linearized network does not follow. Clip with Trainer(gradient_clip_val=...) instead of in a hook.",
-            )
+    def _report_written(self, name: str, when: str, step: int, report: Report) -> None:
+        report(
+            "weights",
+            f"The weights of the run changed {when} step {step} by more than its optimizer does, for example "
+            f"`{plain_name(name)}`: something else writes into them, which the linearized network does not follow.",
+        )
 
 
-def _first_distance(
-    gradients: Mapping[str, Tensor | None], live: Mapping[str, Tensor], comparison: RunComparison
-) -> float:
-    """The distance of both networks after one step, where the gradient is more than rounding, less what rounding explains."""
-    linearized = comparison.online.displacement()
-    largest = max((float(g.abs().max()) for g in gradients.values() if g is not None), default=0.0)
-    error, length = 0.0, 0.0
-    for name, start in comparison.initial_weights.items():
-        gradient = gradients.get(name)
-        if gradient is None:
-            continue
-        eps = torch.finfo(gradient.dtype).eps
-        counts = gradient.abs() > _ROUNDING_SHARE * eps * largest
-        moved = (live[name].double() - start.double())[counts]
-        apart = (moved - linearized[name].to(moved.device)[counts]).abs()
-        rounding = 4 * torch.finfo(live[name].dtype).eps * start.abs().double()[counts]
-        error += float((apart - rounding).clamp_min(0).square().sum())
-        length += float(moved.square().sum())
-    return math.sqrt(error / length) if length > 0 else 0.0
-
-
-def _norms(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _norms(module: LightningModule) -> dict[str, Tensor]:
+    tensors = {name: p.detach() for name, p in module.named_parameters()}
     return dict(zip(tensors, torch._foreach_norm(list(tensors.values())), strict=True))
 
 
-def _total(gradients: Mapping[str, Tensor | None]) -> float:
-    given = [gradient.detach() for gradient in gradients.values() if gradient is not None]
-    return float(torch.nn.utils.get_total_norm(given)) if given else 0.0
+def _versions(module: LightningModule) -> dict[str, tuple[int, int]]:
+    return {name: (id(p), p._version) for name, p in module.named_parameters() if p.requires_grad}
+
+
+def _tolerance(gradients: Gradients) -> float:
+    return math.sqrt(max((torch.finfo(g.dtype).eps for g in gradients.values() if g is not None), default=0.0))

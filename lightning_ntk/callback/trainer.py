@@ -86,21 +86,24 @@ def loss_scale(trainer: Trainer) -> float | None:
     return plugin.scaler.get_scale() if isinstance(plugin, MixedPrecision) and plugin.scaler is not None else None
 
 
-def step_was_taken(trainer: Trainer, settings: StepSettings, scale_before: float | None, parameters: int) -> bool:
-    """Whether the optimizer step that was counted last changed the weights.
+def step_is_taken(optimizer: Optimizer, settings: StepSettings, parameters: int) -> bool:
+    """Whether a call of the optimizer's step changed the weights.
 
-    A GradScaler leaves out the step when a gradient is not finite, and lowers its scale then and only then. Parameters without
-    a gradient are left out by the optimizer, all of them where `training_step` returned None.
+    Fused optimizers get the verdict of a GradScaler and leave the weights alone where a gradient is not finite. Parameters
+    without a gradient are left out by the optimizer, all of them where `training_step` returned None.
     """
-    scale = loss_scale(trainer)
-    lowered = scale is not None and scale_before is not None and scale < scale_before
-    return not lowered and len(settings.frozen) < parameters
+    overflow = getattr(optimizer, "found_inf", None)
+    return not (overflow is not None and bool(overflow)) and len(settings.frozen) < parameters
+
+
+def scale_of_gradients(optimizer: Optimizer, scale: float | None) -> float:
+    """The factor of a GradScaler that gradients still have right before the step: fused optimizers take it out themselves."""
+    return scale if scale is not None and any(group.get("fused") for group in optimizer.param_groups) else 1.0
 
 
 def gradients(optimizer: Optimizer, parameters: Mapping[str, Tensor], scale: float | None) -> dict[str, Tensor | None]:
     """Clones of the gradients of the coming step, None where there is none, without the factor of a GradScaler."""
-    # Fused optimizers take this factor out themselves, in their step.
-    factor = scale if scale is not None and any(group.get("fused") for group in optimizer.param_groups) else 1.0
+    factor = scale_of_gradients(optimizer, scale)
     return {name: None if p.grad is None else p.grad.detach() / factor for name, p in parameters.items()}
 
 

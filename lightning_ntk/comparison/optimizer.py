@@ -1,12 +1,18 @@
 """The optimizer of a run as linearized dynamics see it: its settings at capture, and what changes of them later."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, TypeAlias
 
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_ntk.dynamics.sgd import Hyperparameters, SGDSettings
+from lightning_ntk.dynamics.sgd import SGD_OPTIONS, Hyperparameters, SGDSettings
 from lightning_ntk.training.base import StepSettings
+
+Change: TypeAlias = tuple[str, str]
+"""A kind, and what the run does, to follow "the run"."""
+
+_ROUNDING = 1e-9
 
 
 class ObservedOptimizer:
@@ -43,7 +49,12 @@ class ObservedOptimizer:
             )
         else:
             self.settings = [SGDSettings.of(dict(zip(SGDSettings._fields, group, strict=True))) for group in settings]
-        self._first_frozen: set[str] | None = None
+        self._own = {
+            name: self.settings[number] for name, number in _group_numbers(optimizer.param_groups, parameters).items()
+        }
+        self._maximizes = _maximizes(optimizer.param_groups)
+        self._first: StepSettings | None = None
+        self._state: dict[int, _Stamp] | None = None  # after the last step, by the id of the parameter
 
     @property
     def hyperparameters(self) -> Hyperparameters:
@@ -53,26 +64,100 @@ class ObservedOptimizer:
     @property
     def lr_scales(self) -> dict[str, float]:
         """By parameter, the learning rate in units of the first group's, and 0 for those that the optimizer leaves out."""
-        groups = {id(p): n for n, group in enumerate(self.optimizer.param_groups) for p in group["params"]}
         first = self.settings[0].lr
-        scales = {}
-        for name, parameter in self._parameters.items():
-            number = groups.get(id(parameter))
-            known = number is not None
-            scales[name] = self.settings[number].lr / first if number is not None and first else float(known)
-        return scales
+        rates = {name: own.lr / first if first else 1.0 for name, own in self._own.items()}
+        return {name: rates.get(name, 0.0) for name in self._parameters}
 
-    def changes(self, step: StepSettings) -> Iterator[tuple[str, str]]:
-        """What a step had otherwise than the capture: kinds, and what the run did, to follow "the run"."""
-        rates = [float(group["lr"]) * self.settings[0].lr for group in step.groups]
-        expected = [float(step.groups[0]["lr"]) * own.lr for own in self.settings]
-        if any(abs(a - b) > 1e-9 * max(a, b) for a, b in zip(rates, expected, strict=False)):
-            yield "rates", "changed the ratio of the learning rates of its parameter groups"
-        self._first_frozen = set(step.frozen) if self._first_frozen is None else self._first_frozen
-        changed = sorted(self._first_frozen ^ set(step.frozen))
-        if changed:
-            some = ", ".join(changed[:3]) + (" and others" if changed[3:] else "")
-            yield "frozen", f"began or ceased to train {some}"
+    def replace(self, optimizer: Optimizer) -> bool:
+        """Goes on with another optimizer of the run. Returns whether it begins anew, without a state."""
+        self.optimizer, self._state = optimizer, None
+        return not self.has_state
+
+    @property
+    def has_state(self) -> bool:
+        """Whether the optimizer remembers anything of earlier steps, for parameters that were linearized."""
+        return any(_stamp(self.optimizer.state[p]) for p in self._held())
+
+    def note_state(self) -> None:
+        """Keeps what tells the state of the optimizer at the end of its step."""
+        self._state = {id(p): _stamp(self.optimizer.state[p]) for p in self._held()}
+
+    def state_changes(self) -> tuple[list[str], list[str]]:
+        """The parameters whose state was removed since the last step, and those whose state was written."""
+        if self._state is None:
+            return [], []
+        now = {id(p): _stamp(self.optimizer.state[p]) for p in self._held()}
+        changed = {n: now.get(id(p), ()) for n, p in self._parameters.items() if self._differs(id(p), now)}
+        return [n for n, stamp in changed.items() if not stamp], [n for n, stamp in changed.items() if stamp]
+
+    def changes(self, step: StepSettings, *, full_batch: bool) -> Iterator[Change]:
+        """What a step has otherwise than the capture and dynamics with one learning rate and one momentum cannot follow.
+
+        Args:
+            step: The settings of the step.
+            full_batch: Whether the dynamics are gradient descent or flow, which do not clip.
+        """
+        first = self._first = self._first or step
+        now = {n: step.groups[number] for n, number in _group_numbers(step.groups, self._parameters).items()}
+        moved = sorted(now.keys() ^ self._own.keys())
+        if moved:
+            yield "members", f"added to its optimizer, or removed from it, {some(moved)}"
+        common = SGDSettings.of(step.groups[0])
+        differing = {option for option in SGD_OPTIONS[1:] if _differs(option, self.settings)}
+        for name in now.keys() & self._own.keys():
+            own, group = self._own[name], SGDSettings.of(now[name])
+            rate, expected = group.lr * self.settings[0].lr, common.lr * own.lr
+            if abs(rate - expected) > _ROUNDING * max(rate, expected):
+                yield "rates", "changed the ratio of the learning rates of its parameter groups"
+            for option in SGD_OPTIONS[1:]:
+                if option not in differing and getattr(group, option) != getattr(common, option):
+                    yield f"{option} of a group", f"changed the {option.replace('_', ' ')} of a part of its parameters"
+        if _maximizes(step.groups) != self._maximizes:
+            yield "maximize", "changed whether it maximizes its loss"
+        clips = step.clip_norm is not None or step.clip_value is not None
+        if clips and first.clip_norm is None and first.clip_value is None:
+            scaled = len({own.lr for own in self._own.values()}) > 1
+            if full_batch or scaled:
+                yield "clips", "began to clip its gradients"
+        unfollowed = sorted({*first.frozen, *first.at_zero} ^ {*step.frozen, *step.at_zero})
+        if unfollowed:
+            yield "frozen", f"began or ceased to train {some(unfollowed)}"
+
+    def _held(self) -> list[Tensor]:
+        # `optimizer.state` makes an entry for whatever is looked up.
+        return [p for p in self._parameters.values() if p in self.optimizer.state]
+
+    def _differs(self, key: int, now: "Mapping[int, _Stamp]") -> bool:
+        assert self._state is not None
+        before = self._state.get(key, ())
+        return bool(before or now.get(key)) and before != now.get(key, ())
+
+
+def some(names: Sequence[str]) -> str:
+    """The first names of many, in words."""
+    return ", ".join(names[:3]) + (" and others" if names[3:] else "")
+
+
+_Stamp: TypeAlias = tuple[Any, ...]
+
+
+def _stamp(state: Mapping[str, Any]) -> _Stamp:
+    """What tells the tensors of a parameter's state from others, and from themselves before they are written."""
+    return tuple((name, id(v), v._version) for name, v in state.items() if isinstance(v, Tensor))
+
+
+def _group_numbers(groups: Iterable[Mapping[str, Any]], parameters: Mapping[str, Tensor]) -> dict[str, int]:
+    """The number of the group of every parameter that an optimizer holds."""
+    numbers = {id(p): number for number, group in enumerate(groups) for p in group["params"]}
+    return {name: numbers[id(p)] for name, p in parameters.items() if id(p) in numbers}
+
+
+def _differs(option: str, settings: Sequence[SGDSettings]) -> bool:
+    return len({getattr(group, option) for group in settings}) > 1
+
+
+def _maximizes(groups: Iterable[Mapping[str, Any]]) -> bool:
+    return any(group.get("maximize") for group in groups)
 
 
 def _base_rate(group: Mapping[str, object]) -> float:

@@ -4,11 +4,12 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from torch import Tensor, nn
-from torch.optim import Optimizer
+from torch.optim import SGD, Optimizer
 
 from lightning_ntk.comparison.expected_gradient import ExpectedGradient
+from lightning_ntk.comparison.full_batch import FullBatchCheck
 from lightning_ntk.comparison.functions import FunctionComparison
-from lightning_ntk.comparison.optimizer import ObservedOptimizer
+from lightning_ntk.comparison.optimizer import ObservedOptimizer, some
 from lightning_ntk.comparison.scalars import compare_closest, compare_modes, compare_weights
 from lightning_ntk.functional.weights import difference
 from lightning_ntk.kernel import KernelProbe
@@ -17,6 +18,7 @@ from lightning_ntk.linearization.parameters import Tensors
 from lightning_ntk.training.base import OnlineTraining, StepSettings
 from lightning_ntk.training.linearized_training import LinearizedTraining
 from lightning_ntk.training.modal_run import ModalRun
+from lightning_ntk.training.twin import Twin
 from lightning_ntk.utilities.contexts import preserved_rng
 
 
@@ -36,6 +38,7 @@ class RunComparison:
         optimizer: The optimizer of the run at capture; None not to look for changes of its settings.
         training: The closed form of `online`, for the modes, the closest time and the edge of stability.
         expected_gradient: The gradient that the run's steps must have, where it is to be compared.
+        full_batch: The samples that the run's steps must have, where `online` is full-batch gradient descent.
         per_parameter: Whether to compare every parameter tensor.
         closest: Whether to find the time at which the linearized network is closest to the trained one.
         modes: The number of leading modes along which residuals are compared.
@@ -78,6 +81,7 @@ class RunComparison:
         optimizer: ObservedOptimizer | None = None,
         training: LinearizedTraining | None = None,
         expected_gradient: ExpectedGradient | None = None,
+        full_batch: FullBatchCheck | None = None,
         per_parameter: bool = False,
         closest: bool = False,
         modes: int = 0,
@@ -90,6 +94,7 @@ class RunComparison:
         self.training = training
         self._probe = probe
         self._optimizer = optimizer
+        self._full_batch = full_batch
         self.expected_gradient = expected_gradient
         self._per_parameter = per_parameter
         self._closest = closest
@@ -121,7 +126,38 @@ class RunComparison:
         """Tells of one batch, whose loss the run multiplied by `scale` before its backward pass."""
         if self.steps_taken == 0:
             self._batches.append((batch, scale))
+        if self._full_batch is not None:
+            self._full_batch.accumulate(batch, scale)
         self.online.accumulate(batch, scale=scale)
+
+    def prepare_step(self, optimizer: Optimizer, settings: StepSettings) -> Iterator[tuple[str, str]]:
+        """Follows the optimizer itself, right before it steps.
+
+        Returns:
+            What the step does and the linearized network does not: kinds, and phrases to follow "the run".
+        """
+        if self._optimizer is None:
+            return
+        twin = self.online if isinstance(self.online, Twin) else None
+        if optimizer is not self._optimizer.optimizer:
+            remembered = self._optimizer.has_state and twin is None
+            remembers = not self._optimizer.replace(optimizer) or remembered
+            if twin is not None:
+                twin.replace_optimizer(optimizer)
+            if remembers or (twin is None and type(optimizer) is not SGD):
+                yield "optimizer", f"replaced its optimizer by another one, {type(optimizer).__name__}"
+        removed, written = self._optimizer.state_changes()
+        if removed and twin is not None:
+            twin.forget_state(removed)
+        if written or (removed and twin is None):
+            yield "state", f"changed what its optimizer remembers of {some(written or removed)}"
+        if twin is None:
+            yield from self._optimizer.changes(settings, full_batch=isinstance(self.online, ModalRun))
+        if settings.gradient_factor != 1 and isinstance(self.online, ModalRun):
+            yield "factor", f"multiplied its gradient by {settings.gradient_factor:.4g} before the step"
+        difference = None if self._full_batch is None else self._full_batch.difference()
+        if difference is not None:
+            yield "samples", difference
 
     def step(self, settings: StepSettings | Optimizer) -> None:
         """Tells of one optimizer step along the batches since the last one.
@@ -148,28 +184,21 @@ class RunComparison:
 
     def follow_with(self, online: OnlineTraining) -> None:
         """Replaces the linearized network before the first step, without losing the batches that came for it."""
-        self.online = online
+        self.online, self.training, self._full_batch = online, None, None
         for batch, scale in self._batches:
             online.accumulate(batch, scale=scale)
 
     def _forget(self) -> None:
         self._batches = []
+        if self._full_batch is not None:
+            self._full_batch.discard()
         if self.expected_gradient is not None:
             self.expected_gradient.discard()
 
-    def surprises(self, settings: StepSettings) -> Iterator[tuple[str, str]]:
-        """What the step that was just taken did and the dynamics do not describe: kinds and sentences."""
-        lr = float(settings.groups[0]["lr"])
-        if self.training is not None and lr > self.training.max_learning_rate:
-            yield (
-                "unstable",
-                f"The learning rate {lr:.4g} is above {self.training.max_learning_rate:.4g}, the largest for which the "
-                "linearized network is stable: it diverges while the run may not.",
-            )
-        if self._optimizer is not None and self.dynamics != "twin":
-            dynamics = self.dynamics.replace("_", " ")
-            for kind, what in self._optimizer.changes(settings):
-                yield kind, f'The run {what}, which {dynamics} does not follow: dynamics="twin" does.'
+    def note_state(self) -> None:
+        """Keeps what tells the optimizer's state, right after it has stepped."""
+        if self._optimizer is not None:
+            self._optimizer.note_state()
 
     @preserved_rng()
     def measure(self, weights: Mapping[str, Tensor] | None = None) -> dict[str, float]:
@@ -231,6 +260,7 @@ class RunComparison:
                     "distances to the linearized network are defined on one set. Give the same data."
                 )
         self.online.load_state_dict(state["online"])
+        self.online.discard()  # a run that resumes within an accumulated step has lost its gradients, too
         self.steps, self.steps_taken = int(state["steps"]), int(state["steps_taken"])
         if self._probe is not None and state["kernel_probe"] is not None:
             self._probe.load_state_dict(state["kernel_probe"])

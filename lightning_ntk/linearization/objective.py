@@ -59,6 +59,16 @@ class Objective:
             raise self._reason
         return self.factor
 
+    def factor_of(self, outputs: Tensor, targets: Tensor) -> float:
+        """The factor of a squared loss for other samples, such as fewer; their targets are prepared, on the CPU."""
+        return measure_loss_factor(self._loss_on(outputs.device), outputs, targets, flat=self._flat)
+
+    def is_mean(self, outputs: Tensor) -> bool:
+        """Whether the factor of a squared loss is inverse to the number of samples, whose initial predictions are given."""
+        total, part = len(outputs), max(1, len(outputs) // 2)
+        factor = self.factor_of(outputs[:part].cpu(), self.targets[:part])
+        return abs(factor * part - self.require_factor() * total) <= 1e-6 * abs(factor * part)
+
     def prepare(self, targets: Tensor, outputs: Tensor) -> Tensor:
         """Targets as the loss takes them: rows `(B, K)` for a squared loss, else unchanged."""
         if self.factor is not None:

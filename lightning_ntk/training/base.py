@@ -30,12 +30,16 @@ class StepSettings(NamedTuple):
         clip_norm: Largest norm of the gradient, or None.
         clip_value: Largest element of the gradient, or None.
         frozen: Names of the parameters that had no gradient.
+        at_zero: Names of frozen parameters whose gradient is kept and is zero: their momentum and decay go on.
+        gradient_factor: The factor that the run gave its gradient after the backward pass, before clipping.
     """
 
     groups: Sequence[Mapping[str, Any]]
     clip_norm: float | None = None
     clip_value: float | None = None
     frozen: Collection[str] = ()
+    at_zero: Collection[str] = ()
+    gradient_factor: float = 1.0
 
     @classmethod
     def of(
@@ -52,6 +56,11 @@ class StepSettings(NamedTuple):
             clip_norm,
             clip_value,
             [name for name, parameter in parameters.items() if parameter.grad is None],
+            [
+                name
+                for name, parameter in parameters.items()
+                if not parameter.requires_grad and parameter.grad is not None and not parameter.grad.any()
+            ],
         )
 
 

@@ -124,7 +124,14 @@ class FunctionSpaceSGD:
         self._gradients.append(gradient * scale)  # not in place: a loss such as a sum has an expanded gradient
 
     @torch.inference_mode(False)
-    def step(self, settings: SGDSettings, *, clip_norm: float | None = None, clip_value: float | None = None) -> None:
+    def step(
+        self,
+        settings: SGDSettings,
+        *,
+        clip_norm: float | None = None,
+        clip_value: float | None = None,
+        factor: float = 1.0,
+    ) -> None:
         r"""One optimizer step along the accumulated gradient, which is then forgotten.
 
         Args:
@@ -132,6 +139,7 @@ class FunctionSpaceSGD:
             clip_norm: The gradient J^T g is first scaled by :math:`\min(1, C / (\sqrt{g^\top \Theta g} + 10^{-6}))`, the
                 formula of `torch.nn.utils.clip_grad_norm_`.
             clip_value: Refused: the clipped gradient leaves the span of the Jacobian's rows.
+            factor: The factor of the gradient before it is clipped.
 
         Raises:
             ValueError: If a setting has no meaning in function space, or an image that it needs was not given.
@@ -149,7 +157,7 @@ class FunctionSpaceSGD:
             raise RuntimeError(
                 "Expected a call of `accumulate` before `step`, as no gradient has come since the last step."
             )
-        rows, gradients = torch.cat(self._rows), torch.cat(self._gradients)
+        rows, gradients = torch.cat(self._rows), torch.cat(self._gradients) * factor
         self.discard()
         image = self._products.image(rows, gradients)
         index = rows.to(image.device, non_blocking=True)
@@ -158,8 +166,8 @@ class FunctionSpaceSGD:
             coefficients, image = self._processes.sum_(torch.stack([coefficients, image])) / self._processes.size
         if clip_norm is not None:
             norm = (coefficients * image).sum().clamp_min(0).sqrt()
-            factor = (clip_norm / (norm + 1e-6)).clamp(max=1)
-            coefficients, image = coefficients * factor, image * factor
+            clipped = (clip_norm / (norm + 1e-6)).clamp(max=1)
+            coefficients, image = coefficients * clipped, image * clipped
         self._sgd.step([coefficients, image, torch.zeros_like(self._scales)], settings)
         self.steps += 1
 

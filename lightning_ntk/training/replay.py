@@ -92,11 +92,14 @@ class Replay:
 
     def step(self, settings: StepSettings) -> None:
         """Takes one step with the settings of the first parameter group."""
-        self.step_with(SGDSettings.of(settings.groups[0]), settings.clip_norm, settings.clip_value)
+        self._sgd.step(
+            SGDSettings.of(settings.groups[0]), clip_norm=settings.clip_norm, clip_value=settings.clip_value,
+            factor=settings.gradient_factor,
+        )  # fmt: skip
 
-    def step_with(self, settings: SGDSettings, clip_norm: float | None = None, clip_value: float | None = None) -> None:
+    def step_with(self, settings: SGDSettings) -> None:
         """Takes one step, see `FunctionSpaceSGD.step`."""
-        self._sgd.step(settings, clip_norm=clip_norm, clip_value=clip_value)
+        self._sgd.step(settings)
 
     def discard(self) -> None:
         """Forgets the batches accumulated since the last step."""

@@ -107,9 +107,9 @@ class Twin:
     def step(self, settings: StepSettings) -> None:
         """Takes one step of the twin's optimizer along the accumulated gradients, which are then cleared.
 
-        Groups of known parameters that were added to the run's optimizer are added here too. Parameters that had no gradient
-        in the run, frozen and unused ones, are skipped. Clipping acts on all parameters that the optimizer holds, as
-        `clip_grad_norm_` and `clip_grad_value_` do.
+        Groups of known parameters that were added to the run's optimizer are added here too, and parameters that moved to
+        another group move here. Parameters that had no gradient in the run, frozen and unused ones, are skipped. Clipping acts on
+        all parameters that the optimizer holds, as `clip_grad_norm_` and `clip_grad_value_` do.
 
         Raises:
             OverflowError: If a gradient or a weight is not finite, because the training of the linearized network
@@ -123,8 +123,13 @@ class Twin:
         self._follow(settings.groups)
         for name in settings.frozen:
             self._weights[name].grad = None
+        for name in settings.at_zero:
+            self._weights[name].grad = torch.zeros_like(self._weights[name])
         held = [weight for weight in held_by(self._optimizer) if weight.grad is not None]
-        self._require_finite([weight.grad for weight in held if weight.grad is not None], "gradients")
+        gradients = [weight.grad for weight in held if weight.grad is not None]
+        self._require_finite(gradients, "gradients")
+        if settings.gradient_factor != 1 and gradients:
+            torch._foreach_mul_(gradients, settings.gradient_factor)
         if settings.clip_norm is not None:
             torch.nn.utils.clip_grad_norm_(held, settings.clip_norm)
         if settings.clip_value is not None:
@@ -133,6 +138,17 @@ class Twin:
         self._require_finite(held, "weights")
         self.discard()
         self.steps += 1
+
+    def replace_optimizer(self, optimizer: Optimizer) -> None:
+        """Goes on with a copy of another optimizer of the run, before its step, and with the state that it has."""
+        require_supported_optimizer(optimizer)
+        self._require_known(optimizer.param_groups)
+        self._optimizer = copy_optimizer(optimizer, self._parameters, self._weights)
+
+    def forget_state(self, names: Sequence[str]) -> None:
+        """Removes what the optimizer remembers of some parameters."""
+        for name in names:
+            self._optimizer.state.pop(self._weights[name], None)
 
     def discard(self) -> None:
         """Clears the gradients accumulated since the last step."""
@@ -170,13 +186,15 @@ class Twin:
         return tangent
 
     def _follow(self, groups: Sequence[Mapping[str, Any]]) -> None:
-        """Takes over hyperparameters and groups of known parameters that were added."""
+        """Takes over hyperparameters, and which of the known parameters are in which group."""
         self._require_known(groups)
-        for group in groups[len(self._optimizer.param_groups) :]:
-            known = [self._weights[self._names[id(p)]] for p in group["params"] if id(p) in self._names]
-            self._optimizer.add_param_group(hyperparameters(group) | {"params": known})
-        for own, group in zip(self._optimizer.param_groups, groups, strict=True):
-            own.update(hyperparameters(group))
+        held = [[self._weights[self._names[id(p)]] for p in g["params"] if id(p) in self._names] for g in groups]
+        own = self._optimizer.param_groups
+        del own[len(groups) :]
+        for group, theirs, parameters in zip(own, groups, held, strict=False):
+            group.update(hyperparameters(theirs) | {"params": parameters})
+        for theirs, parameters in list(zip(groups, held, strict=True))[len(own) :]:
+            self._optimizer.add_param_group(hyperparameters(theirs) | {"params": parameters})
 
     def _require_known(self, groups: Sequence[Mapping[str, Any]]) -> None:
         for number, group in enumerate(groups):

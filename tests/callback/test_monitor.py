@@ -21,7 +21,7 @@ from tests.problems import ConvNet, LinearModel, flatten, mlp
 MSE = nn.MSELoss()
 SCALARS = {
     "weight_distance", "relative_weight_distance", "weight_cosine", "weight_norm_ratio", "displacement",
-    "prediction_rmse", "loss", "linearized_loss", "taylor_gap",
+    "prediction_rmse", "loss", "linearized_loss", "taylor_gap", "exact",
 }  # fmt: skip
 
 
