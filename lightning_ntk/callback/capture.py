@@ -90,6 +90,11 @@ class RunCapture:
         self._averages = trainer.accumulate_grad_batches * processes.size > 1
         if state is not None:
             self._horizon, self._momentum, self._samples = state["horizon"], state["momentum"], state["samples"]
+            if type(optimizer).__name__ != state["optimizer"]:
+                raise ValueError(
+                    f"Expected the optimizer with which the run was saved, {state['optimizer']}, but got "
+                    f"{type(optimizer).__name__}: its state means something else. Configure the same, or start a new run."
+                )
         self._observed = ObservedOptimizer(
             optimizer, self._parameters, late=monitor.capture_at > 0,
             settings=None if saved is None else saved["settings"],
@@ -160,6 +165,7 @@ class RunCapture:
             "horizon": self._horizon,
             "momentum": self._momentum,
             "samples": self._samples,
+            "optimizer": type(self._observed.optimizer).__name__,
         }
 
     def _judge(self, trainer: Trainer) -> ExpectedGradient | None:

@@ -57,9 +57,8 @@ def forward_differences(trainer: Trainer, module: LightningModule, *, in_eval_mo
 def _of_training_step(trainer: Trainer, module: LightningModule) -> Iterable[str]:
     if not module.automatic_optimization:
         yield "it optimizes manually"
-    for hook in ("configure_gradient_clipping", "optimizer_step", "backward"):
-        if is_overridden(hook, module):
-            yield f"it has a `{hook}` of its own"
+    if is_overridden("backward", module):
+        yield "it has a `backward` of its own"
     if getattr(trainer.strategy, "_ddp_comm_hook", None) is not None:
         yield "its processes exchange gradients through a communication hook"
     if getattr(trainer.strategy, "_model_averager", None) is not None:

@@ -19,6 +19,7 @@ from typing_extensions import override
 
 from lightning_ntk.callback import trainer as view
 from lightning_ntk.callback.capture import RunCapture
+from lightning_ntk.callback.checkpoint import NO_STATE, incomplete, options_of, require_resumable
 from lightning_ntk.callback.loggers import figures_of, log_charts, log_figures, log_hparams
 from lightning_ntk.callback.progress_bars import nested_bars
 from lightning_ntk.callback.step_hooks import StepHooks
@@ -275,12 +276,14 @@ class LinearizationMonitor(Callback):
         self._batch: Any = None  # the present one
         self._had_backward = False  # whether it had a backward pass
         self._had_step = False  # whether the optimizer stepped in it
+        self._stepping = False  # whether the optimizer is in the middle of a step
         self._error: Exception | None = None  # that the processes are to be told of
         self._exact = True  # whether the linearized network follows all that the run has done
         self._watch = StepWatch()
         self._lost = False  # whether the linearized network could not follow, which ends the measurements
         self._started = False  # whether checkpoints have anything to hold
         self._loaded: dict[str, Any] | None = None  # the state in a checkpoint, until training starts
+        self._loaded_step: int | None = None  # at which it was saved
         self._reported: set[str] = set()  # kinds of warnings that were given
 
     @property
@@ -342,15 +345,11 @@ class LinearizationMonitor(Callback):
         if trainer.state.fn != TrainerFn.FITTING or checkpoint["global_step"] == 0:
             return
         state = checkpoint["callbacks"].get(self.state_key, {})
-        if state and not state["started"]:  # a tuner restores what it saved before training started
+        if state and not state.get("started", True):  # a tuner restores what it saved before training started
             return
+        if state or checkpoint["global_step"] > self.capture_at:
+            require_resumable(self, state or NO_STATE, checkpoint["global_step"])
         self._loaded = state
-        waits = checkpoint["global_step"] - (state["start"] if state else 0) <= self.capture_at
-        if not waits and not (state and (state["capture"] or state["lost"])):
-            raise MisconfigurationException(
-                f"LinearizationMonitor {self.name!r} expects a checkpoint of a run that it has watched, with save_state=True, "
-                "but this one does not hold the weights at which to linearize. Remove the callback, or start a new run."
-            )
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -363,7 +362,7 @@ class LinearizationMonitor(Callback):
         if loaded and self._step > 0:
             self.history, self._start, self._lost = loaded["history"], loaded["start"], loaded["lost"]
             self._reported, self._exact = set(loaded["reported"]), loaded["exact"]
-            resumed = None if self._lost else loaded["capture"]
+            resumed, self._loaded_step = None if self._lost else loaded["capture"], loaded["step"]
         self._processes = view.processes_of(trainer)
         try:
             require_supported_optimizer(view.single_optimizer(trainer))
@@ -467,7 +466,7 @@ class LinearizationMonitor(Callback):
         if self._capture is None or self._lost:
             return
         comparison, step = self._capture.comparison, self._step + 1
-        self._settings = None
+        self._settings, self._stepping = None, True
         with self._following():
             self._raise_earlier()
             if self._had_step:
@@ -490,6 +489,7 @@ class LinearizationMonitor(Callback):
     def _after_step(self, trainer: Trainer, module: LightningModule, optimizer: Optimizer) -> None:
         """Called when the optimizer has new weights. Advances the linearized network, so that no checkpoint comes between."""
         if self._capture is None or self._lost or self._settings is None:
+            self._stepping = False
             return
         self._had_step, comparison, settings = True, self._capture.comparison, self._settings
         with self._following():
@@ -497,8 +497,8 @@ class LinearizationMonitor(Callback):
             self._watch.after_step(module)
             if not self._processes.any(view.step_is_taken(optimizer, settings, len(comparison.initial_weights))):
                 self._discard()
-                return
-            comparison.step(settings)
+            else:
+                comparison.step(settings)
             lr, training = float(settings.groups[0]["lr"]), comparison.training
             if training is not None and lr > training.max_learning_rate:
                 self._report_once(
@@ -506,6 +506,7 @@ class LinearizationMonitor(Callback):
                     f"Step {self._step + 1}: The learning rate {lr:.4g} is above {training.max_learning_rate:.4g}, the largest "
                     "for which the linearized network is stable: it diverges while the run may not.",
                 )
+        self._stepping = False
 
     @override
     def on_train_batch_end(
@@ -557,15 +558,21 @@ class LinearizationMonitor(Callback):
         """What a resumed run goes on from; before training starts, only that it has not."""
         if not self._started:
             return {"started": False}
-        captured = self._capture is not None and self.save_state and not self._lost
+        capture, step = self._resumed, self._start + self.capture_at  # until the first batch of a resumed run
+        if self._capture is not None:
+            capture, step = self._capture.state_dict(), step + self._capture.comparison.steps
+        elif self._loaded_step is not None:
+            step = self._loaded_step
         return {
             "started": True,
+            "step": None if self._stepping else step,
+            "options": options_of(self),
             "history": [dict(row) for row in self.history],
             "start": self._start,
             "reported": sorted(self._reported),
             "lost": self._lost,
             "exact": self._exact,
-            "capture": self._capture.state_dict() if self._capture is not None and captured else None,
+            "capture": capture if self.save_state and not self._lost else None,
         }
 
     def unpacked(self, batch: Any) -> tuple[Any, Any]:
@@ -587,7 +594,9 @@ class LinearizationMonitor(Callback):
                 self._lost = True
                 self._fail(error, f"The capture at step {self._step} failed and nothing is measured; training goes on.")
                 return
-            if isinstance(error, ValueError | TypeError | MemoryError):
+            if isinstance(error, KeyError) and resumed is not None:
+                raise incomplete(self, str(error)) from error
+            if isinstance(error, ValueError | TypeError | MemoryError | MisconfigurationException):
                 what = str(error)
             else:
                 passed = (
@@ -595,7 +604,9 @@ class LinearizationMonitor(Callback):
                 )
                 what = f"{passed}{type(error).__name__}: {error}"
             raise MisconfigurationException(f"LinearizationMonitor cannot capture this run. {what}") from error
-        if resumed is None and not (self.history and self.history[-1]["step"] == self._step):
+        measured = bool(self.history) and self.history[-1]["step"] == self._step
+        # A checkpoint may have been written after a step and before its measurement.
+        if not measured and (resumed is None or self.should_measure(self._step - self._start - self.capture_at)):
             self._measure(trainer, module)
         log_charts(trainer.loggers, _histories(trainer))
 
