@@ -277,6 +277,7 @@ class LinearizationMonitor(Callback):
         self._had_backward = False  # whether it had a backward pass
         self._had_step = False  # whether the optimizer stepped in it
         self._stepping = False  # whether the optimizer is in the middle of a step
+        self._taken = False  # whether there is a gradient for it
         self._error: Exception | None = None  # that the processes are to be told of
         self._exact = True  # whether the linearized network follows all that the run has done
         self._watch = StepWatch()
@@ -380,6 +381,7 @@ class LinearizationMonitor(Callback):
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Called before the batch. Captures a training step, and lets the linearized network train on the batch as it is."""
         if self._lost or view.has_averaged_weights(trainer):
+            self._unhook()
             return
         if self._capture is None and not self.is_given_loss and (self._resumed or self._is_due):
             self._begin(trainer, pl_module, batch)
@@ -475,7 +477,8 @@ class LinearizationMonitor(Callback):
             scale = view.scale_of_gradients(optimizer, view.loss_scale(trainer))
             self._watch.before_step(module, self._gradients(trainer, module), scale, settings, self._mark, step)
             self._settings = settings._replace(gradient_factor=self._watch.factor)
-            changes = list(comparison.prepare_step(optimizer, self._settings))
+            self._taken = self._processes.any(len(settings.frozen) < len(comparison.initial_weights))
+            changes = list(comparison.prepare_step(optimizer, self._settings)) if self._taken else []
             is_twin = isinstance(comparison.online, Twin)
             if changes and self.dynamics == "auto" and comparison.steps_taken == 0 and not is_twin:
                 self._take_over(f"In its first step the run {changes[0][1]}.")
@@ -495,7 +498,7 @@ class LinearizationMonitor(Callback):
         with self._following():
             comparison.note_state()
             self._watch.after_step(module)
-            if not self._processes.any(view.step_is_taken(optimizer, settings, len(comparison.initial_weights))):
+            if not self._taken or view.overflowed(optimizer):
                 self._discard()
             else:
                 comparison.step(settings)

@@ -86,14 +86,10 @@ def loss_scale(trainer: Trainer) -> float | None:
     return plugin.scaler.get_scale() if isinstance(plugin, MixedPrecision) and plugin.scaler is not None else None
 
 
-def step_is_taken(optimizer: Optimizer, settings: StepSettings, parameters: int) -> bool:
-    """Whether a call of the optimizer's step changed the weights.
-
-    Fused optimizers get the verdict of a GradScaler and leave the weights alone where a gradient is not finite. Parameters
-    without a gradient are left out by the optimizer, all of them where `training_step` returned None.
-    """
-    overflow = getattr(optimizer, "found_inf", None)
-    return not (overflow is not None and bool(overflow)) and len(settings.frozen) < parameters
+def overflowed(optimizer: Optimizer) -> bool:
+    """Whether a fused optimizer, in its step, leaves the weights alone because a GradScaler has found an overflow."""
+    verdict = getattr(optimizer, "found_inf", None)
+    return verdict is not None and bool(verdict)
 
 
 def scale_of_gradients(optimizer: Optimizer, scale: float | None) -> float:
