@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 
 from lightning_ntk.callback import trainer as view
@@ -34,6 +35,7 @@ from lightning_ntk.training.replay import Replay
 from lightning_ntk.training.twin import Twin
 from lightning_ntk.utilities.contexts import preserved_rng
 from lightning_ntk.utilities.distributed import Processes
+from lightning_ntk.utilities.preserved_objects import reached_iterator
 
 if TYPE_CHECKING:
     from lightning_ntk.callback.monitor import LinearizationMonitor
@@ -213,11 +215,18 @@ class RunCapture:
         try:
             with self._processes.agreement():
                 data: Data = view.training_data(trainer) if monitor.reference == "train" else monitor.reference
-                Reference(data)
+                self._processes.require_same(str(len(Reference(data))), "reference data")
+                iterator = reached_iterator(*view.data_parts(data))
+                if iterator is not None:
+                    raise NoFixedOrderError(
+                        f"Expected data that can be read again but a {type(iterator).__name__} is a part of them, which reading "
+                        "would advance for the run, too. Give a reference without it."
+                    )
                 return data, ""
         except NoFixedOrderError as error:
             if monitor.dynamics not in ("auto", "twin"):
                 raise
+            rank_zero_warn(f"LinearizationMonitor compares weights only, and no functions on the training set. {error}")
             return None, f"the training data has no fixed order. {error}"
 
     @property

@@ -56,7 +56,7 @@ def require_resumable(monitor: "LinearizationMonitor", state: Mapping[str, Any],
 def incomplete(monitor: "LinearizationMonitor", what: str) -> MisconfigurationException:
     """The error of a checkpoint without something that is needed."""
     return MisconfigurationException(
-        f"LinearizationMonitor {monitor.name!r} expects a checkpoint that holds all that it goes on from but this one lacks {what}: "
+        f"LinearizationMonitor {monitor.name!r} expects a checkpoint with all that it goes on from but this one lacks {what}: "
         "another version of lightning_ntk has written it, or it is incomplete. Resume with that version, or start a new run."
     )
 

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from functools import partial
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, Literal
@@ -41,6 +41,7 @@ from lightning_ntk.training.problem import JacobianStorage
 from lightning_ntk.training.replay import Replay
 from lightning_ntk.training.twin import Twin
 from lightning_ntk.utilities.distributed import ALONE
+from lightning_ntk.utilities.preserved_objects import preserved_objects
 from lightning_ntk.utilities.validation import (
     require_callable,
     require_choice,
@@ -278,6 +279,7 @@ class LinearizationMonitor(Callback):
         self._had_step = False  # whether the optimizer stepped in it
         self._stepping = False  # whether the optimizer is in the middle of a step
         self._taken = False  # whether there is a gradient for it
+        self._compares: bool | None = None  # whether its gradient is compared, once that is known
         self._error: Exception | None = None  # that the processes are to be told of
         self._exact = True  # whether the linearized network follows all that the run has done
         self._watch = StepWatch()
@@ -365,6 +367,7 @@ class LinearizationMonitor(Callback):
             self._reported, self._exact = set(loaded["reported"]), loaded["exact"]
             resumed, self._loaded_step = None if self._lost else loaded["capture"], loaded["step"]
         self._processes = view.processes_of(trainer)
+        self._require_same_arguments()
         try:
             require_supported_optimizer(view.single_optimizer(trainer))
             if not self.is_given_loss:
@@ -376,6 +379,21 @@ class LinearizationMonitor(Callback):
             self._begin(trainer, pl_module)
         else:
             log_charts(trainer.loggers, _histories(trainer))
+
+    def _require_same_arguments(self) -> None:
+        """Refuses processes that would not meet, because their monitors measure at different steps or different things."""
+        names = (
+            "steps", "dynamics", "capture_at", "mismatch", "solver", "jacobian", "batch_size", "dtype", "per_parameter", "taylor",
+            "closest", "modes", "kernel_probe", "reference_samples", "network", "strict",
+        )  # fmt: skip
+        own = [f"{name}={getattr(self, name)!r}" for name in names] + [
+            str(self.evaluation is None),
+            str(self.is_given_loss),
+        ]
+        try:
+            self._processes.require_same(", ".join(own), "arguments of LinearizationMonitor")
+        except ValueError as error:
+            raise MisconfigurationException(str(error)) from error
 
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
@@ -402,10 +420,11 @@ class LinearizationMonitor(Callback):
             self._watch.begin_batch(pl_module, gradients, loss_scale, self._mark, self._step)
             if capture.shadow is not None:
                 capture.shadow.follow(batch_idx)
-            if capture.accumulates_before:
-                comparison.accumulate(batch, scale)
-            if self._compares_gradient(trainer) and comparison.expected_gradient is not None:
-                comparison.expected_gradient.accumulate(batch, view.tensors_of(pl_module), scale)
+            with self._undisturbed_pass(trainer, pl_module):
+                if capture.accumulates_before:
+                    comparison.accumulate(batch, scale)
+                if self._compares_gradient(trainer) and comparison.expected_gradient is not None:
+                    comparison.expected_gradient.accumulate(batch, view.tensors_of(pl_module), scale)
         self._tell_judge(pl_module, batch, scale)
 
     def _tell_judge(self, module: LightningModule, batch: Any, scale: float) -> None:
@@ -440,7 +459,8 @@ class LinearizationMonitor(Callback):
                     "follows one.",
                 )
             elif not capture.accumulates_before:
-                capture.comparison.accumulate(self._batch, 1 / trainer.accumulate_grad_batches)
+                with self._undisturbed_pass(trainer, pl_module):
+                    capture.comparison.accumulate(self._batch, 1 / trainer.accumulate_grad_batches)
         except Exception as error:
             self._error = error
 
@@ -509,7 +529,7 @@ class LinearizationMonitor(Callback):
                     f"Step {self._step + 1}: The learning rate {lr:.4g} is above {training.max_learning_rate:.4g}, the largest "
                     "for which the linearized network is stable: it diverges while the run may not.",
                 )
-        self._stepping = False
+        self._stepping, self._compares = False, None
 
     @override
     def on_train_batch_end(
@@ -528,7 +548,7 @@ class LinearizationMonitor(Callback):
             with self._following():
                 self._discard()
         comparison = self._capture.comparison
-        if stepped and not self._lost and (self.should_measure(comparison.steps) or view.is_last_step(trainer)):
+        if stepped and not self._lost and (self._is_measured(comparison.steps) or view.is_last_step(trainer)):
             self._measure(trainer, pl_module)
 
     @override
@@ -543,13 +563,16 @@ class LinearizationMonitor(Callback):
             log_hparams(trainer.loggers, histories, step=self._step)
         if self.figures and self._capture is not None:
             training, comparison = self.training, self._capture.comparison
-            figures = figures_of(
-                self.history,
-                spectrum=None if training is None else (training.modes.eigenvalues, training.modes.coordinates),
-                kernel_time=comparison.kernel_time,
-                outputs=comparison.outputs,
-            )
-            log_figures(trainer.loggers, figures, name=self.name, step=self._step)
+            try:
+                figures = figures_of(
+                    self.history,
+                    spectrum=None if training is None else (training.modes.eigenvalues, training.modes.coordinates),
+                    kernel_time=comparison.kernel_time,
+                    outputs=comparison.outputs,
+                )
+                log_figures(trainer.loggers, figures, name=self.name, step=self._step)
+            except Exception as error:
+                self._fail(error, "The figures cannot be drawn.", "figures")
 
     @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -563,7 +586,15 @@ class LinearizationMonitor(Callback):
             return {"started": False}
         capture, step = self._resumed, self._start + self.capture_at  # until the first batch of a resumed run
         if self._capture is not None:
-            capture, step = self._capture.state_dict(), step + self._capture.comparison.steps
+            step += self._capture.comparison.steps
+            try:
+                capture = self._capture.state_dict() if self.save_state and not self._lost else None
+            except Exception as error:
+                capture = None
+                self._fail(
+                    error,
+                    f"The checkpoint at step {self._step} does not hold what a resumed run needs; training goes on.",
+                )
         elif self._loaded_step is not None:
             step = self._loaded_step
         return {
@@ -578,6 +609,22 @@ class LinearizationMonitor(Callback):
             "capture": capture if self.save_state and not self._lost else None,
         }
 
+    def _undisturbed(self, trainer: Trainer, module: LightningModule) -> AbstractContextManager[None]:
+        """Puts back what data sets, hooks and modules keep of their own."""
+        own = [
+            *view.data_parts(self.reference),
+            *view.data_parts(self.evaluation),
+            self.unpack,
+            self.predict,
+            self.loss,
+        ]
+        return preserved_objects(*view.bystanders(trainer, module), *own, skip=view.NOT_DATA)
+
+    def _undisturbed_pass(self, trainer: Trainer, module: LightningModule) -> AbstractContextManager[None]:
+        """The same around a pass on one batch. The training step has a copy of the module to itself."""
+        apart = self._capture is not None and self._capture.comparison.loss is self._capture.step
+        return nullcontext() if apart else self._undisturbed(trainer, module)
+
     def unpacked(self, batch: Any) -> tuple[Any, Any]:
         """The inputs and the target of a batch, by `unpack`."""
         return (self.unpack or unpack_pair)(batch)
@@ -590,7 +637,7 @@ class LinearizationMonitor(Callback):
         """Captures and measures; what fails before training ends the run, what fails later ends the measurements."""
         resumed, self._resumed = self._resumed, None
         try:
-            with self._processes.agreement():
+            with self._processes.agreement(), self._undisturbed(trainer, module):
                 self._linearize(trainer, module, resumed, batch)
         except Exception as error:
             if self.capture_at and resumed is None:
@@ -609,7 +656,7 @@ class LinearizationMonitor(Callback):
             raise MisconfigurationException(f"LinearizationMonitor cannot capture this run. {what}") from error
         measured = bool(self.history) and self.history[-1]["step"] == self._step
         # A checkpoint may have been written after a step and before its measurement.
-        if not measured and (resumed is None or self.should_measure(self._step - self._start - self.capture_at)):
+        if not measured and (resumed is None or self._is_measured(self._step - self._start - self.capture_at)):
             self._measure(trainer, module)
         log_charts(trainer.loggers, _histories(trainer))
 
@@ -644,12 +691,25 @@ class LinearizationMonitor(Callback):
                 f'{comparison.dynamics} does not have. Choose dynamics="gradient_descent" or "gradient_flow", or leave them out.',
             )
 
+    def _is_measured(self, step: int) -> bool:
+        """Whether to measure, the same in all processes."""
+        try:
+            due = self.should_measure(step)
+        except Exception as error:
+            self._fail(
+                error, f"`should_measure` failed at step {step}, and so may later calls; training goes on.", "schedule"
+            )
+            due = False
+        own = type(self).should_measure is not LinearizationMonitor.should_measure
+        return self._processes.any(due) if own else due
+
     def _compares_gradient(self, trainer: Trainer) -> bool:
         """Whether the gradient of the step to come is compared with that of the loss that is linearized."""
         assert self._capture is not None
-        comparison = self._capture.comparison
-        last = self._step + 1 == trainer.max_steps
-        return comparison.steps_taken == 0 or last or self.should_measure(comparison.steps + 1)
+        if self._compares is None:  # once for all batches of a step
+            comparison, last = self._capture.comparison, self._step + 1 == trainer.max_steps
+            self._compares = comparison.steps_taken == 0 or last or self._is_measured(comparison.steps + 1)
+        return self._compares
 
     def _compare_gradient(self, trainer: Trainer, module: LightningModule, gradients: dict[str, Tensor | None]) -> None:
         assert self._capture is not None
@@ -751,6 +811,7 @@ class LinearizationMonitor(Callback):
     def _discard(self) -> None:
         """The step was counted, and not taken."""
         assert self._capture is not None
+        self._compares = None
         self._capture.comparison.discard()
         self._watch.discard()
         if self._capture.judge is not None:
@@ -768,7 +829,9 @@ class LinearizationMonitor(Callback):
         self._lost = True
         self._unhook()
         step = self._step + 1
-        self._fail(error, f"The linearized network is lost in step {step}, and measurements end; training goes on.")
+        self._fail(
+            error, f"The linearized network is lost in step {step}, and measurements end; training goes on.", "lost"
+        )
 
     def _unhook(self) -> None:
         if self._hooks is not None:
@@ -779,7 +842,8 @@ class LinearizationMonitor(Callback):
         assert self._capture is not None
         started = time.perf_counter()
         try:
-            with nested_bars(trainer), self._processes.agreement():
+            with nested_bars(trainer), self._processes.agreement(), self._undisturbed(trainer, module):
+                self._live(module)
                 self._watch.check_weights(module, self._mark, self._step)
                 scalars = self._capture.comparison.measure(view.tensors_of(module))
         except Exception as error:
@@ -791,7 +855,12 @@ class LinearizationMonitor(Callback):
         self.history.append({"step": float(self._step), **scalars})
         tagged = {f"{self.name}/{tag}": value for tag, value in scalars.items()}
         for logger in trainer.loggers:
-            logger.log_metrics(tagged, step=self._step)
+            try:
+                logger.log_metrics(tagged, step=self._step)
+            except Exception as error:
+                self._fail(
+                    error, f"{type(logger).__name__} cannot log the measurement at step {self._step}; training goes on."
+                )
         trainer.callback_metrics.update({tag: torch.tensor(value) for tag, value in tagged.items()})
         took = time.perf_counter() - started
         self.seconds["measurements"] += took
@@ -801,7 +870,8 @@ class LinearizationMonitor(Callback):
         """Says what the measurements to come will take, once their duration and that of a step are known."""
         assert self._capture is not None
         steps, end = self._capture.comparison.steps, view.horizon(trainer)
-        if steps < _STEPS_BEFORE_COST or end is None or "cost" in self._reported:
+        own = type(self).should_measure is not LinearizationMonitor.should_measure  # which may not foresee anything
+        if steps < _STEPS_BEFORE_COST or end is None or own or "cost" in self._reported:
             return
         self._reported.add("cost")
         planned = sum(self.should_measure(step) for step in range(steps + 1, int(end) - self._start + 1)) + 1
@@ -813,10 +883,10 @@ class LinearizationMonitor(Callback):
                 f"{share:.0%} of the time of the run. Fewer `steps`, fewer `reference_samples` and taylor=False make it less."
             )
 
-    def _fail(self, error: Exception, sentence: str) -> None:
+    def _fail(self, error: Exception, sentence: str, kind: str = "failure") -> None:
         if self.strict:
             raise error
-        self._report_once("failure", f"{sentence} {type(error).__name__}: {error}")
+        self._report_once(kind, f"{sentence} {type(error).__name__}: {error}")
 
     def _mark(self, kind: str, message: str) -> None:
         """Reports what the linearized network does not follow, and marks all rows to come."""

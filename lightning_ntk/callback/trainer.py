@@ -8,17 +8,22 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
+from lightning.pytorch.loggers import Logger
 from lightning.pytorch.plugins.precision import MixedPrecision
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader, Subset
+from torch.utils.data.dataloader import _BaseDataLoaderIter
 
 from lightning_ntk.data.reference import NoFixedOrderError, seen_samples
 from lightning_ntk.linearization.parameters import trainable_parameters
 from lightning_ntk.training.base import StepSettings
 from lightning_ntk.utilities.distributed import ALONE, Processes
+
+NOT_DATA = (Trainer, Callback, Optimizer, Logger, _BaseDataLoaderIter)
+"""What belongs to the run, and goes on."""
 
 
 def require_supported_strategy(trainer: Trainer) -> None:
@@ -116,6 +121,16 @@ def training_batch(trainer: Trainer, module: LightningModule, batch: Any) -> Any
     source = module if data is None or not is_overridden("on_before_batch_transfer", data) else data
     batch = source.on_before_batch_transfer(batch, 0)
     return trainer.strategy.batch_to_device(batch)
+
+
+def bystanders(trainer: Trainer, module: LightningModule) -> list[Any]:
+    """Objects of the run, outside of its network, that reading data and passes may change."""
+    return [*data_parts(trainer.train_dataloader), getattr(trainer, "datamodule", None), module]
+
+
+def data_parts(data: Any) -> list[Any]:
+    """What is called where data are read in the main process."""
+    return [data.dataset, data.collate_fn] if isinstance(data, DataLoader) else [data]
 
 
 def horizon(trainer: Trainer) -> float | None:

@@ -11,6 +11,14 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchmetrics import Metric
 
+from lightning_ntk.utilities.preserved_objects import (
+    class_generators,
+    is_random_generator,
+    preserved_objects,
+    random_state,
+    set_random_state,
+)
+
 _HALF = (torch.float16, torch.bfloat16)
 # Values that a run may set on its modules between steps, and a shadow has to follow.
 _PLAIN = (bool, int, float, str, type(None))
@@ -75,6 +83,12 @@ class ShadowStep:
     def __call__(self, batch: Any) -> Tensor | None:
         """The loss of a batch, or None."""
         self._take_over_attributes()
+        # Those that belong to classes are shared with the run.
+        shared = {id(g): g for m in self.module.modules() for g in class_generators(type(m))}
+        with preserved_objects(*shared.values()):
+            return self._loss_of(batch)
+
+    def _loss_of(self, batch: Any) -> Tensor | None:
         arguments = (batch, self.batch_index) if self._takes_index else (batch,)
         plugin = self._trainer.precision_plugin
         if isinstance(plugin, DoublePrecision):  # whose context makes new tensors double; no other one is wanted
@@ -97,12 +111,15 @@ class ShadowStep:
             own.training = live.training
 
     def _take_over_attributes(self) -> None:
-        """Takes over numbers and flags that a run may change on its modules, or the step itself in an earlier pass."""
+        """Takes over numbers, flags and random states that a run may change on its modules, or the step in an earlier pass."""
         for own, live in zip(self.module.modules(), self._live.modules(), strict=False):
             now = {name: value for name, value in vars(live).items() if _is_followed(name, value)}
             for name in [name for name, value in vars(own).items() if _is_followed(name, value) and name not in now]:
                 del own.__dict__[name]
             own.__dict__.update(now)
+            for name, value in vars(live).items():
+                if is_random_generator(value) and is_random_generator(vars(own).get(name)):
+                    set_random_state(vars(own)[name], random_state(value))
             if isinstance(own, Metric):  # or its lists would grow with every batch
                 own.reset()
 

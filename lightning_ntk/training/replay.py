@@ -80,6 +80,7 @@ class Replay:
         """
         return self.problem.samples.rows(*self.problem.reference.unpack(batch))
 
+    @preserved_rng()
     def accumulate(self, batch: Any, *, scale: float = 1.0) -> None:
         """Adds the loss gradient of a batch, whose samples are found in the training set by their content."""
         _, target = self.problem.reference.unpack(batch)

@@ -435,25 +435,6 @@ def test_a_given_loss_that_is_not_that_of_the_run_is_told_what_is() -> None:
             fit(make(), LinearizationMonitor(loss=loss))
 
 
-def test_a_random_generator_of_its_own_is_refused() -> None:
-    class Noisy(Classifier):
-        generator = torch.Generator().manual_seed(3)
-
-        def training_step(self, batch, batch_idx):
-            noise = torch.randn(batch[0].shape, generator=self.generator, dtype=torch.float64)
-            return nn.functional.cross_entropy(self(batch[0] + noise), batch[1])
-
-    module = make(Noisy)
-    start = copy.deepcopy(module.state_dict())
-    with pytest.raises(MisconfigurationException, match="from a generator of its own"):
-        fit(module, LinearizationMonitor())
-    assert all(torch.equal(value, start[name]) for name, value in module.state_dict().items())
-    logged = LinearizationMonitor(mismatch="log", steps=1, reference=None)
-    with pytest.warns(UserWarning, match="does not follow the loss of this run in the first step"):
-        fit(make(Noisy), logged)
-    assert all(row["gradient_mismatch"] > 0.1 for row in logged.history[1:])
-
-
 def test_a_state_that_changes_the_loss_is_found_later() -> None:
     class Queue(Classifier):
         """Negatives of earlier batches, as in momentum contrast."""
