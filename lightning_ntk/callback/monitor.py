@@ -416,8 +416,7 @@ class LinearizationMonitor(Callback):
                 partial(self._before_step, trainer, pl_module), partial(self._after_step, trainer, pl_module)
             )
             self._hooks.attach(view.single_optimizer(trainer))
-            gradients, loss_scale = self._gradients(trainer, pl_module), view.loss_scale(trainer) or 1.0
-            self._watch.begin_batch(pl_module, gradients, loss_scale, self._mark, self._step)
+            self._watch.begin_batch(pl_module, self._mark, self._step)
             if capture.shadow is not None:
                 capture.shadow.follow(batch_idx)
             with self._undisturbed_pass(trainer, pl_module):
@@ -441,6 +440,17 @@ class LinearizationMonitor(Callback):
                 "LinearizationMonitor compares the given loss with the run in the precision of the run alone, because the "
                 f"training step cannot be followed: {error}",
             )
+
+    @override
+    def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
+        """Called before every backward pass. Looks at the gradients that are there."""
+        if self._capture is None or self._lost:
+            return
+        try:
+            gradients, scale = self._gradients(trainer, pl_module), view.loss_scale(trainer) or 1.0
+            self._watch.begin_backward(gradients, scale, self._mark, self._step)
+        except Exception as error:
+            self._error = error
 
     @override
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -72,20 +72,22 @@ class StepWatch:
         self._weights: dict[str, Tensor] = {}
         self._versions: dict[str, tuple[int, int]] = {}
 
-    def begin_batch(
-        self, module: LightningModule, gradients: Gradients, scale: float, report: Report, step: int
-    ) -> None:
-        """Looks for weights, and gradients that are being accumulated, that have changed since they were noted."""
+    def begin_batch(self, module: LightningModule, report: Report, step: int) -> None:
+        """Looks for weights that have changed since the last step."""
         self.check_weights(module, report, step)
-        if self._gradient is not None:
-            now = _Sums.of(gradients, scale=scale, clip_value=self._clip_value)
-            if self._gradient.norms.isfinite().all() and self._gradient.factor_to(now, _tolerance(gradients)) != 1:
-                report(
-                    "gradients",
-                    f"Step {step + 1}: the run changed its gradients between the batches that it accumulates, which the "
-                    "linearized network does not follow.",
-                )
         self._versions = _versions(module)
+
+    def begin_backward(self, gradients: Gradients, scale: float, report: Report, step: int) -> None:
+        """Looks for gradients that have changed since the last backward pass of the same step."""
+        if self._gradient is None or not self._gradient.norms.isfinite().all():
+            return
+        now = _Sums.of(gradients, scale=scale, clip_value=self._clip_value)
+        if self._gradient.factor_to(now, _tolerance(gradients)) != 1:
+            report(
+                "gradients",
+                f"Step {step + 1}: the run changed its gradients between the batches that it accumulates, which the "
+                "linearized network does not follow.",
+            )
 
     def end_backward(self, gradients: Gradients, scale: float, clip_value: float | None) -> None:
         """Notes gradients as a backward pass leaves them, multiplied by the scale of a GradScaler."""

@@ -87,6 +87,11 @@ def series(history: History, key: str) -> tuple[list[float], list[float]]:
     return [step for step, _ in points], [value for _, value in points]
 
 
+def marked_steps(history: History) -> set[float]:
+    """The steps at which the linearized network did not follow all that the run had done."""
+    return {row["step"] for row in history if row.get("exact") == 0}
+
+
 def require_any(history: History, keys: Sequence[str]) -> list[str]:
     """The `keys` that occur in the history; raises a ValueError if none does."""
     if not history:

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from lightning_ntk.plots.history import LABELS, History, require_any, series, tells_at_start
+from lightning_ntk.plots.history import LABELS, History, marked_steps, require_any, series, tells_at_start
 from lightning_ntk.plots.style import GREY, LINES, new_figure, panels, step_axis, value_axis
 
 if TYPE_CHECKING:
@@ -154,11 +154,20 @@ def plot_values(
 
 
 def draw_scalars(axis: Any, curves: Sequence[tuple[History, str, Mapping[str, Any]]]) -> None:
-    """Draws curves over steps, each a history, its scalar and a line style. The first scalar names the axis."""
+    """Draws curves over steps, each a history, its scalar and a line style. The first scalar names the axis.
+
+    Markers are hollow where `exact` is 0.
+    """
     key = curves[0][1]
     points = [series(history, scalar) for history, scalar, _ in curves]
-    for (_, _, style), curve in zip(curves, points, strict=True):
+    for (history, _, style), curve in zip(curves, points, strict=True):
         axis.plot(*curve, **style)
+        marked = marked_steps(history)
+        hollow = [point for point in zip(*curve, strict=True) if point[0] in marked]
+        if hollow:
+            axis.plot(
+                *zip(*hollow, strict=True), **style | {"linestyle": "none", "markerfacecolor": "white", "label": None}
+            )
     axis.set_ylabel(LABELS.get(key, key), fontsize=9)
     step_axis(axis, [step for steps, _ in points for step in steps])
     # After one full-batch step distances are zero to rounding. That of kernels is of second order.
