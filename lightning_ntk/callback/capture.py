@@ -184,7 +184,11 @@ class RunCapture:
         if most is None or self._horizon is None or size is None:
             return most
         steps = min(int(self._horizon), _COUNTED_STEPS)
-        planned = sum(self._monitor.should_measure(step) for step in range(steps + 1)) or 1
+        try:
+            planned = sum(self._monitor.should_measure(step) for step in range(steps + 1)) or 1
+        except Exception:  # a schedule of one's own, which may not foresee anything; it is reported when a step comes
+            planned = steps
+        planned = -int(self._processes.minimum(-planned))
         seen = steps * size * trainer.accumulate_grad_batches
         return min(most, max(_LEAST_SAMPLES, int(_COMPARED_SHARE * seen / planned)))
 

@@ -419,10 +419,11 @@ class LinearizationMonitor(Callback):
             self._watch.begin_batch(pl_module, self._mark, self._step)
             if capture.shadow is not None:
                 capture.shadow.follow(batch_idx)
-            with self._undisturbed_pass(trainer, pl_module):
+            compares = self._compares_gradient(trainer)
+            with self._undisturbed_pass(pl_module):
                 if capture.accumulates_before:
                     comparison.accumulate(batch, scale)
-                if self._compares_gradient(trainer) and comparison.expected_gradient is not None:
+                if compares and comparison.expected_gradient is not None:
                     comparison.expected_gradient.accumulate(batch, view.tensors_of(pl_module), scale)
         self._tell_judge(pl_module, batch, scale)
 
@@ -469,7 +470,7 @@ class LinearizationMonitor(Callback):
                     "follows one.",
                 )
             elif not capture.accumulates_before:
-                with self._undisturbed_pass(trainer, pl_module):
+                with self._undisturbed_pass(pl_module):
                     capture.comparison.accumulate(self._batch, 1 / trainer.accumulate_grad_batches)
         except Exception as error:
             self._error = error
@@ -601,10 +602,7 @@ class LinearizationMonitor(Callback):
                 capture = self._capture.state_dict() if self.save_state and not self._lost else None
             except Exception as error:
                 capture = None
-                self._fail(
-                    error,
-                    f"The checkpoint at step {self._step} does not hold what a resumed run needs; training goes on.",
-                )
+                self._fail(error, f"The checkpoint at step {self._step} holds nothing to resume from.", "checkpoint")
         elif self._loaded_step is not None:
             step = self._loaded_step
         return {
@@ -621,19 +619,16 @@ class LinearizationMonitor(Callback):
 
     def _undisturbed(self, trainer: Trainer, module: LightningModule) -> AbstractContextManager[None]:
         """Puts back what data sets, hooks and modules keep of their own."""
-        own = [
-            *view.data_parts(self.reference),
-            *view.data_parts(self.evaluation),
-            self.unpack,
-            self.predict,
-            self.loss,
-        ]
+        own = [*view.data_parts(self.reference), *view.data_parts(self.evaluation)]
         return preserved_objects(*view.bystanders(trainer, module), *own, skip=view.NOT_DATA)
 
-    def _undisturbed_pass(self, trainer: Trainer, module: LightningModule) -> AbstractContextManager[None]:
-        """The same around a pass on one batch. The training step has a copy of the module to itself."""
-        apart = self._capture is not None and self._capture.comparison.loss is self._capture.step
-        return nullcontext() if apart else self._undisturbed(trainer, module)
+    def _undisturbed_pass(self, module: LightningModule) -> AbstractContextManager[None]:
+        """The same around a pass on one batch, for what passes through the module itself and not a copy."""
+        assert self._capture is not None
+        comparison = self._capture.comparison
+        apart = comparison.loss is self._capture.step
+        passes = isinstance(comparison.online, Twin) or self._compares
+        return nullcontext() if apart or not passes else preserved_objects(module, skip=view.NOT_DATA)
 
     def unpacked(self, batch: Any) -> tuple[Any, Any]:
         """The inputs and the target of a batch, by `unpack`."""
@@ -868,9 +863,7 @@ class LinearizationMonitor(Callback):
             try:
                 logger.log_metrics(tagged, step=self._step)
             except Exception as error:
-                self._fail(
-                    error, f"{type(logger).__name__} cannot log the measurement at step {self._step}; training goes on."
-                )
+                self._fail(error, f"{type(logger).__name__} cannot log step {self._step}; training goes on.", "logger")
         trainer.callback_metrics.update({tag: torch.tensor(value) for tag, value in tagged.items()})
         took = time.perf_counter() - started
         self.seconds["measurements"] += took

@@ -275,6 +275,15 @@ def failures() -> dict[str, Any]:
     run("strict failure", monitor(data, dynamics="replay", predict=fail_late, steps=1))
     other = TensorDataset(inputs + dist.get_rank(), targets)
     run("another reference in each process", monitor(other, **lenient))
+    own = TensorDataset(*(tensor[: 8 + dist.get_rank()] for tensor in data.tensors))
+    run("another length in each process", monitor(own, **lenient))
+    run("another schedule in each process", monitor(data, strict=False, steps=1 + dist.get_rank()))
+
+    class Irregular(LinearizationMonitor):
+        def should_measure(self, step: int) -> bool:
+            return step % 2 == dist.get_rank()
+
+    run("a schedule of each process", Irregular(data))
     return results
 
 

@@ -115,6 +115,9 @@ def test_a_failure_of_one_process_is_one_of_all(others: list[dict[str, Any]]) ->
         assert results["another reference in each process"].startswith("MisconfigurationException")
         assert "Expected the same reference data" in results["another reference in each process"]
         assert "Failing: a sensor is broken" in results["strict failure"]
+        assert "Expected the same reference data" in results["another length in each process"]
+        assert "Expected the same arguments of Lin" in results["another schedule in each process"]
+        assert [row["step"] for row in results["a schedule of each process"]["history"]] == [0, 1, 2, 3, 4]
     assert first["unknown sample, replay"].endswith("(In process 1.)")
     for name, result in first.items():
         if not isinstance(result, str):
@@ -124,7 +127,7 @@ def test_a_failure_of_one_process_is_one_of_all(others: list[dict[str, Any]]) ->
     for count in (1, 7):
         assert first[f"failure after {count} passes"].endswith("Failing: a sensor is broken (In process 1.)")
     reports = {count: first[f"failure after {count} passes"]["warnings"] for count in (13, 17, 23, 31)}
-    assert all("a sensor is broken (In process 1.)" in message for (message,) in reports.values())
+    assert all("a sensor is broken (In process 1.)" in message for message, *_ in reports.values())
     assert reports[13][0].startswith("The measurement at step 0 failed")
     assert reports[17][0].startswith("The linearized network is lost in step 1")
     assert len(first["failure after 31 passes"]["history"]) == 3

@@ -1,6 +1,7 @@
 """What data sets, hooks and modules keep of their own is the same with a monitor and without: the golden test for it."""
 
 import itertools
+import os
 import random
 import warnings
 from collections import deque
@@ -9,8 +10,11 @@ from typing import Any
 import numpy
 import pytest
 import torch
-from lightning.pytorch import LightningDataModule
+from lightning.pytorch import Callback, LightningDataModule
+from lightning.pytorch.callbacks import ModelPruning
+from lightning.pytorch.loggers import Logger
 from torch import Tensor, nn
+from torch.nn.utils import prune
 from torch.utils.data import DataLoader, Dataset, default_collate
 
 from lightning_ntk import LinearizationMonitor
@@ -173,6 +177,82 @@ def test_an_unpack_that_draws_random_numbers_changes_nothing(dynamics: str) -> N
         return module
 
     assert_trains_alike(run, [LinearizationMonitor(steps=1, strict=True, unpack=unpack, dynamics=dynamics)])
+
+
+class FullDisk(Logger):
+    name, version = "full", 0
+
+    def log_metrics(self, metrics, step=None):
+        if any(tag.startswith("ntk/") for tag in metrics):
+            raise OSError("no space left on device")
+
+    def log_hyperparams(self, *args): ...
+
+
+class Clock(LinearizationMonitor):
+    def should_measure(self, step: int) -> bool:
+        if step > 2:
+            raise RuntimeError("the clock is gone")
+        return True
+
+
+def after_step(step: int, act: Any) -> Callback:
+    callback = Callback()
+    callback.on_train_batch_end = lambda trainer, module, *_: (
+        act(trainer, module) if trainer.global_step == step else None
+    )
+    return callback
+
+
+def prune_weight(trainer, module) -> None:
+    prune.l1_unstructured(module.body, "weight", amount=0.3)
+
+
+def merge(trainer, module) -> None:
+    weight = module.body.weight.detach()
+    del module.body.weight
+    module.body.register_buffer("weight", weight)
+
+
+def save_what_cannot_be_saved(trainer, module) -> None:
+    trainer.callbacks[0]._capture.state_dict = lambda: 1 / 0
+    trainer.save_checkpoint(os.devnull)
+
+
+ENDS = {
+    "pruning": (
+        {},
+        lambda: ModelPruning("l1_unstructured", amount=0.3, parameters_to_prune=None),
+        "merged, renamed or removed",
+    ),
+    "pruned weights": ({}, lambda: after_step(3, prune_weight), "merged, renamed or removed"),
+    "merged weights": ({}, lambda: after_step(3, merge), "merged, renamed or removed"),
+    "a full disk": ({"logger": FullDisk()}, Callback, "FullDisk cannot log step 0"),
+    "a schedule": ({"kind": Clock}, Callback, "the clock is gone"),
+    "a checkpoint": ({}, lambda: after_step(3, save_what_cannot_be_saved), "holds nothing to resume from"),
+}
+
+
+@pytest.mark.parametrize("name", ENDS)
+def test_measurements_and_logs_end_a_run_only_if_they_are_to(name: str) -> None:
+    options, make_callback, phrase = ENDS[name]
+    kind, logger = options.get("kind", LinearizationMonitor), {k: v for k, v in options.items() if k == "logger"}
+    for strict in (False, True):
+        monitor = kind(steps=1, strict=strict)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            try:
+                trainer = train(
+                    make().double(), DataLoader(digits(), 11), [monitor, make_callback()], max_epochs=6, **logger
+                )
+            except (ValueError, OSError, RuntimeError, ZeroDivisionError):
+                assert strict
+            else:
+                assert not strict
+                assert trainer.global_step == 6
+        if not strict:
+            assert sum(phrase in str(warning.message) for warning in caught) == 1
+            assert len(monitor.history) > 1
 
 
 def test_objects_are_put_back_through_closures_and_after_errors() -> None:

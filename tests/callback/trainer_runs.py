@@ -74,7 +74,13 @@ def loader(batch_size: int = 4, **options: Any) -> DataLoader:
 
 
 def train(
-    module: LightningModule, data: Any, callbacks: Sequence[Callback] = (), *, val: Any = None, **options: Any
+    module: LightningModule,
+    data: Any,
+    callbacks: Sequence[Callback] = (),
+    *,
+    val: Any = None,
+    resume_from: Any = None,
+    **options: Any,
 ) -> Trainer:
     """A fit from a fixed seed, with warnings left to whoever asks for them."""
     seed_everything(1, verbose=False)
@@ -86,7 +92,7 @@ def train(
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "The number of training batches|The '.*_dataloader' does not have")
         if isinstance(data, DataLoader | list | dict) or not hasattr(data, "train_dataloader"):
-            trainer.fit(module, data, val)
+            trainer.fit(module, data, val, ckpt_path=resume_from, weights_only=True)
         else:
             trainer.fit(module, datamodule=data)
     return trainer
