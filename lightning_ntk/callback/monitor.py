@@ -416,6 +416,7 @@ class LinearizationMonitor(Callback):
                 partial(self._before_step, trainer, pl_module), partial(self._after_step, trainer, pl_module)
             )
             self._hooks.attach(view.single_optimizer(trainer))
+            self._live(pl_module)
             self._watch.begin_batch(pl_module, self._mark, self._step)
             if capture.shadow is not None:
                 capture.shadow.follow(batch_idx)

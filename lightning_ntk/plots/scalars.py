@@ -165,9 +165,8 @@ def draw_scalars(axis: Any, curves: Sequence[tuple[History, str, Mapping[str, An
         marked = marked_steps(history)
         hollow = [point for point in zip(*curve, strict=True) if point[0] in marked]
         if hollow:
-            axis.plot(
-                *zip(*hollow, strict=True), **style | {"linestyle": "none", "markerfacecolor": "white", "label": None}
-            )
+            unlabeled = {**style, "linestyle": "none", "markerfacecolor": "white", "label": None}
+            axis.plot(*zip(*hollow, strict=True), **unlabeled)
     axis.set_ylabel(LABELS.get(key, key), fontsize=9)
     step_axis(axis, [step for steps, _ in points for step in steps])
     # After one full-batch step distances are zero to rounding. That of kernels is of second order.
