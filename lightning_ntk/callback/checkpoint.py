@@ -25,6 +25,16 @@ def options_of(monitor: "LinearizationMonitor") -> dict[str, str]:
     return named | plain
 
 
+def arguments_of(monitor: "LinearizationMonitor") -> str:
+    """The arguments that decide what processes exchange, and when: they must have the same."""
+    names = (
+        "steps", "dynamics", "capture_at", "mismatch", "solver", "jacobian", "batch_size", "dtype", "per_parameter", "taylor",
+        "closest", "modes", "kernel_probe", "reference_samples", "network", "strict", "is_given_loss",
+    )  # fmt: skip
+    own = {name: getattr(monitor, name) for name in names}
+    return repr(own | {"evaluation": monitor.evaluation is not None, "reference": monitor.reference is not None})
+
+
 def require_resumable(monitor: "LinearizationMonitor", state: Mapping[str, Any], global_step: int) -> None:
     """Refuses to go on from a state that does not fit the checkpoint that holds it, or the monitor."""
     missing = sorted(NO_STATE.keys() - state.keys())

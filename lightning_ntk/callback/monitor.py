@@ -19,7 +19,7 @@ from typing_extensions import override
 
 from lightning_ntk.callback import trainer as view
 from lightning_ntk.callback.capture import RunCapture
-from lightning_ntk.callback.checkpoint import NO_STATE, incomplete, options_of, require_resumable
+from lightning_ntk.callback.checkpoint import NO_STATE, arguments_of, incomplete, options_of, require_resumable
 from lightning_ntk.callback.loggers import figures_of, log_charts, log_figures, log_hparams
 from lightning_ntk.callback.progress_bars import nested_bars
 from lightning_ntk.callback.step_hooks import StepHooks
@@ -367,8 +367,8 @@ class LinearizationMonitor(Callback):
             self._reported, self._exact = set(loaded["reported"]), loaded["exact"]
             resumed, self._loaded_step = None if self._lost else loaded["capture"], loaded["step"]
         self._processes = view.processes_of(trainer)
-        self._require_same_arguments()
         try:
+            self._processes.require_same(arguments_of(self), "arguments of LinearizationMonitor")
             require_supported_optimizer(view.single_optimizer(trainer))
             if not self.is_given_loss:
                 require_followable_step(pl_module)
@@ -379,21 +379,6 @@ class LinearizationMonitor(Callback):
             self._begin(trainer, pl_module)
         else:
             log_charts(trainer.loggers, _histories(trainer))
-
-    def _require_same_arguments(self) -> None:
-        """Refuses processes that would not meet, because their monitors measure at different steps or different things."""
-        names = (
-            "steps", "dynamics", "capture_at", "mismatch", "solver", "jacobian", "batch_size", "dtype", "per_parameter", "taylor",
-            "closest", "modes", "kernel_probe", "reference_samples", "network", "strict",
-        )  # fmt: skip
-        own = [f"{name}={getattr(self, name)!r}" for name in names] + [
-            str(self.evaluation is None),
-            str(self.is_given_loss),
-        ]
-        try:
-            self._processes.require_same(", ".join(own), "arguments of LinearizationMonitor")
-        except ValueError as error:
-            raise MisconfigurationException(str(error)) from error
 
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
@@ -783,14 +768,7 @@ class LinearizationMonitor(Callback):
     def _live(self, module: LightningModule) -> dict[str, Tensor]:
         """The live parameters that were linearized."""
         assert self._capture is not None
-        parameters, names = dict(module.named_parameters()), self._capture.comparison.initial_weights.keys()
-        gone = [plain_name(name) for name in names if name not in parameters]
-        if gone:
-            raise ValueError(
-                f"Expected the parameters that were linearized but the module has no {some(gone)} any more. They were pruned, "
-                "merged, renamed or removed, and the linearized network does not follow that."
-            )
-        return {name: parameters[name] for name in names}
+        return view.live_parameters(module, self._capture.comparison.initial_weights)
 
     def _gradients(self, trainer: Trainer, module: LightningModule) -> dict[str, Tensor | None]:
         """The gradients of the linearized parameters that the optimizer steps."""

@@ -1,7 +1,7 @@
 """What the callback reads off a Trainer and its optimizer."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -17,8 +17,9 @@ from torch.optim import Optimizer
 from torch.utils.data import DataLoader, Subset
 from torch.utils.data.dataloader import _BaseDataLoaderIter
 
+from lightning_ntk.comparison.optimizer import some
 from lightning_ntk.data.reference import NoFixedOrderError, seen_samples
-from lightning_ntk.linearization.parameters import trainable_parameters
+from lightning_ntk.linearization.parameters import plain_name, trainable_parameters
 from lightning_ntk.training.base import StepSettings
 from lightning_ntk.utilities.distributed import ALONE, Processes
 
@@ -106,6 +107,18 @@ def gradients(optimizer: Optimizer, parameters: Mapping[str, Tensor], scale: flo
     """Clones of the gradients of the coming step, None where there is none, without the factor of a GradScaler."""
     factor = scale_of_gradients(optimizer, scale)
     return {name: None if p.grad is None else p.grad.detach() / factor for name, p in parameters.items()}
+
+
+def live_parameters(module: LightningModule, names: Iterable[str]) -> dict[str, Tensor]:
+    """The parameters of a module by name; a ValueError where some are gone."""
+    parameters = dict(module.named_parameters())
+    gone = [plain_name(name) for name in names if name not in parameters]
+    if gone:
+        raise ValueError(
+            f"Expected the parameters that were linearized but the module has no {some(gone)} any more. They were pruned, "
+            "merged, renamed or removed, and the linearized network does not follow that."
+        )
+    return {name: parameters[name] for name in names}
 
 
 def tensors_of(module: LightningModule) -> dict[str, Tensor]:
