@@ -739,7 +739,9 @@ class LinearizationMonitor(Callback):
                     "The training step keeps state that changes its loss, or draws random numbers from a generator of its own: "
                     "give `loss`"
                 )
-            raise MisconfigurationException(
+            # A run that has trained before a late capture goes on, without measurements.
+            kind = ValueError if self.capture_at else MisconfigurationException
+            raise kind(
                 f'{sentence} {advice}; or use mismatch="log" to go on with `gradient_mismatch` beside every distance.'
             )
         self._mark("gradient", sentence)

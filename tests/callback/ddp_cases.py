@@ -268,10 +268,10 @@ def failures() -> dict[str, Any]:
     run("unknown sample, replay", monitor(without_one, dynamics="replay", **lenient))
     run("unknown sample, auto", monitor(without_one, **lenient), data=Subset(data, range(9)))
     run("unknown sample later", monitor(without_five, dynamics="replay", **lenient))
-    for count in (1, 7, 13, 17, 23, 31):
+    for count in (1, 7, 19, 23, 29, 37):
         calls["count"], calls["allowed"] = 0, count
         run(f"failure after {count} passes", monitor(data, dynamics="replay", predict=fail_late, **lenient))
-    calls["count"], calls["allowed"] = 0, 23
+    calls["count"], calls["allowed"] = 0, 29
     run("strict failure", monitor(data, dynamics="replay", predict=fail_late, steps=1))
     other = TensorDataset(inputs + dist.get_rank(), targets)
     run("another reference in each process", monitor(other, **lenient))

@@ -215,7 +215,7 @@ def follow(run: Run, *dynamics: str) -> tuple[list[LinearizationMonitor], list[s
     return monitors, [m for w in caught if any(phrase in (m := str(w.message)) for phrase in said)]
 
 
-@pytest.mark.tested("what a run does besides plain steps: followed or marked", *EVERY)
+@pytest.mark.tested("what a run does besides plain steps: followed or marked", "gradient_descent", "replay", "twin")
 @pytest.mark.parametrize("name", RUNS)
 def test_a_run_is_followed_or_its_rows_are_marked(name: str) -> None:
     run = RUNS[name]
