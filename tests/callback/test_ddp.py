@@ -126,11 +126,11 @@ def test_a_failure_of_one_process_is_one_of_all(others: list[dict[str, Any]]) ->
     # In the capture, in a measurement, and in a step of the linearized network, after which there are no more measurements.
     for count in (1, 7):
         assert first[f"failure after {count} passes"].endswith("Failing: a sensor is broken (In process 1.)")
-    reports = {count: first[f"failure after {count} passes"]["warnings"] for count in (13, 17, 23, 31)}
+    reports = {count: first[f"failure after {count} passes"]["warnings"] for count in (19, 23, 29, 37)}
     assert all("a sensor is broken (In process 1.)" in message for message, *_ in reports.values())
-    assert reports[13][0].startswith("The measurement at step 0 failed")
-    assert reports[17][0].startswith("The linearized network is lost in step 1")
-    assert len(first["failure after 31 passes"]["history"]) == 3
+    assert reports[19][0].startswith("The measurement at step 0 failed")
+    assert reports[23][0].startswith("The linearized network is lost in step 1")
+    assert len(first["failure after 37 passes"]["history"]) == 3
 
 
 @pytest.mark.parametrize("strategy", [FSDPStrategy, ModelParallelStrategy, DeepSpeedStrategy])
