@@ -78,8 +78,16 @@ class StepWatch:
         self._versions = _versions(module)
 
     def begin_backward(self, gradients: Gradients, scale: float, report: Report, step: int) -> None:
-        """Looks for gradients that have changed since the last backward pass of the same step."""
-        if self._gradient is None or not self._gradient.norms.isfinite().all():
+        """Looks for gradients that have changed since the last backward pass of a step, or that an earlier step has left."""
+        if self._gradient is None:
+            if _Sums.of(gradients, scale=scale).total > 0:
+                report(
+                    "gradients",
+                    f"Step {step + 1}: the run adds to gradients of an earlier step that were not set to zero, which the "
+                    "linearized network does not follow.",
+                )
+            return
+        if not self._gradient.norms.isfinite().all():
             return
         now = _Sums.of(gradients, scale=scale, clip_value=self._clip_value)
         if self._gradient.factor_to(now, _tolerance(gradients)) != 1:

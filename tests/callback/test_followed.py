@@ -244,6 +244,16 @@ def test_the_choice_gives_way_to_dynamics_that_follow(name: str, dynamics: str) 
     assert all(row["relative_weight_distance"] < 1e-12 and row["exact"] for row in monitor.history)
 
 
+def test_gradients_that_lightning_does_not_set_to_zero_are_found() -> None:
+    """It does so before batches whose number in the epoch is a multiple of `accumulate_grad_batches`."""
+    longer = at(2, lambda trainer, module: setattr(trainer, "accumulate_grad_batches", 3))
+    monitors, messages = follow(Run("", (), (longer,), data=DataLoader(digits(), 2)), "replay", "twin")
+    assert sum("adds to gradients of an earlier step" in message for message in messages) == 2
+    for monitor in monitors:
+        assert {row["step"] for row in monitor.history if row["exact"]} == {0, 1, 2}
+        assert all(row["relative_weight_distance"] < 1e-12 for row in monitor.history if row["exact"])
+
+
 def test_modes_that_the_twin_cannot_log_are_named_when_it_takes_over() -> None:
     monitor = LinearizationMonitor(closest=True, modes=2, steps=1)
     with pytest.warns(UserWarning, match="logs nothing for `closest` and `modes`") as record:
