@@ -155,7 +155,6 @@ class Run(NamedTuple):
 
 MOMENTUM = {"momentum": 0.9}
 RELOADED = {"reload_dataloaders_every_n_epochs": 1}
-OTHERS = TensorDataset(*(tensor[11:] for tensor in digits(25).tensors))
 clamp = at(3, lambda t, m: [p.data.clamp_(-0.1, 0.1) for p in m.parameters()])
 freeze = at(3, lambda t, m: m.body.bias.requires_grad_(False))
 RUNS = {
@@ -165,17 +164,12 @@ RUNS = {
         TensorDataset(*digits(12).tensors), 6), options={"accumulate_grad_batches": 2}),
     "data that grow": Run("saw samples that are not in the reference", KERNEL[:1], lost=("replay",), options=RELOADED,
         task=reloads(DataLoader(digits(25), 25))),
-    "other data": Run("saw samples that are not in the reference", KERNEL[:1], lost=("replay",), options=RELOADED,
-        task=reloads(DataLoader(OTHERS, 14))),
     "smaller batches": Run("saw 4 of 11", KERNEL[:1], task=reloads(DataLoader(digits(), 4)), options=RELOADED),
     "other accumulation": Run("saw 6 of 12", KERNEL[:1], (at(3, lambda t, m: setattr(t, "accumulate_grad_batches", 1)),),
         data=DataLoader(digits(12), 6), options={"accumulate_grad_batches": 2}),
     "clipping that begins": Run("began to clip", KERNEL[:1], (at(3, lambda t, m: setattr(t, "gradient_clip_val", 0.01)),)),
     "momentum of one group": Run("changed the momentum of a part", KERNEL, (in_group(1, momentum=0.9),), task=Groups),
-    "decay of one group": Run("changed the weight decay of a part", KERNEL, (in_group(1, weight_decay=0.5),), task=Groups),
-    "rate of one group": Run("ratio of the learning rates", KERNEL, (in_group(1, lr=0.2),), task=Groups),
     "momentum of all groups": Run("nothing", (), (every_group(momentum=0.9),), task=Groups),
-    "ascent": Run("maximizes", KERNEL, (every_group(maximize=True),)),
     "a hook that multiplies": Run("multiplied its gradient", KERNEL[:1], task=Scaling),
     "a hook that clips": Run("changed its gradients after its backward pass", EVERY, task=Clipping),
     "a hook that takes signs": Run("changed its gradients after its backward pass", EVERY, task=Signs),
@@ -184,18 +178,14 @@ RUNS = {
     "gradients changed between batches": Run("between the batches", EVERY, task=AcrossBatches, data=DataLoader(digits(12), 6),
         options={"accumulate_grad_batches": 2}),
     "clamped weights": Run("weights of the run changed after step 3", EVERY, (clamp,)),
-    "weights clamped earlier": Run("weights of the run changed after step 3", EVERY, before=(clamp,)),
     "weights clamped by a hook": Run("weights of the run changed after step 1", EVERY, task=ClampingHook),
     "another optimizer": Run("replaced its optimizer", KERNEL, (swap(torch.optim.Adam),)),
-    "the same optimizer anew": Run("nothing", (), (swap(torch.optim.SGD),), module={"lr": 0.05}),
     "momentum lost with the optimizer": Run("replaced its optimizer", KERNEL, (swap(torch.optim.SGD),), module=MOMENTUM),
     "a state that is cleared": Run("changed what its optimizer remembers", KERNEL, (
         at(3, lambda t, m: t.optimizers[0].state.clear()),), module=MOMENTUM),
     "a state that is written": Run("changed what its optimizer remembers", EVERY, (
         at(3, lambda t, m: [s["momentum_buffer"].zero_() for s in t.optimizers[0].state.values()]),), module=MOMENTUM),
     "a parameter that moves": Run("ratio of the learning rates", KERNEL, (at(3, move),), task=TwoRates, module=MOMENTUM),
-    "a parameter that is frozen": Run("began or ceased to train", KERNEL, (freeze,),
-        module=MOMENTUM),
     "frozen with a gradient of zero": Run("began or ceased to train", KERNEL, (freeze,),
         module=MOMENTUM, task=KeepsZeros),
     "two passes for a step": Run("several backward passes", EVERY, task=TwoPasses),
