@@ -2,6 +2,7 @@
 
 import math
 from contextlib import nullcontext
+from typing import ClassVar
 
 import pytest
 import torch
@@ -239,16 +240,18 @@ def test_a_monitor_hands_its_device_to_the_kernel(dynamics: str, monkeypatch) ->
 
 
 class Spying(nn.Module):
-    """Notes the switches that let float32 products run in fewer digits."""
+    """Notes the switches that let float32 products run in fewer digits; for eval mode in the class, where it stays."""
+
+    in_evaluation: ClassVar[set[str]] = set()
 
     def __init__(self, outputs: int) -> None:
         super().__init__()
         self.layer = nn.Linear(6, outputs)
-        self.seen = {True: set(), False: set()}
+        self.in_training: set[str] = set()
 
     def forward(self, inputs):
-        switches = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul
-        self.seen[self.training].update(switch.fp32_precision for switch in switches)
+        seen = self.in_training if self.training else self.in_evaluation
+        seen.update(switch.fp32_precision for switch in (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul))
         return self.layer(inputs)
 
 
@@ -269,8 +272,8 @@ def test_reduced_precision_of_products_is_off_inside_and_on_outside(medium) -> N
 
     module = assert_trains_alike(run, watch(evaluation=digits(5)))
     assert torch.get_float32_matmul_precision() == "medium"
-    assert module.body.seen[False] == {"ieee"}
-    assert "ieee" not in module.body.seen[True]
+    assert module.body.in_evaluation == {"ieee"}
+    assert "ieee" not in module.body.in_training
 
 
 def test_reduced_precision_is_restored_after_an_error(medium) -> None:
