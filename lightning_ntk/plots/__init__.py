@@ -9,7 +9,14 @@ from lightning_ntk.plots.history import read_history
 from lightning_ntk.plots.parameters import plot_parameters
 from lightning_ntk.plots.predictions import plot_predictions
 from lightning_ntk.plots.runs import plot_runs
-from lightning_ntk.plots.scalars import plot_accuracies, plot_effective_time, plot_history, plot_kernel, plot_values
+from lightning_ntk.plots.scalars import (
+    plot_accuracies,
+    plot_effective_time,
+    plot_history,
+    plot_kernel,
+    plot_over_loss,
+    plot_values,
+)
 from lightning_ntk.plots.spectrum import plot_spectrum
 
 __all__ = [
@@ -17,6 +24,7 @@ __all__ = [
     "plot_effective_time",
     "plot_history",
     "plot_kernel",
+    "plot_over_loss",
     "plot_parameters",
     "plot_predictions",
     "plot_runs",

@@ -77,19 +77,16 @@ def tells_at_start(key: str) -> bool:
     return key.endswith(("loss", "accuracy", "perplexity", "residual"))
 
 
-def series(history: History, key: str) -> tuple[list[float], list[float]]:
-    """Steps and values of one scalar, where it is finite and says something."""
+def series(history: History, key: str, x: str = "step") -> tuple[list[float], list[float]]:
+    """Steps, or values of another scalar `x`, and values of one scalar, where both are finite and say something."""
     points = [
-        (row["step"], row[key])
+        (row[x], row[key])
         for row in history
-        if math.isfinite(row.get(key, math.nan)) and (row["step"] > 0 or tells_at_start(key))
+        if math.isfinite(row.get(key, math.nan))
+        and math.isfinite(row.get(x, math.nan))
+        and (row["step"] > 0 or tells_at_start(key))
     ]
-    return [step for step, _ in points], [value for _, value in points]
-
-
-def marked_steps(history: History) -> set[float]:
-    """The steps at which the linearized network did not follow all that the run had done."""
-    return {row["step"] for row in history if row.get("exact") == 0}
+    return [at for at, _ in points], [value for _, value in points]
 
 
 def require_any(history: History, keys: Sequence[str]) -> list[str]:

@@ -3,8 +3,8 @@
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from lightning_ntk.plots.history import LABELS, History, marked_steps, require_any, series, tells_at_start
-from lightning_ntk.plots.style import GREY, LINES, new_figure, panels, step_axis, value_axis
+from lightning_ntk.plots.history import LABELS, History, require_any, series, tells_at_start
+from lightning_ntk.plots.style import GREY, LINES, new_figure, panels, progress_axis, step_axis, value_axis
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -55,6 +55,29 @@ def plot_accuracies(history: History, title: str | None = None) -> "tuple[Figure
     axis.set_yscale("linear")
     axis.yaxis.set_major_formatter(PercentFormatter(1))
     axis.set_ylim(bottom=max(0.0, axis.get_ylim()[0]), top=min(1.01, axis.get_ylim()[1] + 0.01))
+    return figure, axis
+
+
+def plot_over_loss(history: History, title: str | None = None) -> "tuple[Figure, Any]":
+    """Draws the distance between both networks' weights over the loss of the trained network.
+
+    Runs that train at different speeds are compared at equal loss, not at equal steps.
+
+    Args:
+        history: Rows with "step", "relative_weight_distance" and "loss".
+        title: Title of the figure.
+
+    Returns:
+        The figure and its only axes, with the loss falling from left to right.
+
+    Raises:
+        ValueError: If the history is empty or lacks one of the two scalars.
+    """
+    for key in ("relative_weight_distance", "loss"):
+        require_any(history, [key])
+    figure, (axis,) = panels(1, None)
+    draw_scalars(axis, [(history, "relative_weight_distance", LINES[0])], x="loss")
+    axis.set_title(title or "How far the weights have left it at which loss", fontsize=10)
     return figure, axis
 
 
@@ -153,22 +176,24 @@ def plot_values(
     return figure, ax
 
 
-def draw_scalars(axis: Any, curves: Sequence[tuple[History, str, Mapping[str, Any]]]) -> None:
-    """Draws curves over steps, each a history, its scalar and a line style. The first scalar names the axis.
+def draw_scalars(axis: Any, curves: Sequence[tuple[History, str, Mapping[str, Any]]], x: str = "step") -> None:
+    """Draws curves, each a history, its scalar and a line style, over steps or over the scalar `x`.
 
-    Markers are hollow where `exact` is 0.
+    The first scalar names the vertical axis. Markers are hollow where `exact` is 0.
     """
     key = curves[0][1]
-    points = [series(history, scalar) for history, scalar, _ in curves]
-    for (history, _, style), curve in zip(curves, points, strict=True):
+    points = [series(history, scalar, x) for history, scalar, _ in curves]
+    for (history, scalar, style), curve in zip(curves, points, strict=True):
         axis.plot(*curve, **style)
-        marked = marked_steps(history)
-        hollow = [point for point in zip(*curve, strict=True) if point[0] in marked]
-        if hollow:
-            unlabeled = {**style, "linestyle": "none", "markerfacecolor": "white", "label": None}
-            axis.plot(*zip(*hollow, strict=True), **unlabeled)
+        hollow = series([row for row in history if row.get("exact") == 0], scalar, x)
+        if hollow[0]:
+            axis.plot(*hollow, **{**style, "linestyle": "none", "markerfacecolor": "white", "label": None})
     axis.set_ylabel(LABELS.get(key, key), fontsize=9)
-    step_axis(axis, [step for steps, _ in points for step in steps])
+    along = [value for values, _ in points for value in values]
+    if x == "step":
+        step_axis(axis, along)
+    else:
+        progress_axis(axis, along, LABELS.get(x, x))
     # After one full-batch step distances are zero to rounding. That of kernels is of second order.
     negligible = 0.0 if tells_at_start(key) else 1e-8 if key.startswith("kernel_") else 1e-4
     value_axis(axis, [value for _, values in points for value in values], negligible=negligible)

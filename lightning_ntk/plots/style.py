@@ -64,6 +64,15 @@ def step_axis(axis: Any, steps: Iterable[float]) -> None:
         axis.set_xlim(left=0)
 
 
+def progress_axis(axis: Any, values: Iterable[float], label: str) -> None:
+    """A loss on the horizontal axis, falling from left to right, logarithmic if it spans more than a factor of five."""
+    axis.set_xlabel(label.replace("\n", ", "))
+    positive = [value for value in values if value > 0 and math.isfinite(value)]
+    if positive and max(positive) > _WIDE * min(positive):
+        axis.set_xscale("log")
+    axis.invert_xaxis()
+
+
 def value_axis(axis: Any, values: Iterable[float], *, negligible: float = 0.0) -> None:
     """Makes the vertical axis logarithmic if the values on it span more than a factor of five.
 

@@ -1,0 +1,142 @@
+"""A run on one self-contained HTML page."""
+
+import html
+import io
+import math
+from collections.abc import Callable, Mapping, Sequence
+from datetime import date
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lightning_ntk.functional.verdict import LAZY, RICH, Verdict
+from lightning_ntk.plots import plot_accuracies, plot_history, plot_kernel, plot_over_loss, plot_parameters
+from lightning_ntk.plots.history import History
+from lightning_ntk.report.table import evenly_spaced, number
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+_STYLE = """
+body { font: 16px/1.5 system-ui, sans-serif; color: #222; max-width: 60rem; margin: 0 auto; padding: 1rem; }
+h1 { font-size: 1.5rem; } h2 { font-size: 1.15rem; margin-top: 2rem; }
+.verdict { border-left: 0.4rem solid #0072B2; padding: 0.5rem 1rem; background: #f4f7fa; font-size: 1.1rem; }
+.verdict.rich { border-color: #D55E00; } .verdict.undecided { border-color: #999; }
+.scroll { overflow-x: auto; } table { border-collapse: collapse; font-size: 0.9rem; }
+th, td { text-align: right; padding: 0.2rem 0.7rem; border-bottom: 1px solid #ddd; white-space: nowrap; }
+figure { margin: 1rem 0; } figure svg { width: 100%; height: auto; } figure.narrow { max-width: 34rem; }
+pre { background: #f6f6f6; padding: 0.7rem; overflow-x: auto; font-size: 0.8rem; } footer { color: #666; font-size: 0.85rem; }
+@media print { body { max-width: none; } figure, table { break-inside: avoid; } }
+"""
+_CITATION = """@software{lightning_ntk,
+  title = {lightning_ntk: how far a training run leaves its linearized regime},
+  year = {2026},
+  note = {Python package}
+}"""
+_READING = {
+    "How far, step by step": "0 is a run that its linearized network predicts. At 1 the linearized weights are no better a "
+    "guess than the initial ones.",
+    "At equal loss": "Runs that train at different speeds are compared here, not at equal steps.",
+    "Accuracies": "The expansion takes the trained weights through the linearized network: where it is as good as the trained "
+    "network, the function is still linear in the weights.",
+    "The kernel": "A kernel that does not change is that of a lazy run.",
+    "Which parameters leave first": "Rows are parameters in the order of the network.",
+}
+_Draw = Callable[[History], "tuple[Figure, Any]"]
+_SECTIONS: dict[str, _Draw] = {
+    "How far, step by step": plot_history,
+    "At equal loss": plot_over_loss,
+    "Accuracies": plot_accuracies,
+    "The kernel": plot_kernel,
+    "Which parameters leave first": plot_parameters,
+}
+
+
+def write_report(
+    path: str | Path,
+    history: Sequence[Mapping[str, float]],
+    verdict: Verdict,
+    *,
+    title: str = "Lazy or rich?",
+    notes: Sequence[str] = (),
+    figures: "Mapping[str, Figure] | None" = None,
+) -> Path:
+    """Writes one HTML file about a run, without any link to the network.
+
+    It has the verdict, a table, figures as inline SVG (needs matplotlib), what the linearization does not describe, and how
+    to cite.
+
+    Args:
+        path: The file to write. Its folder is made.
+        history: Rows with "step" and the scalars of a monitor, in the order of the steps.
+        verdict: What `lightning_ntk.functional.judge` says of them.
+        title: The heading.
+        notes: Sentences on what the linearization does not describe.
+        figures: More figures, by their headings.
+
+    Returns:
+        The path.
+    """
+    drawn = {}
+    for heading, draw in _SECTIONS.items():
+        try:
+            drawn[heading] = draw(history)[0]
+        except ValueError:  # such scalars were not measured
+            continue
+    drawn |= figures or {}
+    parts = [f"<h1>{html.escape(title)}</h1>", _verdict(verdict), _table(history)]
+    for heading, figure in drawn.items():
+        narrow = ' class="narrow"' if figure.get_figwidth() < 8 else ""
+        parts.append(f"<h2>{html.escape(heading)}</h2>")
+        if heading in _READING:
+            parts.append(f"<p>{html.escape(_READING[heading])}</p>")
+        parts.append(f"<figure{narrow}>{_svg(figure)}</figure>")
+    parts.append("<h2>What the linearized network does not describe</h2>")
+    listed = "".join(f"<li>{html.escape(note)}</li>" for note in notes)
+    parts.append(f"<ul>{listed}</ul>" if notes else "<p>Nothing is known that it leaves out.</p>")
+    parts.append(f"<h2>How to cite</h2><pre>{html.escape(_CITATION)}</pre>")
+    parts.append(f"<footer>Written by lightning_ntk on {date.today():%Y-%m-%d}.</footer>")
+    page = (
+        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>{html.escape(title)}</title><style>{_STYLE}</style></head><body>{''.join(parts)}</body></html>\n"
+    )
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(page, encoding="utf-8")
+    return path
+
+
+def _verdict(verdict: Verdict) -> str:
+    return (
+        f'<p class="verdict {verdict.word}"><strong>{verdict.word.capitalize()}.</strong> '
+        f"{html.escape(verdict.describe())}<br><small>Why: {html.escape(verdict.reason)}. Lazy is below {LAZY}, rich is "
+        f"{RICH} or more.</small></p>"
+    )
+
+
+def _table(history: Sequence[Mapping[str, float]]) -> str:
+    columns = [
+        key
+        for key in dict.fromkeys(key for row in history for key in row)
+        if key != "step" and "/" not in key and key not in ("weight_distance",)
+    ]
+    heads = "".join(f"<th>{html.escape(key.replace('_', ' '))}</th>" for key in ["step", *columns])
+    rows = "".join(
+        "<tr>"
+        + f"<td>{row['step']:g}</td>"
+        + "".join(f"<td>{number(row.get(key, math.nan))}</td>" for key in columns)
+        + "</tr>"
+        for row in evenly_spaced(history, 12)
+    )
+    return f'<div class="scroll"><table><thead><tr>{heads}</tr></thead><tbody>{rows}</tbody></table></div>'
+
+
+def _svg(figure: "Figure") -> str:
+    import matplotlib as mpl
+
+    file = io.StringIO()
+    # No date and a fixed salt, so that equal runs have equal pages.
+    with mpl.rc_context({"svg.hashsalt": "lightning_ntk"}):
+        figure.savefig(file, format="svg", metadata={"Date": None})
+    svg = file.getvalue()
+    return svg[svg.index("<svg") :]
