@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from lightning_ntk.functional.verdict import LAZY, RICH, Verdict
 from lightning_ntk.plots import plot_accuracies, plot_history, plot_kernel, plot_over_loss, plot_parameters
 from lightning_ntk.plots.history import History
-from lightning_ntk.report.table import evenly_spaced, number
+from lightning_ntk.report.table import COLUMNS, evenly_spaced, number
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -57,7 +57,7 @@ def write_report(
     verdict: Verdict,
     *,
     title: str = "Lazy or rich?",
-    notes: Sequence[str] = (),
+    notes: Sequence[str] | None = None,
     figures: "Mapping[str, Figure] | None" = None,
 ) -> Path:
     """Writes one HTML file about a run, without any link to the network.
@@ -70,7 +70,7 @@ def write_report(
         history: Rows with "step" and the scalars of a monitor, in the order of the steps.
         verdict: What `lightning_ntk.functional.judge` says of them.
         title: The heading.
-        notes: Sentences on what the linearization does not describe.
+        notes: Sentences on what the linearization does not describe; None if it is not known.
         figures: More figures, by their headings.
 
     Returns:
@@ -91,8 +91,11 @@ def write_report(
             parts.append(f"<p>{html.escape(_READING[heading])}</p>")
         parts.append(f"<figure{narrow}>{_svg(figure)}</figure>")
     parts.append("<h2>What the linearized network does not describe</h2>")
-    listed = "".join(f"<li>{html.escape(note)}</li>" for note in notes)
-    parts.append(f"<ul>{listed}</ul>" if notes else "<p>Nothing is known that it leaves out.</p>")
+    listed = "".join(f"<li>{html.escape(note)}</li>" for note in notes or ())
+    nothing = (
+        "Nothing is known that it leaves out." if notes is not None else "The log does not say: see the run's warnings."
+    )
+    parts.append(f"<ul>{listed}</ul>" if listed else f"<p>{nothing}</p>")
     parts.append(f"<h2>How to cite</h2><pre>{html.escape(_CITATION)}</pre>")
     parts.append(f"<footer>Written by lightning_ntk on {date.today():%Y-%m-%d}.</footer>")
     page = (
@@ -115,11 +118,8 @@ def _verdict(verdict: Verdict) -> str:
 
 
 def _table(history: Sequence[Mapping[str, float]]) -> str:
-    columns = [
-        key
-        for key in dict.fromkeys(key for row in history for key in row)
-        if key != "step" and "/" not in key and key not in ("weight_distance",)
-    ]
+    measured = {key for row in history for key in row if key != "step" and "/" not in key}
+    columns = [key for key in COLUMNS if key in measured] + sorted(measured - COLUMNS.keys())
     heads = "".join(f"<th>{html.escape(key.replace('_', ' '))}</th>" for key in ["step", *columns])
     rows = "".join(
         "<tr>"

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from lightning_ntk.functional.verdict import Verdict
 
 # Scalars with their headings, as far as they fit.
-_COLUMNS = {
+COLUMNS = {
     "relative_weight_distance": "distance",
     "weight_cosine": "cosine",
     "taylor_gap": "Taylor",
@@ -40,9 +40,9 @@ def summarize(history: Sequence[Mapping[str, float]], verdict: Verdict) -> str:
               50      0.05      0.02
     """
     lines = textwrap.wrap(verdict.describe(), 80)
-    columns = [key for key in _COLUMNS if any(key in row for row in history)]
+    columns = [key for key in COLUMNS if any(key in row for row in history)]
     if columns:
-        lines += ["", f"{'step':>8}" + "".join(f" {_COLUMNS[key]:>{_WIDTH}}" for key in columns).rstrip()]
+        lines += ["", f"{'step':>8}" + "".join(f" {COLUMNS[key]:>{_WIDTH}}" for key in columns).rstrip()]
         lines += [_line(row, columns) for row in evenly_spaced(history, _LINES)]
     return "\n".join(lines)
 

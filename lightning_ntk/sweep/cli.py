@@ -1,4 +1,4 @@
-"""The command line: `lightning-ntk sweep run | worker | status | table | plot FILE.yaml`."""
+"""The command line: `lightning-ntk sweep run | worker | status | table | plot FILE.yaml`, `lightning-ntk report LOG`."""
 
 import argparse
 import os
@@ -12,6 +12,8 @@ from lightning_ntk import __version__
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command; returns 0, 1 if configurations failed or an argument is wrong, or 130 on Ctrl-C."""
     options = _parser().parse_args(arguments)
+    if options.command == "report":
+        return _report(options)
     try:
         # Here, so that --help and a wrong option are answered at once.
         from lightning_ntk.sweep.commands import run_command
@@ -34,7 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="lightning-ntk", description="Comparing networks with their linearization.")
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND", dest="command")
     sweep = commands.add_parser("sweep", help="run one objective for many configurations")
     actions = sweep.add_subparsers(required=True, metavar="ACTION", dest="action")
 
@@ -67,7 +69,28 @@ def _parser() -> argparse.ArgumentParser:
     plot.add_argument("--step", type=float, help="step of the measurement; default: the last")
     plot.add_argument("--confidence", type=float, default=0.95, help="probability of the intervals")
     plot.add_argument("--output", type=Path, help="figure file; default: NAME.png")
+    report = commands.add_parser("report", help="write a run's verdict and figures as one HTML page")
+    report.add_argument("log", type=Path, metavar="LOG", help="metrics.csv of Lightning's CSVLogger, or its folder")
+    report.add_argument("--name", default="ntk", help="name of the monitor, the prefix of its columns")
+    report.add_argument("--output", type=Path, help="the page; default: report.html beside the log")
     return parser
+
+
+def _report(options: argparse.Namespace) -> int:
+    from lightning_ntk.functional import judge
+    from lightning_ntk.plots import read_history
+    from lightning_ntk.report import summarize, write_report
+
+    try:
+        history = read_history(options.log, options.name)
+        folder = options.log if options.log.is_dir() else options.log.parent
+        verdict = judge(history)
+        path = write_report(options.output or folder / "report.html", history, verdict, title=folder.resolve().name)
+    except (OSError, ValueError, ModuleNotFoundError) as error:
+        print(f"lightning-ntk report: {error}", file=sys.stderr)
+        return 1
+    print(f"{summarize(history, verdict)}\n\nWritten: {path}")
+    return 0
 
 
 if __name__ == "__main__":

@@ -333,3 +333,21 @@ def test_unknown_commands_are_refused(capsys: pytest.CaptureFixture[str]) -> Non
     assert options(["sweep", "dance", "f.yaml"]) == 2
     assert "invalid choice: 'dance'" in capsys.readouterr().err
     assert options(["sweep", "plot", "--help"]) == 0
+
+
+def test_report_writes_a_page_beside_the_log(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    lines = [
+        "step,train_loss,ntk/relative_weight_distance,ntk/loss",
+        *(f"{s},0.1,{s / 1000},{1 / s}" for s in (1, 20, 50)),
+    ]
+    (tmp_path / "metrics.csv").write_text("\n".join(lines))
+    assert main(["report", str(tmp_path)]) == 0
+    printed = capsys.readouterr().out
+    assert "After 50 steps" in printed
+    assert f"Written: {tmp_path / 'report.html'}" in printed
+    assert "Lazy." in (tmp_path / "report.html").read_text()
+
+
+def test_report_without_a_log_is_a_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["report", str(tmp_path)]) == 1
+    assert "no file" in capsys.readouterr().err
