@@ -347,7 +347,8 @@ def judge(seed: int, longest: int = 1000) -> Iterator[Case]:
                 network, (inputs, targets), lr=lr, dtype=torch.float32, solver="eigh", progress=False
             )
             assert computed.ntk is not None
-            options["ntk"] = computed.ntk.float() if seed % 2 else computed.ntk
+            single = seed % 2 or options.get("dtype") != torch.float32
+            options["ntk"] = computed.ntk.float() if single else computed.ntk
         training = LinearizedTraining(network, (inputs, targets), lr=rates, batch_size=5, progress=False, **options)
     toward_start = options.get("decay") == "initial"
     carried = [Carried(start, 1.0, 0.0)] if template.weight_decay and not toward_start else []
