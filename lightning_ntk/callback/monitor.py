@@ -4,12 +4,11 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from functools import partial
-from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
@@ -18,42 +17,30 @@ from torch.utils.data import DataLoader, Dataset
 from typing_extensions import override
 
 from lightning_ntk.callback import trainer as view
+from lightning_ntk.callback.arguments import FollowedDynamics, require_valid
 from lightning_ntk.callback.capture import RunCapture
 from lightning_ntk.callback.checkpoint import NO_STATE, arguments_of, incomplete, options_of, require_resumable
 from lightning_ntk.callback.loggers import figures_of, log_charts, log_figures, log_hparams
 from lightning_ntk.callback.progress_bars import nested_bars
+from lightning_ntk.callback.results import RunResults
 from lightning_ntk.callback.step_hooks import StepHooks
 from lightning_ntk.callback.step_watch import StepWatch
 from lightning_ntk.callback.training_step import require_followable_step
 from lightning_ntk.comparison.optimizer import some
-from lightning_ntk.comparison.run_comparison import RunComparison
 from lightning_ntk.comparison.schedule import is_scheduled
 from lightning_ntk.data.batches import copy_batch
 from lightning_ntk.data.reference import unpack_pair
 from lightning_ntk.data.sample_index import UnknownSamplesError
 from lightning_ntk.linearization.parameters import plain_name
-from lightning_ntk.plots import plot_history
-from lightning_ntk.solvers.selection import Solver
 from lightning_ntk.training.base import StepSettings
-from lightning_ntk.training.linearized_training import LinearizedTraining
 from lightning_ntk.training.optimizer_copy import held_by, require_supported_optimizer
-from lightning_ntk.training.problem import JacobianStorage
 from lightning_ntk.training.replay import Replay
 from lightning_ntk.training.twin import Twin
 from lightning_ntk.utilities.distributed import ALONE
 from lightning_ntk.utilities.preserved_objects import preserved_objects
-from lightning_ntk.utilities.validation import (
-    require_callable,
-    require_choice,
-    require_device,
-    require_integer,
-    require_steps,
-)
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
-FollowedDynamics = Literal["auto", "gradient_descent", "gradient_flow", "replay", "twin"]
+    pass
 
 # The first steps of a run are slower than others, and measurements that take no time are not worth a word.
 _STEPS_BEFORE_COST = 2
@@ -61,7 +48,7 @@ _LARGE_SHARE = 0.2
 _NOTICED_SECONDS = 2.0
 
 
-class LinearizationMonitor(Callback):
+class LinearizationMonitor(RunResults):
     """Logs how far a training run leaves the path of its linearized (neural-tangent-kernel) network.
 
     Before the first step, the callback captures the initial weights and, for dynamics that need them, the initial predictions
@@ -128,6 +115,7 @@ class LinearizationMonitor(Callback):
         kernel_probe: Number of evenly spaced samples of the reference whose kernel to follow, for `kernel_distance`,
             `kernel_change` and `kernel_velocity`. Each measurement computes the kernel of these samples. 0 for none.
         figures: Whether to draw figures when training ends, for TensorBoard, Weights & Biases and MLflow. Needs matplotlib.
+        prog_bar: Whether the Trainer's progress bar shows `relative_weight_distance`.
         save_state: Whether checkpoints hold what a resumed run needs to go on with its measurements: the initial weights and
             the state of the linearized network. Without it a resumed run is refused.
         strict: Whether a failing measurement ends the run. Default: it is reported once and training goes on.
@@ -140,11 +128,6 @@ class LinearizationMonitor(Callback):
         >>> from lightning.pytorch import Trainer
         >>> trainer = Trainer(callbacks=[LinearizationMonitor(steps=100)], logger=False, enable_checkpointing=False)
     """
-
-    history: list[dict[str, float]]
-    """One row for each measurement: "step" and every logged scalar, without the prefix."""
-    seconds: dict[str, float]
-    """Time spent on the "capture" and on "measurements" so far."""
 
     def __init__(
         self,
@@ -174,6 +157,7 @@ class LinearizationMonitor(Callback):
         modes: int = 0,
         kernel_probe: int = 0,
         figures: bool = False,
+        prog_bar: bool = False,
         save_state: bool = True,
         strict: bool = False,
         progress: bool = True,
@@ -202,65 +186,13 @@ class LinearizationMonitor(Callback):
         self.modes = modes
         self.kernel_probe = kernel_probe
         self.figures = figures
+        self.prog_bar = prog_bar
         self.save_state = save_state
         self.strict = strict
         self.progress = progress
-        self._validate()
+        require_valid(self)
         self._hooks: StepHooks | None = None  # into the optimizer, while it trains
         self._reset()
-
-    def _validate(self) -> None:
-        for name, data, also in (("reference", self.reference, '"train" '), ("evaluation", self.evaluation, "")):
-            indexed = hasattr(data, "__getitem__") and not isinstance(data, str | bytes | dict | type)
-            named = name == "reference" and isinstance(data, str) and data == "train"
-            if not (data is None or named or indexed or isinstance(data, Dataset | DataLoader)):
-                raise ValueError(
-                    f"Expected argument `{name}` to be a data set, a DataLoader, {also}or None but got {data!r:.100}."
-                )
-        require_steps(self.steps)
-        for name in ("loss", "predict", "unpack"):
-            require_callable(name, getattr(self, name))
-        if not all(isinstance(name, str) for name in self.network):
-            raise ValueError(f"Expected argument `network` to be names of submodules but got {self.network!r:.100}.")
-        if not isinstance(self.name, str) or not self.name:
-            raise ValueError(f"Expected argument `name` to be a prefix of tags but got {self.name!r}.")
-        for name in ("per_parameter", "taylor", "closest", "figures", "save_state", "strict", "progress"):
-            require_choice(name, getattr(self, name), Literal[True, False])
-        require_choice("solver", self.solver, Solver)
-        require_choice("jacobian", self.jacobian, JacobianStorage)
-        require_integer("batch_size", self.batch_size, least=1)
-        require_choice("dynamics", self.dynamics, FollowedDynamics)
-        require_choice("mismatch", self.mismatch, Literal["refuse", "log"])
-        require_choice("dtype", self.dtype, Literal["float32", "float64", None])
-        require_device("device", self.device)
-        require_integer("capture_at", self.capture_at, least=0)
-        if self.reference_samples is not None:
-            require_integer("reference_samples", self.reference_samples, least=1)
-        if self.network and self.is_given_loss:
-            raise ValueError(
-                "Expected either argument `network`, which cuts the training step, or `loss`, `predict` and `unpack`, which "
-                "stand in its place, but got both."
-            )
-        require_integer("modes", self.modes, least=0)
-        require_integer("kernel_probe", self.kernel_probe, least=0)
-        if self.dynamics in ("replay", "twin") and (self.closest or self.modes):
-            raise ValueError(
-                f'Expected `closest=False` and `modes=0` with dynamics="{self.dynamics}" but got {self.closest} and '
-                f'{self.modes}, which need the modes of the kernel, so dynamics="gradient_descent" or "gradient_flow".'
-            )
-        if self.figures and find_spec("matplotlib") is None:
-            raise ModuleNotFoundError(
-                "Argument `figures` needs matplotlib, which is not installed: pip install 'lightning-ntk[plot]'."
-            )
-        if self.reference is None and self.kernel_probe:
-            raise ValueError(
-                "Expected argument `kernel_probe` to be 0 with reference=None but got "
-                f"{self.kernel_probe}: it takes samples of the reference."
-            )
-        if self.reference is None and self.dynamics not in ("auto", "twin"):
-            raise ValueError(
-                f'Expected a reference set for dynamics="{self.dynamics}" but got None: only "twin" goes without.'
-            )
 
     def _reset(self) -> None:
         self._unhook()
@@ -288,44 +220,11 @@ class LinearizationMonitor(Callback):
         self._loaded: dict[str, Any] | None = None  # the state in a checkpoint, until training starts
         self._loaded_step: int | None = None  # at which it was saved
         self._reported: set[str] = set()  # kinds of warnings that were given
-
-    @property
-    def is_given_loss(self) -> bool:
-        """Whether the user has said what is linearized, by `loss`, `predict` or `unpack`; else it is the training step."""
-        return not (self.loss is None and self.predict is None and self.unpack is None)
-
-    @property
-    def linearized_outputs(self) -> list[tuple[str, tuple[int, ...]]]:
-        """The modules whose outputs in the training step are linearized, with shapes; empty where the loss was given."""
-        return [] if self._capture is None or self._capture.step is None else self._capture.step.linearized_outputs
-
-    @property
-    def comparison(self) -> RunComparison | None:
-        """The run beside its linearized network; None before the capture."""
-        return None if self._capture is None else self._capture.comparison
-
-    @property
-    def training(self) -> LinearizedTraining | None:
-        """The linearized training of gradient descent or flow; None before the capture, for a replay and the twin."""
-        return None if self.comparison is None else self.comparison.training
-
-    @property
-    def dynamics_used(self) -> str | None:
-        """The dynamics that the linearized network follows; None before the capture."""
-        return None if self.comparison is None else self.comparison.dynamics
-
-    @property
-    def reason(self) -> str:
-        """Why these dynamics, in a sentence; empty before the capture and where the user has chosen them."""
-        return "" if self._capture is None else self._capture.reason
+        self._notes: list[str] = []  # the warnings
 
     def should_measure(self, step: int) -> bool:
         """Whether to measure `step` optimizer steps after the capture. Override it for a schedule of your own."""
         return is_scheduled(self.steps, step)
-
-    def plot(self) -> "tuple[Figure, Any]":
-        """Plots distances and losses over optimizer steps: `(figure, axes)`. Needs matplotlib."""
-        return plot_history(self.history)
 
     @property
     @override
@@ -547,6 +446,16 @@ class LinearizationMonitor(Callback):
         comparison = self._capture.comparison
         if stepped and not self._lost and (self._is_measured(comparison.steps) or view.is_last_step(trainer)):
             self._measure(trainer, pl_module)
+            if self.prog_bar and self.history:
+                tag = "relative_weight_distance"
+                options: dict[str, Any] = {
+                    "prog_bar": True,
+                    "logger": False,
+                    "on_step": True,
+                    "on_epoch": False,
+                    "batch_size": 1,
+                }
+                pl_module.log(f"{self.name}/{tag}", self.history[-1][tag], **options)
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -555,6 +464,8 @@ class LinearizationMonitor(Callback):
         averaged = view.ends_with_averaged_weights(trainer, self) or view.has_averaged_weights(trainer)
         if self.history and self.history[-1]["step"] != self._step and not averaged and not self._lost:
             self._measure(trainer, pl_module)
+        if len(self.history) > 1:
+            rank_zero_info(f"LinearizationMonitor: {self.verdict.describe()}")
         histories = _histories(trainer)
         if list(histories)[-1] == self.name:  # all monitors have measured the last step
             log_hparams(trainer.loggers, histories, step=self._step)
@@ -880,6 +791,7 @@ class LinearizationMonitor(Callback):
     def _report_once(self, kind: str, message: str) -> None:
         if kind not in self._reported:
             self._reported.add(kind)
+            self._notes.append(message)
             rank_zero_warn(message)
 
 
