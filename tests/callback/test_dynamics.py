@@ -252,7 +252,7 @@ def test_data_without_a_fixed_order_is_for_the_twin_alone(data: Dataset) -> None
         assert monitor.dynamics_used == "twin"
         weights = {
             "step", "weight_distance", "relative_weight_distance", "weight_cosine", "weight_norm_ratio", "displacement",
-            "gradient_mismatch",
+            "gradient_mismatch", "exact",
         }  # fmt: skip
         functions = {"loss", "linearized_loss", "prediction_rmse", "taylor_gap"} if isinstance(data, Noisy) else set()
         assert set(monitor.history[-1]) == weights | functions
@@ -355,7 +355,7 @@ def test_parameters_that_thaw_or_freeze_are_said() -> None:
             pass
 
     torch.manual_seed(0)
-    with pytest.warns(UserWarning, match=r"Step 4: The run began or ceased to train body.0.bias, body.0.weight"):
+    with pytest.warns(UserWarning, match=r"Step 4: the run began or ceased to train body.0.bias, body.0.weight"):
         fit(LinearizationMonitor(dynamics="replay", steps=1), Freezing(mlp(3)), max_steps=6)
     torch.manual_seed(0)
     frozen = Freezing(nn.Sequential(nn.Linear(6, 4), nn.Linear(4, 3)), optimizer=torch.optim.Adam, lr=1e-3)
