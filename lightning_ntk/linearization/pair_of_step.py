@@ -5,8 +5,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from lightning_ntk.data.reference import unpack_pair
+from lightning_ntk.data.targets import match_targets
 from lightning_ntk.linearization.batch_loss import PairLoss
 from lightning_ntk.linearization.cut_step import LossCall
 from lightning_ntk.linearization.linearization import Linearization
@@ -17,6 +19,7 @@ from lightning_ntk.utilities.contexts import isolated_pass, preserved_rng
 
 # By how much the weights are moved to compare gradients, relative to their root mean square.
 _MOVED = 0.1
+_NO_FUNCTION = "the loss is more than one loss function of torch.nn.functional, and no squared distance"
 
 
 class Pair(NamedTuple):
@@ -45,8 +48,9 @@ def pair_of_step(step: StepLinearization, batch: Any) -> Pair:
     """Finds the loss that a training step computes from the outputs of the network's forward and the targets.
 
     It is found if the step returns what one function of `torch.nn.functional` gives for the outputs of `forward` and the target
-    of a pair `(inputs, target)`, if the forward is the same in train and in eval mode, and if both have the same gradient
-    at other weights of the linearized network: then it makes no difference where the outputs are linearized.
+    of a pair `(inputs, target)`, or a multiple of their squared distance, however that is written; if the forward is the same in
+    train and in eval mode; and if both have the same gradient at other weights of the linearized network: then it makes no
+    difference where the outputs are linearized.
 
     Args:
         step: The training step.
@@ -64,18 +68,20 @@ def pair_of_step(step: StepLinearization, batch: Any) -> Pair:
         raise NoPairError("the batches are no pairs (inputs, target)") from None
     if target is None:
         raise NoPairError("the batches have no target")
-    if len(found.losses) != 1 or not found.returned:
-        raise NoPairError("the loss is more than one loss function of torch.nn.functional")
-    call = found.losses[0]
-    if len(call.args) < 2 or not all(isinstance(tensor, Tensor) for tensor in call.args[:2]):
+    call = found.losses[0] if len(found.losses) == 1 and found.returned else None
+    if call is None and len(found.outputs) != 1:
+        raise NoPairError(_NO_FUNCTION)
+    if call is not None and (len(call.args) < 2 or not all(isinstance(tensor, Tensor) for tensor in call.args[:2])):
         raise NoPairError("the loss is not one of outputs and targets")
     try:
         with isolated_pass(step.module, step.device.type), preserved_rng(), torch.no_grad():
             outputs = call_module(step.module, inputs)
     except Exception:  # whatever a forward that is not meant to be called like this may raise
         raise NoPairError("the module has no `forward` that takes the inputs of a batch") from None
-    pair = _as_pair(call, outputs, target)
-    given = call.args[0]
+    given = found.outputs[0] if call is None else call.args[0]
+    if not isinstance(outputs, Tensor) or outputs.numel() != given.numel():
+        raise NoPairError("`forward` returns no outputs (samples, outputs)" if call is not None else _NO_FUNCTION)
+    pair = _as_squared(step, found.loss, outputs, target, batch) if call is None else _as_pair(call, outputs, target)
     if (outputs.reshape(given.shape) - given).norm() > torch.finfo(step.precision).eps ** 0.5 * given.norm():
         error = NoPairError("the training step does not use the outputs that `forward` gives in eval mode")
         error.pair = pair
@@ -98,6 +104,29 @@ def _as_pair(call: LossCall, outputs: Any, target: Tensor) -> Pair:
     return Pair(loss, _squeezed if squeezed else None)
 
 
+def _as_squared(step: StepLinearization, loss: Tensor, outputs: Tensor, target: Tensor, batch: Any) -> Pair:
+    """A multiple of the squared distance, measured on the batch and on a half of it: a mean over samples, or a sum."""
+    size, half = len(outputs), len(outputs) // 2
+    flat = outputs.dim() == 1
+    try:
+        rows = match_targets(target, outputs.unsqueeze(1) if flat else outputs, flat=flat).to(outputs).view_as(outputs)
+    except (ValueError, RuntimeError):
+        raise NoPairError(_NO_FUNCTION) from None
+    described = step.linearized_outputs
+    part = step.first_outputs(pytree.tree_map_only(Tensor, lambda leaf: leaf[:half], batch)) if half else None
+    step.linearized_outputs = described
+    if part is None or len(target) != size:
+        raise NoPairError(_NO_FUNCTION)
+    whole = loss.double() / (outputs - rows).double().square().sum()
+    halved = part.loss.double() / (outputs - rows)[:half].double().square().sum()
+    tolerance = torch.finfo(step.precision).eps ** 0.5
+    for mean in (True, False):
+        factor, other = (whole * size, halved * half) if mean else (whole, halved)
+        if factor > 0 and abs(other - factor) <= tolerance * factor:
+            return Pair(_Squared(factor.item(), mean), None)
+    raise NoPairError(_NO_FUNCTION)
+
+
 def _require_equal_gradients(step: StepLinearization, pair: Pair, batch: Any) -> None:
     generator = torch.Generator().manual_seed(0)
     tangent = {}
@@ -117,6 +146,20 @@ def _require_equal_gradients(step: StepLinearization, pair: Pair, batch: Any) ->
 
 def _squeezed(module: nn.Module, inputs: Any) -> Tensor:
     return call_module(module, inputs).squeeze(1)
+
+
+class _Squared:
+    """A multiple of the squared distance of outputs from targets."""
+
+    def __init__(self, factor: float, mean: bool) -> None:
+        self._factor, self._mean = factor, mean
+
+    def __call__(self, outputs: Tensor, target: Tensor) -> Tensor:
+        total = self._factor * (outputs - target).square().sum()
+        return total / len(outputs) if self._mean else total
+
+    def __repr__(self) -> str:
+        return f"{self._factor:.4g} times the squared distance, {'a mean' if self._mean else 'summed'} over samples"
 
 
 class _Called:

@@ -211,3 +211,41 @@ def test_pairs_are_found_in_steps() -> None:
     assert torch.equal(found.loss(outputs, labels), F.cross_entropy(outputs, labels))
     with pytest.raises(NoPairError, match="more than one loss function"):
         pair_of_step(StepLinearization(module, lambda pair: 2 * cross_entropy(module)(pair)), list(batch()))
+
+
+SQUARED = {
+    "mean over all": lambda f, y: ((f - F.one_hot(y, f.shape[1])) ** 2).mean(),
+    "half a sum": lambda f, y: 0.5 * (F.one_hot(y, f.shape[1]) - f).pow(2).sum(),
+    "mean over samples": lambda f, y: (f - F.one_hot(y, f.shape[1])).square().sum(1).mean(),
+    "a multiple": lambda f, y: 3 * F.mse_loss(f, F.one_hot(y, f.shape[1]).to(f)),
+}
+
+
+@pytest.mark.parametrize("name", SQUARED)
+def test_squared_losses_written_by_hand_are_found(name: str) -> None:
+    module = network()
+    step = StepLinearization(module, lambda pair: SQUARED[name](module(pair[0]), pair[1]))
+    loss = pair_of_step(step, list(batch())).loss
+    inputs, labels = batch()
+    for rows in (slice(None), slice(3)):
+        outputs, targets = module(inputs[rows]), F.one_hot(labels[rows], 3)
+        assert torch.allclose(loss(outputs, targets), SQUARED[name](outputs, labels[rows]), rtol=1e-12)
+    assert step.linearized_outputs[0][1][0] == len(inputs)
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        lambda f, y: (f - F.one_hot(y, f.shape[1])).abs().mean(),
+        lambda f, y: (f - 2 * F.one_hot(y, f.shape[1])).square().mean(),
+        lambda f, y: (f - F.one_hot(y, f.shape[1])).square().mean() + 0.1,
+        lambda f, y: (f - F.one_hot(y, f.shape[1])).square().sum() / len(f) ** 2,
+        lambda f, y: ((f - F.one_hot(y, f.shape[1])).square() * torch.arange(1, f.shape[1] + 1)).mean(),
+    ],
+)
+def test_other_losses_are_no_squared_distance(other) -> None:
+    module = network()
+    step = StepLinearization(module, lambda pair: other(module(pair[0]), pair[1]))
+    with pytest.raises(NoPairError):
+        pair_of_step(step, list(batch()))
+    assert step.linearized_outputs[0][1][0] == len(batch()[0])
