@@ -220,7 +220,7 @@ class RunCapture:
             with self._processes.agreement():
                 data: Data = view.training_data(trainer) if monitor.reference == "train" else monitor.reference
                 self._processes.require_same(str(len(Reference(data))), "reference data")
-                iterator = reached_iterator(*view.data_parts(data))
+                iterator = reached_iterator(*view.data_parts(data), skip=view.NOT_DATA)
                 if iterator is not None:
                     raise NoFixedOrderError(
                         f"Expected data that can be read again but a {type(iterator).__name__} is a part of them, which reading "

@@ -5,6 +5,7 @@ import io
 import random
 import sys
 import types
+import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -16,7 +17,10 @@ from torch import Tensor
 # Larger containers and tensors are data, and no state.
 _MOST_ELEMENTS = 1000
 _MOST_NUMBERS = 64
-_ATOMS = (str, bytes, int, float, complex, bool, type(None), type, types.ModuleType, torch.dtype, torch.device)
+_ATOMS: tuple[Any, ...] = (
+    str, bytes, int, float, complex, bool, type(None), type, types.ModuleType, torch.dtype, torch.device,
+    *weakref.ProxyTypes,  # which look like iterators, whatever they stand for
+)  # fmt: skip
 _CONTAINERS = (list, dict, set, deque)
 
 
@@ -35,9 +39,12 @@ def preserved_objects(*roots: Any, skip: tuple[type, ...] = ()) -> Iterator[None
             action()
 
 
-def reached_iterator(*roots: Any) -> Any:
-    """An iterator, such as a generator, that is reached from some objects and cannot be put back; None if there is none."""
-    return next((thing for thing in _reached(roots, ()) if _is_iterator(thing)), None)
+def reached_iterator(*roots: Any, skip: tuple[type, ...] = ()) -> Any:
+    """An iterator, such as a generator, that is reached from some objects and cannot be put back; None if there is none.
+
+    Objects of the types `skip` are not followed.
+    """
+    return next((thing for thing in _reached(roots, skip) if _is_iterator(thing)), None)
 
 
 def is_random_generator(value: Any) -> bool:

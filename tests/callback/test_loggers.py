@@ -271,7 +271,7 @@ def test_figures_of_a_run_stopped_early_and_of_the_twin(tmp_path: Path) -> None:
 def test_by_default_nothing_is_drawn_and_matplotlib_is_not_needed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lightning_ntk.callback.monitor.find_spec", lambda name: None)
+    monkeypatch.setattr("lightning_ntk.callback.arguments.find_spec", lambda name: None)
     logger = TensorBoardLogger(tmp_path)
     fit(LinearizationMonitor(steps=6), logger=logger)
     assert events(logger.log_dir).Tags()["images"] == []

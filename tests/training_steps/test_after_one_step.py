@@ -148,7 +148,6 @@ def test_a_network_without_second_derivatives_is_said_to_be_lost_and_trains_on()
     ("name", "message"),
     [
         ("GradientPenalty", "differentiates its network"),
-        ("OwnGenerator", "random numbers (of|from a generator of) its own"),
     ],
 )
 def test_steps_that_cannot_be_followed_are_refused_before_they_are_taken(name: str, message: str) -> None:

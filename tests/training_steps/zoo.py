@@ -1382,6 +1382,6 @@ MODULES: tuple[Callable[[], Tutorial], ...] = (
     Detection, DeepSupervision, DomainAdversarial, Autoencoder, VariationalAutoencoder, VariationalDistributions,
     VectorQuantized, Flow, Diffusion, UNet, MaskedAutoencoder, LSTMRegression, PackedGRU, TeacherForcing,
     SpeechRecognition, LanguageModel, Siamese, Triplet, SimCLR, MomentumContrast, CLIP, CenteredTeacher, Distillation,
-    PerceptualLoss, MarginSoftmax, GraphConvolution, PolicyGradient, DictBatch, UserDictBatch, SampleWeights, bert,
+    PerceptualLoss, MarginSoftmax, GraphConvolution, PolicyGradient, DictBatch, UserDictBatch, SampleWeights, OwnGenerator, bert,
     bert_with_batch_encoding, distilbert, gpt2, gpt2_with_checkpointing, llama, t5, lora,
 )  # fmt: skip
