@@ -633,6 +633,7 @@ class LinearizationMonitor(RunResults):
             judged = {name: value for name, value in judge.total().items() if name in trained}
             mismatch = comparison.expected_gradient.compare(judged, torch.float32)[1]
         self._capture.judge = None  # of the first step alone
+        comparison.expected_gradient.discard()  # as large as the weights, and no longer needed
         self._watch.mismatch = relative
         if mismatch is None:
             return

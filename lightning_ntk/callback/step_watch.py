@@ -34,7 +34,8 @@ class _Sums(NamedTuple):
         if not values:
             return cls((), sizes, sizes, sizes)
         norms = torch.stack([norm.double() for norm in torch._foreach_norm(values)]).cpu() / scale
-        sums = torch.stack([value.sum(dtype=torch.float64) for value in values]).cpu() / scale
+        # Rows first: a sum in float64 would copy the whole tensor to it.
+        sums = torch.stack([value.sum(-1).sum(dtype=torch.float64) for value in values]).cpu() / scale
         return cls(tuple(given), norms, sums, sizes)
 
     @property

@@ -104,9 +104,13 @@ def scale_of_gradients(optimizer: Optimizer, scale: float | None) -> float:
 
 
 def gradients(optimizer: Optimizer, parameters: Mapping[str, Tensor], scale: float | None) -> dict[str, Tensor | None]:
-    """Clones of the gradients of the coming step, None where there is none, without the factor of a GradScaler."""
+    """The gradients of the coming step, None where there is none, without the factor of a GradScaler."""
     factor = scale_of_gradients(optimizer, scale)
-    return {name: None if p.grad is None else p.grad.detach() / factor for name, p in parameters.items()}
+
+    def unscaled(gradient: Tensor) -> Tensor:
+        return gradient.detach() if factor == 1 else gradient.detach() / factor
+
+    return {name: None if p.grad is None else unscaled(p.grad) for name, p in parameters.items()}
 
 
 def live_parameters(module: LightningModule, names: Iterable[str]) -> dict[str, Tensor]:
