@@ -79,8 +79,8 @@ def pair_of_step(step: StepLinearization, batch: Any) -> Pair:
     except Exception:  # whatever a forward that is not meant to be called like this may raise
         raise NoPairError("the module has no `forward` that takes the inputs of a batch") from None
     given = found.outputs[0] if call is None else call.args[0]
-    if not isinstance(outputs, Tensor) or outputs.numel() != given.numel():
-        raise NoPairError("`forward` returns no outputs (samples, outputs)" if call is not None else _NO_FUNCTION)
+    if call is None and not (isinstance(outputs, Tensor) and outputs.numel() == given.numel()):
+        raise NoPairError(_NO_FUNCTION)
     pair = _as_squared(step, found.loss, outputs, target, batch) if call is None else _as_pair(call, outputs, target)
     if (outputs.reshape(given.shape) - given).norm() > torch.finfo(step.precision).eps ** 0.5 * given.norm():
         error = NoPairError("the training step does not use the outputs that `forward` gives in eval mode")
