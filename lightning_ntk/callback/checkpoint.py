@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 NO_STATE: dict[str, Any] = {
-    "started": True, "step": None, "history": [], "start": 0, "reported": [], "lost": False, "exact": True, "options": {},
+    "started": True, "step": None, "history": [], "start": 0, "reported": {}, "lost": False, "exact": True, "options": {},
     "capture": None,
 }  # fmt: skip
 """What a checkpoint holds that was written without a monitor."""

@@ -206,6 +206,7 @@ class LinearizationMonitor(RunResults):
         self._resumed: dict[str, Any] | None = None  # what a resumed run goes on from, until its first batch
         self._first_batch: Any = None  # a copy, to say what the run does with it
         self._captured_at = 0.0  # on the clock of `seconds`
+        self._said_cost = False  # whether it was said how long the measurements take
         self._batch: Any = None  # the present one
         self._had_backward = False  # whether it had a backward pass
         self._had_step = False  # whether the optimizer stepped in it
@@ -219,8 +220,7 @@ class LinearizationMonitor(RunResults):
         self._started = False  # whether checkpoints have anything to hold
         self._loaded: dict[str, Any] | None = None  # the state in a checkpoint, until training starts
         self._loaded_step: int | None = None  # at which it was saved
-        self._reported: set[str] = set()  # kinds of warnings that were given
-        self._notes: list[str] = []  # the warnings
+        self._reported: dict[str, str] = {}  # the warnings that were given, by kind
 
     def should_measure(self, step: int) -> bool:
         """Whether to measure `step` optimizer steps after the capture. Override it for a schedule of your own."""
@@ -263,7 +263,7 @@ class LinearizationMonitor(RunResults):
         resumed = None
         if loaded and self._step > 0:
             self.history, self._start, self._lost = loaded["history"], loaded["start"], loaded["lost"]
-            self._reported, self._exact = set(loaded["reported"]), loaded["exact"]
+            self._reported, self._exact = dict(loaded["reported"]), loaded["exact"]
             resumed, self._loaded_step = None if self._lost else loaded["capture"], loaded["step"]
         self._processes = view.processes_of(trainer)
         try:
@@ -422,7 +422,7 @@ class LinearizationMonitor(RunResults):
             if training is not None and lr > training.max_learning_rate:
                 self._report_once(
                     "unstable",
-                    f"Step {self._step + 1}: The learning rate {lr:.4g} is above {training.max_learning_rate:.4g}, the largest "
+                    f"Step {self._step + 1}: the learning rate {lr:.4g} is above {training.max_learning_rate:.4g}, the largest "
                     "for which the linearized network is stable: it diverges while the run may not.",
                 )
         self._stepping, self._compares = False, None
@@ -448,14 +448,10 @@ class LinearizationMonitor(RunResults):
             self._measure(trainer, pl_module)
             if self.prog_bar and self.history:
                 tag = "relative_weight_distance"
-                options: dict[str, Any] = {
-                    "prog_bar": True,
-                    "logger": False,
-                    "on_step": True,
-                    "on_epoch": False,
-                    "batch_size": 1,
-                }
-                pl_module.log(f"{self.name}/{tag}", self.history[-1][tag], **options)
+                pl_module.log(
+                    f"{self.name}/{tag}", self.history[-1][tag], prog_bar=True, logger=False, on_step=True, on_epoch=False,
+                    batch_size=1,
+                )  # fmt: skip
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -508,7 +504,7 @@ class LinearizationMonitor(RunResults):
             "options": options_of(self),
             "history": [dict(row) for row in self.history],
             "start": self._start,
-            "reported": sorted(self._reported),
+            "reported": dict(self._reported),
             "lost": self._lost,
             "exact": self._exact,
             "capture": capture if self.save_state and not self._lost else None,
@@ -767,9 +763,9 @@ class LinearizationMonitor(RunResults):
         assert self._capture is not None
         steps, end = self._capture.comparison.steps, view.horizon(trainer)
         own = type(self).should_measure is not LinearizationMonitor.should_measure  # which may not foresee anything
-        if steps < _STEPS_BEFORE_COST or end is None or own or "cost" in self._reported:
+        if steps < _STEPS_BEFORE_COST or end is None or own or self._said_cost:
             return
-        self._reported.add("cost")
+        self._said_cost = True
         planned = sum(self.should_measure(step) for step in range(steps + 1, int(end) - self._start + 1)) + 1
         between = time.perf_counter() - self._captured_at - self.seconds["measurements"]
         share = planned * took / (between / steps * (end - self._start))
@@ -791,8 +787,7 @@ class LinearizationMonitor(RunResults):
 
     def _report_once(self, kind: str, message: str) -> None:
         if kind not in self._reported:
-            self._reported.add(kind)
-            self._notes.append(message)
+            self._reported[kind] = message
             rank_zero_warn(message)
 
 

@@ -33,9 +33,8 @@ class RunResults(Callback):
     predict: Any
     unpack: Any
     _capture: "RunCapture | None"
-    _notes: list[str]
     _lost: bool
-    _reported: set[str]
+    _reported: dict[str, str]
 
     @property
     def is_given_loss(self) -> bool:
@@ -95,7 +94,8 @@ class RunResults(Callback):
         if self.training is not None:
             modes, time = self.training.modes, None if self.comparison is None else self.comparison.kernel_time
             figures["The spectrum"] = plot_spectrum(modes.eigenvalues, modes.coordinates, time=time)[0]
-        return write_report(path, self.history, self.verdict, title=self.name, notes=self._notes, figures=figures)
+        notes = list(self._reported.values())
+        return write_report(path, self.history, self.verdict, title=self.name, notes=notes, figures=figures)
 
     def to_pandas(self) -> "DataFrame":
         """The history as a table. Needs pandas."""

@@ -19,6 +19,7 @@ from lightning_ntk.utilities.contexts import isolated_pass, preserved_rng
 
 # By how much the weights are moved to compare gradients, relative to their root mean square.
 _MOVED = 0.1
+_TRANSFORMED = "the loss function gets a transformation of the outputs that are linearized"
 _NO_FUNCTION = "the loss is more than one loss function of torch.nn.functional, and no squared distance"
 
 
@@ -81,13 +82,13 @@ def pair_of_step(step: StepLinearization, batch: Any) -> Pair:
     given = found.outputs[0] if call is None else call.args[0]
     if call is None and not (isinstance(outputs, Tensor) and outputs.numel() == given.numel()):
         raise NoPairError(_NO_FUNCTION)
-    pair = _as_squared(step, found.loss, outputs, target, batch) if call is None else _as_pair(call, outputs, target)
+    pair = _as_squared(found.loss, outputs, target) if call is None else _as_pair(call, outputs, target)
     if (outputs.reshape(given.shape) - given).norm() > torch.finfo(step.precision).eps ** 0.5 * given.norm():
         error = NoPairError("the training step does not use the outputs that `forward` gives in eval mode")
         error.pair = pair
         raise error
-    _require_equal_gradients(step, pair, batch)
-    return pair
+    _require_equal_gradients(step, pair, batch, _NO_FUNCTION if call is None else _TRANSFORMED)
+    return _reduced(step, pair, outputs, target, batch) if call is None else pair
 
 
 def _as_pair(call: LossCall, outputs: Any, target: Tensor) -> Pair:
@@ -104,30 +105,41 @@ def _as_pair(call: LossCall, outputs: Any, target: Tensor) -> Pair:
     return Pair(loss, _squeezed if squeezed else None)
 
 
-def _as_squared(step: StepLinearization, loss: Tensor, outputs: Tensor, target: Tensor, batch: Any) -> Pair:
-    """A multiple of the squared distance, measured on the batch and on a half of it: a mean over samples, or a sum."""
+def _as_squared(loss: Tensor, outputs: Tensor, target: Tensor) -> Pair:
+    """The multiple of the mean squared distance that has the value of the loss."""
+    square = (outputs - _rows(target, outputs)).double().square().sum()
+    return Pair(_Squared((loss.double() * len(outputs) / square).item(), mean=True), None)
+
+
+def _reduced(step: StepLinearization, pair: Pair, outputs: Tensor, target: Tensor, batch: Any) -> Pair:
+    """The pair as a mean over samples or, if this is what the loss of half the batch tells, as a sum."""
     size, half = len(outputs), len(outputs) // 2
+    assert isinstance(pair.loss, _Squared)
+    described = step.linearized_outputs
+    try:
+        part = step.first_outputs(pytree.tree_map_only(Tensor, lambda leaf: leaf[:half], batch)) if half else None
+    except Exception:  # whatever a step may raise that takes batches of one size alone
+        part = None
+    step.linearized_outputs = described
+    tolerance = torch.finfo(step.precision).eps ** 0.5
+    mean = pair.loss(outputs[:half], _rows(target, outputs)[:half]).double()
+    for loss, expected in ((pair.loss, mean), (pair.loss.summed(size), mean * half / size)):
+        if part is not None and abs(part.loss.double() - expected) <= tolerance * expected:
+            return Pair(loss, None)
+    raise NoPairError("the loss is neither a mean nor a sum over samples")
+
+
+def _rows(target: Tensor, outputs: Tensor) -> Tensor:
+    """The targets with the shape of the outputs."""
     flat = outputs.dim() == 1
     try:
-        rows = match_targets(target, outputs.unsqueeze(1) if flat else outputs, flat=flat).to(outputs).view_as(outputs)
+        rows = match_targets(target, outputs.unsqueeze(1) if flat else outputs, flat=flat)
     except (ValueError, RuntimeError):
         raise NoPairError(_NO_FUNCTION) from None
-    described = step.linearized_outputs
-    part = step.first_outputs(pytree.tree_map_only(Tensor, lambda leaf: leaf[:half], batch)) if half else None
-    step.linearized_outputs = described
-    if part is None or len(target) != size:
-        raise NoPairError(_NO_FUNCTION)
-    whole = loss.double() / (outputs - rows).double().square().sum()
-    halved = part.loss.double() / (outputs - rows)[:half].double().square().sum()
-    tolerance = torch.finfo(step.precision).eps ** 0.5
-    for mean in (True, False):
-        factor, other = (whole * size, halved * half) if mean else (whole, halved)
-        if factor > 0 and abs(other - factor) <= tolerance * factor:
-            return Pair(_Squared(factor.item(), mean), None)
-    raise NoPairError(_NO_FUNCTION)
+    return rows.to(outputs).view_as(outputs)
 
 
-def _require_equal_gradients(step: StepLinearization, pair: Pair, batch: Any) -> None:
+def _require_equal_gradients(step: StepLinearization, pair: Pair, batch: Any, otherwise: str) -> None:
     generator = torch.Generator().manual_seed(0)
     tangent = {}
     for name, start in step.params.items():
@@ -141,7 +153,7 @@ def _require_equal_gradients(step: StepLinearization, pair: Pair, batch: Any) ->
     apart = torch.stack([(own[name].double() - value.double()).norm() for name, value in other.items()]).norm()
     size = torch.stack([value.double().norm() for value in other.values()]).norm()
     if not apart <= torch.finfo(step.precision).eps ** 0.5 * size:
-        raise NoPairError("the loss function gets a transformation of the outputs that are linearized")
+        raise NoPairError(otherwise)
 
 
 def _squeezed(module: nn.Module, inputs: Any) -> Tensor:
@@ -149,10 +161,14 @@ def _squeezed(module: nn.Module, inputs: Any) -> Tensor:
 
 
 class _Squared:
-    """A multiple of the squared distance of outputs from targets."""
+    """A multiple of the squared distance of outputs from targets, a mean or a sum over samples."""
 
-    def __init__(self, factor: float, mean: bool) -> None:
+    def __init__(self, factor: float, *, mean: bool) -> None:
         self._factor, self._mean = factor, mean
+
+    def summed(self, size: int) -> "_Squared":
+        """The sum with the same value for `size` samples."""
+        return _Squared(self._factor / size, mean=False)
 
     def __call__(self, outputs: Tensor, target: Tensor) -> Tensor:
         total = self._factor * (outputs - target).square().sum()

@@ -49,7 +49,7 @@ def check_samples(linearization: Linearization, reference: Reference) -> None:
     sample alone, in full precision, and depend on the parameters, which the forward uses as attributes of their modules.
 
     Raises:
-        ValueError: If one of this does not hold; the message says which.
+        ValueError: If any of this does not hold; the message says which.
     """
     last = len(reference) - 1
     rows = sorted({last * i // (_SAMPLES - 1) for i in range(_SAMPLES)})

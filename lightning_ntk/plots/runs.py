@@ -61,7 +61,8 @@ def plot_runs(
         draw_scalars(axis, [(history, key, style) for (_, history), style in zip(runs, styles, strict=True)], x)
     fitting = int(11 * figure.get_figwidth()) // (max(len(label) for label, _ in runs) + 8)
     columns = min(max(1, fitting), len(runs))
-    figure.legend(handles=axes[0].lines, loc="outside lower center", ncols=columns, frameon=False, fontsize=9)
+    curves = [line for line in axes[0].lines if not str(line.get_label()).startswith("_")]  # without hollow markers
+    figure.legend(handles=curves, loc="outside lower center", ncols=columns, frameon=False, fontsize=9)
     return figure, axes
 
 

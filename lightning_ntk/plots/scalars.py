@@ -77,7 +77,7 @@ def plot_over_loss(history: History, title: str | None = None) -> "tuple[Figure,
         require_any(history, [key])
     figure, (axis,) = panels(1, None)
     draw_scalars(axis, [(history, "relative_weight_distance", LINES[0])], x="loss")
-    axis.set_title(title or "How far the weights have left it at which loss", fontsize=10)
+    axis.set_title(title or "How far the weights leave the linearized path, by loss", fontsize=10)
     return figure, axis
 
 

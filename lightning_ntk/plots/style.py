@@ -59,6 +59,7 @@ def step_axis(axis: Any, steps: Iterable[float]) -> None:
         axis.locator_params(axis="x", integer=True)
     elif min(steps) > 0:
         axis.set_xscale("log")
+        label_few_decades(axis.xaxis)
     else:
         axis.set_xscale("symlog", linthresh=1, linscale=0.3)
         axis.set_xlim(left=0)
@@ -70,6 +71,7 @@ def progress_axis(axis: Any, values: Iterable[float], label: str) -> None:
     positive = [value for value in values if value > 0 and math.isfinite(value)]
     if positive and max(positive) > _WIDE * min(positive):
         axis.set_xscale("log")
+        label_few_decades(axis.xaxis)
     axis.invert_xaxis()
 
 
@@ -84,19 +86,19 @@ def value_axis(axis: Any, values: Iterable[float], *, negligible: float = 0.0) -
         axis.set_yscale("log")
         if len(kept) < len(positive):
             axis.set_ylim(bottom=min(kept) / 2, top=max(kept) * 2)
-        label_few_decades(axis)
+        label_few_decades(axis.yaxis)
     tidy(axis)
 
 
 def label_few_decades(axis: Any) -> None:
-    """Labels a logarithmic vertical axis at 1, 2 and 5 where powers of ten alone would give one or two labels."""
+    """Labels a logarithmic `xaxis` or `yaxis` at 1, 2 and 5 where powers of ten alone would give one or two labels."""
     from matplotlib.ticker import LogLocator
 
-    low, high = axis.get_ylim()
+    low, high = sorted(axis.get_view_interval())
     if high < _FEW_DECADES * low:
-        axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        axis.yaxis.set_major_formatter("{x:g}")
-        axis.yaxis.set_minor_formatter("")
+        axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.set_major_formatter("{x:g}")
+        axis.set_minor_formatter("")
 
 
 def label_at(axis: Any, places: Iterable[float]) -> None:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from datetime import date
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lightning_ntk.functional.verdict import LAZY, RICH, Verdict
 from lightning_ntk.plots import plot_accuracies, plot_history, plot_kernel, plot_over_loss, plot_parameters
@@ -23,31 +23,39 @@ h1 { font-size: 1.5rem; } h2 { font-size: 1.15rem; margin-top: 2rem; }
 .verdict.rich { border-color: #D55E00; } .verdict.undecided { border-color: #999; }
 .scroll { overflow-x: auto; } table { border-collapse: collapse; font-size: 0.9rem; }
 th, td { text-align: right; padding: 0.2rem 0.7rem; border-bottom: 1px solid #ddd; white-space: nowrap; }
-figure { margin: 1rem 0; } figure svg { width: 100%; height: auto; } figure.narrow { max-width: 34rem; }
+figure { margin: 1rem 0; overflow-x: auto; } figure svg { width: 100%; height: auto; min-width: 40rem; }
+figure.narrow { max-width: 34rem; } figure.narrow svg { min-width: 0; }
 pre { background: #f6f6f6; padding: 0.7rem; overflow-x: auto; font-size: 0.8rem; } footer { color: #666; font-size: 0.85rem; }
 @media print { body { max-width: none; } figure, table { break-inside: avoid; } }
 """
 _CITATION = """@software{lightning_ntk,
-  title = {lightning_ntk: how far a training run leaves its linearized regime},
-  year = {2026},
-  note = {Python package}
+  title = {lightning_ntk: how far a network leaves its linearized (NTK) regime, during training},
+  author = {{The lightning_ntk developers}},
+  year = {2026}
 }"""
-_READING = {
-    "How far, step by step": "0 is a run that its linearized network predicts. At 1 the linearized weights are no better a "
-    "guess than the initial ones.",
-    "At equal loss": "Runs that train at different speeds are compared here, not at equal steps.",
-    "Accuracies": "The expansion takes the trained weights through the linearized network: where it is as good as the trained "
-    "network, the function is still linear in the weights.",
-    "The kernel": "A kernel that does not change is that of a lazy run.",
-    "Which parameters leave first": "Rows are parameters in the order of the network.",
-}
-_Draw = Callable[[History], "tuple[Figure, Any]"]
-_SECTIONS: dict[str, _Draw] = {
-    "How far, step by step": plot_history,
-    "At equal loss": plot_over_loss,
-    "Accuracies": plot_accuracies,
-    "The kernel": plot_kernel,
-    "Which parameters leave first": plot_parameters,
+
+
+class _Section(NamedTuple):
+    draw: "Callable[[History], tuple[Figure, Any]]"
+    reading: str
+
+
+_SECTIONS = {
+    "How far, step by step": _Section(
+        plot_history,
+        "0 is a run that its linearized network predicts. At 1 the linearized weights are no better a guess than the initial "
+        "ones.",
+    ),
+    "At equal loss": _Section(
+        plot_over_loss, "Compare runs that train at different speeds here, and not at equal steps."
+    ),
+    "Accuracies": _Section(
+        plot_accuracies,
+        "The expansion puts the trained weights into the linearized network. Where it is as good as the trained network, the "
+        "function is still linear in the weights.",
+    ),
+    "The kernel": _Section(plot_kernel, "The kernel of a lazy run does not change."),
+    "Which parameters leave first": _Section(plot_parameters, "Rows are parameters in the order of the network."),
 }
 
 
@@ -77,9 +85,9 @@ def write_report(
         The path.
     """
     drawn = {}
-    for heading, draw in _SECTIONS.items():
+    for heading, section in _SECTIONS.items():
         try:
-            drawn[heading] = draw(history)[0]
+            drawn[heading] = section.draw(history)[0]
         except ValueError:  # such scalars were not measured
             continue
     drawn |= figures or {}
@@ -87,8 +95,8 @@ def write_report(
     for heading, figure in drawn.items():
         narrow = ' class="narrow"' if figure.get_figwidth() < 8 else ""
         parts.append(f"<h2>{html.escape(heading)}</h2>")
-        if heading in _READING:
-            parts.append(f"<p>{html.escape(_READING[heading])}</p>")
+        if heading in _SECTIONS:
+            parts.append(f"<p>{html.escape(_SECTIONS[heading].reading)}</p>")
         parts.append(f"<figure{narrow}>{_svg(figure)}</figure>")
     parts.append("<h2>What the linearized network does not describe</h2>")
     listed = "".join(f"<li>{html.escape(note)}</li>" for note in notes or ())

@@ -64,7 +64,7 @@ def plot_scaling(
     places = {point[0] for points in series.values() for point in points}
     if len(places) <= _MOST_LABELS:
         label_at(axis, places)
-    label_few_decades(axis)
+    label_few_decades(axis.yaxis)
     tidy(axis)
     axis.legend(frameon=False, fontsize=9)
     return figure, axis

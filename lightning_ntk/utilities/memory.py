@@ -75,7 +75,7 @@ def empty_matrix(rows: int, columns: int, *, dtype: torch.dtype, device: torch.d
     In pages of 4 KiB, touching 1.3 GB of fresh memory takes as long as the matrix products of a kernel of that size.
 
     Raises:
-        MemoryError: If it cannot be had.
+        MemoryError: If it cannot be allocated.
     """
     size = rows * columns * dtype.itemsize
     try:
@@ -84,7 +84,8 @@ def empty_matrix(rows: int, columns: int, *, dtype: torch.dtype, device: torch.d
         memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     except (OSError, RuntimeError) as error:
         raise MemoryError(
-            f"A matrix of {rows} x {columns} numbers needs {format_bytes(size)}, which cannot be had: {error}. Use fewer samples."
+            f"A matrix of {rows} x {columns} numbers needs {format_bytes(size)}, which cannot be allocated: {error}. "
+            "Use fewer samples."
         ) from error
     with suppress(OSError):  # advice only: a system without huge pages declines it
         memory.madvise(mmap.MADV_HUGEPAGE)

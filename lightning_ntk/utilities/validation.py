@@ -39,7 +39,7 @@ def require_values(name: str, tensor: Tensor) -> None:
 
 
 def require_number(name: str, value: object, what: str) -> None:
-    """Raises a TypeError unless an argument is a real number, that of a tensor or an array too."""
+    """Raises a TypeError unless an argument is a real number; one in a tensor or an array is fine."""
     try:
         valid = not isinstance(value, bool | str) and isinstance(float(value), float)  # type: ignore[arg-type]
     except (TypeError, ValueError, RuntimeError):

@@ -329,7 +329,7 @@ def test_a_schedule_that_becomes_unstable_is_named_once_and_training_goes_on() -
     monitor = LinearizationMonitor(steps=200, loss=MSE)
     module = make_module(body=lambda outputs: nn.Sequential(nn.Linear(6, outputs), nn.Tanh()), lr=0.5)
     module.schedule = lambda step: 1.0 if step < 5 else 40.0
-    with pytest.warns(UserWarning, match="Step 6: The learning rate 20 is above") as record:
+    with pytest.warns(UserWarning, match="Step 6: the learning rate 20 is above") as record:
         trainer, _ = fit(monitor, module, max_steps=1200)
     assert trainer.global_step == 1200
     messages = [str(warning.message) for warning in record]

@@ -233,6 +233,16 @@ def test_squared_losses_written_by_hand_are_found(name: str) -> None:
     assert step.linearized_outputs[0][1][0] == len(inputs)
 
 
+def test_a_squared_loss_of_batches_of_one_size_is_for_the_twin() -> None:
+    module = network()
+
+    def rigid(pair):
+        return (module(pair[0].view(7, 5)) - F.one_hot(pair[1], 3)).square().mean()
+
+    with pytest.raises(NoPairError, match="neither a mean nor a sum"):
+        pair_of_step(StepLinearization(module, rigid), list(batch()))
+
+
 @pytest.mark.parametrize(
     "other",
     [

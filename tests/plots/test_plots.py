@@ -18,6 +18,7 @@ from lightning_ntk.plots import (
     plot_effective_time,
     plot_history,
     plot_kernel,
+    plot_over_loss,
     plot_parameters,
     plot_predictions,
     plot_runs,
@@ -271,6 +272,27 @@ def test_few_runs_share_panels(tmp_path: Path) -> None:
         assert axis.get_xlabel() == "optimizer step"
     assert [t.get_text() for t in figure.legends[0].get_texts()] == ["width 64", "width 128", "width 256"]
     save(figure, tmp_path)
+
+
+def test_runs_at_equal_loss() -> None:
+    histories = {"slow": make_history(), "fast": make_history(0.5)}
+    _, (axis, _) = plot_runs(list(histories.items()), x="loss")
+    for line, history in zip(axis.lines, histories.values(), strict=True):
+        assert list(line.get_xdata()) == [row["loss"] for row in history if row["step"] > 0]
+    assert axis.get_xlim()[0] > axis.get_xlim()[1]  # it falls from left to right
+    _, alone = plot_over_loss(make_history())
+    assert list(alone.lines[0].get_ydata()) == list(axis.lines[0].get_ydata())
+    with pytest.raises(ValueError, match="loss"):
+        plot_over_loss([{"step": 1.0, "relative_weight_distance": 0.1}])
+
+
+def test_marked_rows_have_hollow_markers_and_no_label() -> None:
+    history = [row | {"exact": float(row["step"] < 10)} for row in make_history()]
+    figure, axes = plot_runs([("one", history), ("other", make_history())], ["relative_weight_distance"])
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["one", "other"]
+    hollow = axes[0].lines[1]
+    assert list(hollow.get_xdata()) == [10, 30, 100]
+    assert (hollow.get_markerfacecolor(), hollow.get_linestyle()) == ("white", "None")
 
 
 def test_many_runs_have_small_multiples(tmp_path: Path) -> None:

@@ -46,7 +46,9 @@ def test_the_limit_of_the_process_counts() -> None:
     resource.setrlimit(resource.RLIMIT_AS, (size + (1 << 28), hard))
     try:
         assert 0 < available_memory() <= 1 << 28
-        with pytest.raises(MemoryError, match=r"20000 x 20000 numbers needs 3\.0 GiB, which cannot be had") as caught:
+        with pytest.raises(
+            MemoryError, match=r"20000 x 20000 numbers needs 3\.0 GiB, which cannot be allocated"
+        ) as caught:
             empty_matrix(20_000, 20_000, dtype=torch.float64, device=torch.device("cpu"))
         assert isinstance(caught.value.__cause__, OSError)
         with pytest.raises(MemoryError, match=r"10000 samples .* needs 762\.9 MiB but .* are free"):
