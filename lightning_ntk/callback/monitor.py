@@ -1,16 +1,15 @@
 """The Lightning callback: the life cycle of a monitored run."""
 
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
-from functools import partial
-from typing import TYPE_CHECKING, Any, Literal
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from typing import Any, Literal
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader, Dataset
@@ -20,27 +19,17 @@ from lightning_ntk.callback import trainer as view
 from lightning_ntk.callback.arguments import FollowedDynamics, require_valid
 from lightning_ntk.callback.capture import RunCapture
 from lightning_ntk.callback.checkpoint import NO_STATE, arguments_of, incomplete, options_of, require_resumable
+from lightning_ntk.callback.lockstep import Lockstep
 from lightning_ntk.callback.loggers import figures_of, log_charts, log_figures, log_hparams
 from lightning_ntk.callback.progress_bars import nested_bars
 from lightning_ntk.callback.results import RunResults
-from lightning_ntk.callback.step_hooks import StepHooks
-from lightning_ntk.callback.step_watch import StepWatch
+from lightning_ntk.callback.status import RunStatus
 from lightning_ntk.callback.training_step import require_followable_step
-from lightning_ntk.comparison.optimizer import some
 from lightning_ntk.comparison.schedule import is_scheduled
-from lightning_ntk.data.batches import copy_batch
 from lightning_ntk.data.reference import unpack_pair
-from lightning_ntk.data.sample_index import UnknownSamplesError
-from lightning_ntk.linearization.parameters import plain_name
-from lightning_ntk.training.base import StepSettings
-from lightning_ntk.training.optimizer_copy import held_by, require_supported_optimizer
-from lightning_ntk.training.replay import Replay
-from lightning_ntk.training.twin import Twin
+from lightning_ntk.training.optimizer_copy import require_supported_optimizer
 from lightning_ntk.utilities.distributed import ALONE
 from lightning_ntk.utilities.preserved_objects import preserved_objects
-
-if TYPE_CHECKING:
-    pass
 
 # The first steps of a run are slower than others, and measurements that take no time are not worth a word.
 _STEPS_BEFORE_COST = 2
@@ -191,36 +180,24 @@ class LinearizationMonitor(RunResults):
         self.strict = strict
         self.progress = progress
         require_valid(self)
-        self._hooks: StepHooks | None = None  # into the optimizer, while it trains
+        self._lockstep: Lockstep | None = None  # from the capture to the end of the fit
         self._reset()
 
     def _reset(self) -> None:
-        self._unhook()
+        self._detach()
+        self._lockstep = None
         self.history = []
         self.seconds = {"capture": 0.0, "measurements": 0.0}
+        self._status = RunStatus(strict=self.strict)
         self._capture: RunCapture | None = None  # until the step `capture_at`
         self._processes = ALONE  # until training starts
         self._step = self._start = 0  # `trainer.global_step` now and at the start of this fit
-        self._settings: StepSettings | None = None  # of the step to come
-        self._loss_scale: float | None = None  # of a GradScaler, before the step to come
         self._resumed: dict[str, Any] | None = None  # what a resumed run goes on from, until its first batch
-        self._first_batch: Any = None  # a copy, to say what the run does with it
         self._captured_at = 0.0  # on the clock of `seconds`
         self._said_cost = False  # whether it was said how long the measurements take
-        self._batch: Any = None  # the present one
-        self._had_backward = False  # whether it had a backward pass
-        self._had_step = False  # whether the optimizer stepped in it
-        self._stepping = False  # whether the optimizer is in the middle of a step
-        self._taken = False  # whether there is a gradient for it
-        self._compares: bool | None = None  # whether its gradient is compared, once that is known
-        self._error: Exception | None = None  # that the processes are to be told of
-        self._exact = True  # whether the linearized network follows all that the run has done
-        self._watch = StepWatch()
-        self._lost = False  # whether the linearized network could not follow, which ends the measurements
         self._started = False  # whether checkpoints have anything to hold
         self._loaded: dict[str, Any] | None = None  # the state in a checkpoint, until training starts
         self._loaded_step: int | None = None  # at which it was saved
-        self._reported: dict[str, str] = {}  # the warnings that were given, by kind
 
     def should_measure(self, step: int) -> bool:
         """Whether to measure `step` optimizer steps after the capture. Override it for a schedule of your own."""
@@ -262,9 +239,9 @@ class LinearizationMonitor(RunResults):
         self._step = self._start = trainer.global_step  # above 0 in a second fit of the same Trainer
         resumed = None
         if loaded and self._step > 0:
-            self.history, self._start, self._lost = loaded["history"], loaded["start"], loaded["lost"]
-            self._reported, self._exact = dict(loaded["reported"]), loaded["exact"]
-            resumed, self._loaded_step = None if self._lost else loaded["capture"], loaded["step"]
+            status, self.history, self._start = self._status, loaded["history"], loaded["start"]
+            status.reported, status.exact, status.lost = dict(loaded["reported"]), loaded["exact"], loaded["lost"]
+            resumed, self._loaded_step = None if status.lost else loaded["capture"], loaded["step"]
         self._processes = view.processes_of(trainer)
         try:
             self._processes.require_same(arguments_of(self), "arguments of LinearizationMonitor")
@@ -282,169 +259,46 @@ class LinearizationMonitor(RunResults):
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Called before the batch. Captures a training step, and lets the linearized network train on the batch as it is."""
-        if self._lost or view.has_averaged_weights(trainer):
-            self._unhook()
+        if self._status.lost or view.has_averaged_weights(trainer):
+            self._detach()
             return
         if self._capture is None and not self.is_given_loss and (self._resumed or self._is_due):
             self._begin(trainer, pl_module, batch)
-        if self._capture is None or self._lost:
-            return
-        capture, comparison = self._capture, self._capture.comparison
-        self._batch, self._had_backward, self._had_step = batch, False, False
-        self._first_batch = copy_batch(batch) if self.is_given_loss and comparison.steps_taken == 0 else None
-        scale = 1 / trainer.accumulate_grad_batches
-        self._require_known_samples(batch)
-        with self._following():
-            self._raise_earlier()
-            self._hooks = self._hooks or StepHooks(
-                partial(self._before_step, trainer, pl_module), partial(self._after_step, trainer, pl_module)
-            )
-            self._hooks.attach(view.single_optimizer(trainer))
-            self._live(pl_module)
-            self._watch.begin_batch(pl_module, self._mark, self._step)
-            if capture.shadow is not None:
-                capture.shadow.follow(batch_idx)
-            compares = self._compares_gradient(trainer)
-            with self._undisturbed_pass(pl_module):
-                if capture.accumulates_before:
-                    comparison.accumulate(batch, scale)
-                if compares and comparison.expected_gradient is not None:
-                    comparison.expected_gradient.accumulate(batch, view.tensors_of(pl_module), scale)
-        self._tell_judge(pl_module, batch, scale)
-
-    def _tell_judge(self, module: LightningModule, batch: Any, scale: float) -> None:
-        """Before the first step, tells of a batch the gradient that tells a wrong loss from rounding."""
-        if self._capture is None or self._lost or self._capture.judge is None:
-            return
-        try:
-            with self._processes.agreement():
-                self._capture.judge.accumulate(batch, view.tensors_of(module), scale)
-        except Exception as error:
-            self._capture.judge = None  # in all processes
-            self._report_once(
-                "judge",
-                "LinearizationMonitor compares the given loss with the run in the precision of the run alone, because the "
-                f"training step cannot be followed: {error}",
-            )
+        if self._following is not None:
+            self._following.begin_batch(batch, batch_idx)
 
     @override
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         """Called before every backward pass. Looks at the gradients that are there."""
-        if self._capture is None or self._lost:
-            return
-        try:
-            gradients, scale = self._gradients(trainer, pl_module), view.loss_scale(trainer) or 1.0
-            self._watch.begin_backward(gradients, scale, self._mark, self._step)
-        except Exception as error:
-            self._error = error
+        if self._following is not None:
+            self._following.begin_backward()
 
     @override
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Called after every backward pass. Tells of the batch, and notes the gradients as they are."""
-        again, self._had_backward = self._had_backward, True
-        if self._capture is None or self._lost:
-            return
-        capture, clips_values = self._capture, trainer.gradient_clip_algorithm == "value"
-        try:
-            gradients, scale = self._gradients(trainer, pl_module), view.loss_scale(trainer) or 1.0
-            self._watch.end_backward(gradients, scale, (trainer.gradient_clip_val or None) if clips_values else None)
-            if again and pl_module.automatic_optimization:
-                self._mark(
-                    "closure",
-                    f"Step {self._step + 1}: the run has several backward passes for one batch, of which the linearized network "
-                    "follows one.",
-                )
-            elif not capture.accumulates_before:
-                with self._undisturbed_pass(pl_module):
-                    capture.comparison.accumulate(self._batch, 1 / trainer.accumulate_grad_batches)
-        except Exception as error:
-            self._error = error
+        if self._following is not None:
+            self._following.end_backward()
 
     @override
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Called before gradients are clipped. Compares them with those of the loss that is linearized."""
-        if self._capture is None or self._lost:
-            return
-        with self._following():
-            linearized = self._live(pl_module)
-            self._loss_scale = view.loss_scale(trainer)
-            if self._compares_gradient(trainer):
-                self._compare_gradient(trainer, pl_module, view.gradients(optimizer, linearized, self._loss_scale))
-            parameters = pl_module.named_parameters()
-            thawed = [plain_name(n) for n, p in parameters if p.requires_grad and n not in linearized]
-            if thawed:
-                self._mark(
-                    "thawed",
-                    f"From step {self._step + 1} on the run trains {some(thawed)}, frozen when the network was linearized: "
-                    "they stay fixed in the linearized network and are excluded from all distances.",
-                )
-
-    def _before_step(self, trainer: Trainer, module: LightningModule, optimizer: Optimizer) -> None:
-        """Called when the optimizer has its final gradients. Reads what the step depends on."""
-        if self._capture is None or self._lost:
-            return
-        comparison, step = self._capture.comparison, self._step + 1
-        self._settings, self._stepping = None, True
-        with self._following():
-            self._raise_earlier()
-            if self._had_step:
-                raise ValueError("Expected at most one optimizer step in a batch but `training_step` took 2.")
-            settings = view.step_settings(trainer, optimizer, self._live(module))
-            scale = view.scale_of_gradients(optimizer, view.loss_scale(trainer))
-            self._watch.before_step(module, self._gradients(trainer, module), scale, settings, self._mark, step)
-            self._settings = settings._replace(gradient_factor=self._watch.factor)
-            self._taken = self._processes.any(len(settings.frozen) < len(comparison.initial_weights))
-            changes = list(comparison.prepare_step(optimizer, self._settings)) if self._taken else []
-            is_twin = isinstance(comparison.online, Twin)
-            if changes and self.dynamics == "auto" and comparison.steps_taken == 0 and not is_twin:
-                self._take_over(f"In its first step the run {changes[0][1]}.")
-                changes = []
-            for kind, phrase in changes:
-                followed = "" if is_twin else ': dynamics="twin" does'
-                self._mark(
-                    kind, f"Step {step}: the run {phrase}, which the linearized network does not follow{followed}."
-                )
-
-    def _after_step(self, trainer: Trainer, module: LightningModule, optimizer: Optimizer) -> None:
-        """Called when the optimizer has new weights. Advances the linearized network, so that no checkpoint comes between."""
-        if self._capture is None or self._lost or self._settings is None:
-            self._stepping = False
-            return
-        self._had_step, comparison, settings = True, self._capture.comparison, self._settings
-        with self._following():
-            comparison.note_state()
-            self._watch.after_step(module)
-            if not self._taken or view.overflowed(optimizer):
-                self._discard()
-            else:
-                comparison.step(settings)
-            lr, training = float(settings.groups[0]["lr"]), comparison.training
-            if training is not None and lr > training.max_learning_rate:
-                self._report_once(
-                    "unstable",
-                    f"Step {self._step + 1}: the learning rate {lr:.4g} is above {training.max_learning_rate:.4g}, the largest "
-                    "for which the linearized network is stable: it diverges while the run may not.",
-                )
-        self._stepping, self._compares = False, None
+        if self._following is not None:
+            self._following.before_clipping(optimizer)
 
     @override
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Called after every (micro-)batch. Measures if it is time."""
-        stepped, self._step = trainer.global_step > self._step, trainer.global_step
-        if view.has_averaged_weights(trainer) or self._lost:
+        self._step = trainer.global_step
+        if view.has_averaged_weights(trainer) or self._status.lost:
             return
-        if self._capture is None:
-            if self.is_given_loss and self._is_due:
+        if self._following is None:
+            if self.is_given_loss and self._capture is None and self._is_due:
                 self._begin(trainer, pl_module)
             return
-        self._retract_unless_backward()
-        if stepped and not self._had_step:  # as a GradScaler leaves a step out
-            with self._following():
-                self._discard()
-        comparison = self._capture.comparison
-        if stepped and not self._lost and (self._is_measured(comparison.steps) or view.is_last_step(trainer)):
+        stepped, comparison = self._following.end_batch(), self._following.comparison
+        if stepped and not self._status.lost and (self._is_measured(comparison.steps) or view.is_last_step(trainer)):
             self._measure(trainer, pl_module)
             if self.prog_bar and self.history:
                 tag = "relative_weight_distance"
@@ -456,9 +310,8 @@ class LinearizationMonitor(RunResults):
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Called when training ends. Measures the last step of a run that another callback stopped, and draws figures."""
-        self._unhook()
         averaged = view.ends_with_averaged_weights(trainer, self) or view.has_averaged_weights(trainer)
-        if self.history and self.history[-1]["step"] != self._step and not averaged and not self._lost:
+        if self.history and self.history[-1]["step"] != self._step and not averaged and not self._status.lost:
             self._measure(trainer, pl_module)
         if len(self.history) > 1:
             rank_zero_info(f"LinearizationMonitor: {self.verdict.describe()}")
@@ -476,12 +329,13 @@ class LinearizationMonitor(RunResults):
                 )
                 log_figures(trainer.loggers, figures, name=self.name, step=self._step)
             except Exception as error:
-                self._fail(error, "The figures cannot be drawn.", "figures")
+                self._status.fail(error, "The figures cannot be drawn.", "figures")
 
     @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Called when everything has ended, also by an exception. Lets go of the optimizer."""
-        self._unhook()
+        """Called when everything has ended, also by an exception. Lets go of the run."""
+        self._detach()
+        self._lockstep = None
 
     @override
     def state_dict(self) -> dict[str, Any]:
@@ -492,22 +346,24 @@ class LinearizationMonitor(RunResults):
         if self._capture is not None:
             step += self._capture.comparison.steps
             try:
-                capture = self._capture.state_dict() if self.save_state and not self._lost else None
+                capture = self._capture.state_dict() if self.save_state and not self._status.lost else None
             except Exception as error:
                 capture = None
-                self._fail(error, f"The checkpoint at step {self._step} holds nothing to resume from.", "checkpoint")
+                self._status.fail(
+                    error, f"The checkpoint at step {self._step} holds nothing to resume from.", "checkpoint"
+                )
         elif self._loaded_step is not None:
             step = self._loaded_step
         return {
             "started": True,
-            "step": None if self._stepping else step,
+            "step": None if self._lockstep is not None and self._lockstep.is_stepping else step,
             "options": options_of(self),
             "history": [dict(row) for row in self.history],
             "start": self._start,
-            "reported": dict(self._reported),
-            "lost": self._lost,
-            "exact": self._exact,
-            "capture": capture if self.save_state and not self._lost else None,
+            "reported": dict(self._status.reported),
+            "lost": self._status.lost,
+            "exact": self._status.exact,
+            "capture": capture if self.save_state and not self._status.lost else None,
         }
 
     def _undisturbed(self, trainer: Trainer, module: LightningModule) -> AbstractContextManager[None]:
@@ -515,21 +371,13 @@ class LinearizationMonitor(RunResults):
         own = [*view.data_parts(self.reference), *view.data_parts(self.evaluation)]
         return preserved_objects(*view.bystanders(trainer, module), *own, skip=view.NOT_DATA)
 
-    def _undisturbed_pass(self, module: LightningModule) -> AbstractContextManager[None]:
-        """The same around a pass on one batch, for what passes through the module itself and not a copy."""
-        assert self._capture is not None
-        comparison = self._capture.comparison
-        apart = comparison.loss is self._capture.step
-        passes = isinstance(comparison.online, Twin) or self._compares
-        return nullcontext() if apart or not passes else preserved_objects(module, skip=view.NOT_DATA)
-
     def unpacked(self, batch: Any) -> tuple[Any, Any]:
         """The inputs and the target of a batch, by `unpack`."""
         return (self.unpack or unpack_pair)(batch)
 
     @property
     def _is_due(self) -> bool:
-        return self._step - self._start == self.capture_at and not self._lost
+        return self._step - self._start == self.capture_at and not self._status.lost
 
     def _begin(self, trainer: Trainer, module: LightningModule, batch: Any = None) -> None:
         """Captures and measures; what fails before training ends the run, what fails later ends the measurements."""
@@ -539,8 +387,10 @@ class LinearizationMonitor(RunResults):
                 self._linearize(trainer, module, resumed, batch)
         except Exception as error:
             if self.capture_at and resumed is None:
-                self._lost = True
-                self._fail(error, f"The capture at step {self._step} failed and nothing is measured; training goes on.")
+                self._status.lost = True
+                self._status.fail(
+                    error, f"The capture at step {self._step} failed and nothing is measured; training goes on."
+                )
                 return
             if isinstance(error, KeyError) and resumed is not None:
                 raise incomplete(self, str(error)) from error
@@ -569,190 +419,56 @@ class LinearizationMonitor(RunResults):
         if any(said):
             rank_zero_info(f"LinearizationMonitor: {' '.join(filter(None, said))}")
         if capture.differences:
-            self._mark(
+            self._status.mark(
                 "differences",
                 f"LinearizationMonitor compares this run with {dynamics.replace('_', ' ')}, which does not describe all of "
                 f"it, so that a part of every distance is due to the difference: {'; '.join(capture.differences)}.",
             )
-        self._say_modes()
+        self._lockstep = Lockstep(self, capture, trainer, module, self._processes, self._status, self._is_measured)
         self.seconds["capture"] = time.perf_counter() - started
         self._captured_at = time.perf_counter()
-
-    def _say_modes(self) -> None:
-        """Says that scalars that were asked for are not logged."""
-        assert self._capture is not None
-        comparison = self._capture.comparison
-        if (self.closest or self.modes) and comparison.training is None:
-            self._report_once(
-                "modes",
-                f"LinearizationMonitor logs nothing for `closest` and `modes`: they need the modes of the kernel, which the "
-                f'{comparison.dynamics} does not have. Choose dynamics="gradient_descent" or "gradient_flow", or leave them out.',
-            )
 
     def _is_measured(self, step: int) -> bool:
         """Whether to measure, the same in all processes."""
         try:
             due = self.should_measure(step)
         except Exception as error:
-            self._fail(
+            self._status.fail(
                 error, f"`should_measure` failed at step {step}, and so may later calls; training goes on.", "schedule"
             )
             due = False
         own = type(self).should_measure is not LinearizationMonitor.should_measure
         return self._processes.any(due) if own else due
 
-    def _compares_gradient(self, trainer: Trainer) -> bool:
-        """Whether the gradient of the step to come is compared with that of the loss that is linearized."""
-        assert self._capture is not None
-        if self._compares is None:  # once for all batches of a step
-            comparison, last = self._capture.comparison, self._step + 1 == trainer.max_steps
-            self._compares = comparison.steps_taken == 0 or last or self._is_measured(comparison.steps + 1)
-        return self._compares
+    @property
+    def _following(self) -> Lockstep | None:
+        """The linearized network beside the run, unless it was lost."""
+        return None if self._status.lost else self._lockstep
 
-    def _compare_gradient(self, trainer: Trainer, module: LightningModule, gradients: dict[str, Tensor | None]) -> None:
-        assert self._capture is not None
-        comparison, step = self._capture.comparison, self._capture.step
-        judge = self._capture.judge
-        self._retract_unless_backward()
-        if all(gradient is None for gradient in gradients.values()):
-            return
-        scaled = self._loss_scale is not None and not all(
-            g.isfinite().all() for g in gradients.values() if g is not None
-        )
-        if comparison.expected_gradient is None or scaled:  # the GradScaler leaves out this step
-            return
-        precisions = [view.precision(trainer, module), torch.float64 if step is None else step.precision]
-        precision = max(precisions, key=lambda dtype: torch.finfo(dtype).eps)
-        trained = {n: g for n, g in gradients.items() if module.get_parameter(n).requires_grad}
-        relative, mismatch = comparison.expected_gradient.compare(trained, precision)
-        if mismatch is None and judge is not None and judge.has_batches:
-            judged = {name: value for name, value in judge.total().items() if name in trained}
-            mismatch = comparison.expected_gradient.compare(judged, torch.float32)[1]
-        self._capture.judge = None  # of the first step alone
-        comparison.expected_gradient.discard()  # as large as the weights, and no longer needed
-        self._watch.mismatch = relative
-        if mismatch is None:
-            return
-        where = "the first step" if comparison.steps_taken == 0 else f"step {self._step + 1}"
-        sentence = f"LinearizationMonitor does not follow the loss of this run in {where}. {mismatch.describe()}"
-        if comparison.steps_taken == 0 and self.mismatch == "refuse":
-            if self.is_given_loss:
-                with suppress(Exception):  # what the step is cannot always be told
-                    sentence += f" {self._capture.loss_of_run(trainer, self._first_batch)}".rstrip()
-                advice = "Leave out `loss`, `predict` and `unpack`"
-            elif not self._capture.accumulates_before:
-                advice = 'Use dynamics="twin", which follows the network in train mode'
-            else:
-                advice = (
-                    "The training step keeps state that changes its loss, or draws random numbers from a generator of its own: "
-                    "give `loss`"
-                )
-            # A run that has trained before a late capture goes on, without measurements.
-            kind = ValueError if self.capture_at else MisconfigurationException
-            raise kind(
-                f'{sentence} {advice}; or use mismatch="log" to go on with `gradient_mismatch` beside every distance.'
-            )
-        self._mark("gradient", sentence)
-
-    def _retract_unless_backward(self) -> None:
-        """Takes the present batch back where `training_step` left it out."""
-        assert self._capture is not None
-        for expected in (self._capture.comparison.expected_gradient, self._capture.judge):
-            if not self._had_backward and expected is not None:
-                expected.retract()
-
-    def _require_known_samples(self, batch: Any) -> None:
-        """Before the first step of a replay, finds the samples of its batches."""
-        assert self._capture is not None
-        comparison = self._capture.comparison
-        if comparison.steps > 0 or not isinstance(comparison.online, Replay):
-            return
-        try:
-            with self._processes.agreement():
-                comparison.online.rows(batch)
-        except UnknownSamplesError as error:
-            if self.dynamics != "auto":
-                raise MisconfigurationException(f"LinearizationMonitor cannot replay this run. {error}") from error
-            self._take_over(str(error))
-
-    def _live(self, module: LightningModule) -> dict[str, Tensor]:
-        """The live parameters that were linearized."""
-        assert self._capture is not None
-        return view.live_parameters(module, self._capture.comparison.initial_weights)
-
-    def _gradients(self, trainer: Trainer, module: LightningModule) -> dict[str, Tensor | None]:
-        """The gradients of the linearized parameters that the optimizer steps."""
-        held = {id(p) for p in held_by(view.single_optimizer(trainer))}
-        return {name: p.grad for name, p in self._live(module).items() if id(p) in held}
-
-    @contextmanager
-    def _following(self) -> Iterator[None]:
-        """What fails here loses the linearized network, in all processes, and not the run."""
-        try:
-            with self._processes.agreement():
-                yield
-        except MisconfigurationException:
-            raise
-        except Exception as error:
-            self._lose(error)
-
-    def _raise_earlier(self) -> None:
-        """Raises what failed where the processes do not meet."""
-        error, self._error = self._error, None
-        if error is not None:
-            raise error
-
-    def _discard(self) -> None:
-        """The step was counted, and not taken."""
-        assert self._capture is not None
-        self._compares = None
-        self._capture.comparison.discard()
-        self._watch.discard()
-        if self._capture.judge is not None:
-            self._capture.judge.discard()
-
-    def _take_over(self, why: str) -> None:
-        """Replaces dynamics that were chosen here, and that do not fit, by the twin."""
-        assert self._capture is not None
-        self._capture.comparison.follow_with(self._capture.twin())
-        self._capture.reason = f"Linearized twin in lockstep. {why}"
-        self._report_once("dynamics", f"LinearizationMonitor follows the run with the linearized twin. {why}")
-        self._say_modes()
-
-    def _lose(self, error: Exception) -> None:
-        self._lost = True
-        self._unhook()
-        step = self._step + 1
-        self._fail(
-            error, f"The linearized network is lost in step {step}, and measurements end; training goes on.", "lost"
-        )
-
-    def _unhook(self) -> None:
-        if self._hooks is not None:
-            self._hooks.detach()
-        self._hooks = None
+    def _detach(self) -> None:
+        if self._lockstep is not None:
+            self._lockstep.detach()
 
     def _measure(self, trainer: Trainer, module: LightningModule) -> None:
-        assert self._capture is not None
+        assert self._lockstep is not None
         started = time.perf_counter()
         try:
             with nested_bars(trainer), self._processes.agreement(), self._undisturbed(trainer, module):
-                self._live(module)
-                self._watch.check_weights(module, self._mark, self._step)
-                scalars = self._capture.comparison.measure(view.tensors_of(module))
+                scalars = self._lockstep.measure()
         except Exception as error:
-            self._fail(error, f"The measurement at step {self._step} failed, and so may later ones; training goes on.")
+            self._status.fail(
+                error, f"The measurement at step {self._step} failed, and so may later ones; training goes on."
+            )
             return
-        if self._watch.mismatch is not None:
-            scalars["gradient_mismatch"] = self._watch.mismatch
-        scalars["exact"] = float(self._exact)
         self.history.append({"step": float(self._step), **scalars})
         tagged = {f"{self.name}/{tag}": value for tag, value in scalars.items()}
         for logger in trainer.loggers:
             try:
                 logger.log_metrics(tagged, step=self._step)
             except Exception as error:
-                self._fail(error, f"{type(logger).__name__} cannot log step {self._step}; training goes on.", "logger")
+                self._status.fail(
+                    error, f"{type(logger).__name__} cannot log step {self._step}; training goes on.", "logger"
+                )
         trainer.callback_metrics.update({tag: torch.tensor(value) for tag, value in tagged.items()})
         took = time.perf_counter() - started
         self.seconds["measurements"] += took
@@ -774,21 +490,6 @@ class LinearizationMonitor(RunResults):
                 f"LinearizationMonitor: the {planned} measurements to come take about {planned * took:.0f} s, "
                 f"{share:.0%} of the time of the run. Fewer `steps`, fewer `reference_samples` and taylor=False make it less."
             )
-
-    def _fail(self, error: Exception, sentence: str, kind: str = "failure") -> None:
-        if self.strict:
-            raise error
-        self._report_once(kind, f"{sentence} {type(error).__name__}: {error}")
-
-    def _mark(self, kind: str, message: str) -> None:
-        """Reports what the linearized network does not follow, and marks all rows to come."""
-        self._exact = False
-        self._report_once(kind, message)
-
-    def _report_once(self, kind: str, message: str) -> None:
-        if kind not in self._reported:
-            self._reported[kind] = message
-            rank_zero_warn(message)
 
 
 def _histories(trainer: Trainer) -> dict[str, list[dict[str, float]]]:

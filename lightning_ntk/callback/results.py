@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from lightning.pytorch import Callback
 
+from lightning_ntk.callback.status import RunStatus
 from lightning_ntk.comparison.run_comparison import RunComparison
 from lightning_ntk.functional.verdict import Verdict, judge
 from lightning_ntk.functional.weights import norm
@@ -33,8 +34,7 @@ class RunResults(Callback):
     predict: Any
     unpack: Any
     _capture: "RunCapture | None"
-    _lost: bool
-    _reported: dict[str, str]
+    _status: RunStatus
 
     @property
     def is_given_loss(self) -> bool:
@@ -70,9 +70,9 @@ class RunResults(Callback):
     def verdict(self) -> Verdict:
         """Whether the run was lazy so far, and why; see `lightning_ntk.functional.judge`."""
         doubts = []
-        if self._lost:
+        if self._status.lost:
             doubts.append("the linearized network was lost before the run ended")
-        if "unstable" in self._reported:
+        if "unstable" in self._status.reported:
             doubts.append("the learning rate is above the largest for which the linearized network is stable")
         resolution = 0.0
         if self.comparison is not None:
@@ -94,7 +94,7 @@ class RunResults(Callback):
         if self.training is not None:
             modes, time = self.training.modes, None if self.comparison is None else self.comparison.kernel_time
             figures["The spectrum"] = plot_spectrum(modes.eigenvalues, modes.coordinates, time=time)[0]
-        notes = list(self._reported.values())
+        notes = list(self._status.reported.values())
         return write_report(path, self.history, self.verdict, title=self.name, notes=notes, figures=figures)
 
     def to_pandas(self) -> "DataFrame":

@@ -211,6 +211,6 @@ def test_random_runs_are_followed_marked_or_refused(plan: dict[str, Any]) -> Non
             steps = [row["step"] for row in monitor.history]
             waits = not steps and last <= plan["capture at"]  # for the batch after the last one
             assert said or waits or (len(unmarked) == len(steps) and steps[-1] == last)
-            was = "lost" if monitor._lost else "marked" if len(unmarked) < len(monitor.history) else "said"
+            was = "lost" if monitor._status.lost else "marked" if len(unmarked) < len(monitor.history) else "said"
             event(was if said else "exact")
     random.setstate(state)

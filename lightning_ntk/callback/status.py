@@ -1,0 +1,39 @@
+"""How well a run is followed, and what the user has been told about it."""
+
+from lightning.pytorch.utilities import rank_zero_warn
+
+
+class RunStatus:
+    """Reports each thing once, and remembers whether the linearized network still follows the run.
+
+    Args:
+        strict: Whether a failing measurement ends the run.
+
+    Attributes:
+        reported: The warnings that were given, by kind.
+        exact: Whether the linearized network follows all that the run has done.
+        lost: Whether the linearized network could not follow, which ends the measurements.
+    """
+
+    def __init__(self, *, strict: bool) -> None:
+        self._strict = strict
+        self.reported: dict[str, str] = {}
+        self.exact = True
+        self.lost = False
+
+    def report_once(self, kind: str, message: str) -> None:
+        """Warns, unless a warning of this kind was given before."""
+        if kind not in self.reported:
+            self.reported[kind] = message
+            rank_zero_warn(message)
+
+    def mark(self, kind: str, message: str) -> None:
+        """Reports what the linearized network does not follow, and marks all rows to come."""
+        self.exact = False
+        self.report_once(kind, message)
+
+    def fail(self, error: Exception, sentence: str, kind: str = "failure") -> None:
+        """Reports a failure of the measurement, or raises it where the user asked for strictness."""
+        if self._strict:
+            raise error
+        self.report_once(kind, f"{sentence} {type(error).__name__}: {error}")
