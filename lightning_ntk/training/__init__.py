@@ -4,10 +4,13 @@ from lightning_ntk.linearization.batch_loss import PairLoss
 from lightning_ntk.training.base import LinearizedState, OnlineTraining, StepSettings
 from lightning_ntk.training.linearized_training import LinearizedTraining
 from lightning_ntk.training.problem import LinearizedProblem
+from lightning_ntk.training.regression import Fit, KernelRegression, kernel_regression
 from lightning_ntk.training.replay import Replay
 from lightning_ntk.training.twin import Twin
 
 __all__ = [
+    "Fit",
+    "KernelRegression",
     "LinearizedProblem",
     "LinearizedState",
     "LinearizedTraining",
@@ -16,4 +19,5 @@ __all__ = [
     "Replay",
     "StepSettings",
     "Twin",
+    "kernel_regression",
 ]

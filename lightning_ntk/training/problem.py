@@ -108,9 +108,21 @@ class LinearizedProblem:
         other._read(data)
         return other
 
+    def at(self, tensors: Mapping[str, Tensor]) -> "LinearizedProblem":
+        """The same data set, with the network at other weights and buffers; those that are not among `tensors` stay."""
+        other = copy(self)
+        other.linearization = copy(self.linearization)
+        state = self.linearization.state_dict()
+        other.linearization.load_state_dict(
+            {kind: {name: tensors.get(name, value) for name, value in own.items()} for kind, own in state.items()}
+        )
+        other.linearization.share_buffers(self.processes)
+        other._read(self._data)
+        return other
+
     @preserved_rng()
     def _read(self, data: Data) -> None:
-        linearization = self.linearization
+        linearization, self._data = self.linearization, data
         self.reference = Reference(data, batch_size=self._batch_size, unpack=self.unpack, transfer=self.transfer)
         self._passes = DataPasses(linearization, self.reference, progress=self.progress, processes=self.processes)
         check_samples(linearization, self.reference)
