@@ -93,3 +93,12 @@ def test_published_formulas(tmp_path: Path, run: Run) -> None:
     assert 5 * max(errors["lightning_ntk"]) < max(errors["published"]) < 1e-2
     assert "sigma_w = 1: condition number of the kernel" in printed
     require_figures(tmp_path, "closed-forms.png")
+
+
+def test_kernels_before_and_after_training(tmp_path: Path, run: Run) -> None:
+    printed = run("after_kernel.py", "--widths 16 24 --seeds 0 --steps 300 --samples 128")
+    (first, *_, last) = table(printed, "step")
+    assert (first[0], last[0], len(first)) == ("0", "300", 5)
+    for before, after in zip(first[1:], last[1:], strict=True):  # the kernels' errors and the networks'
+        assert float(after) < float(before)
+    require_figures(tmp_path, "after-kernel.png")

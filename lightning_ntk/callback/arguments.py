@@ -1,10 +1,11 @@
 """The arguments of a monitor, checked before anything runs."""
 
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, get_args
 
 from torch.utils.data import DataLoader, Dataset
 
+from lightning_ntk.comparison.regression import Kernel
 from lightning_ntk.solvers.selection import Solver
 from lightning_ntk.training.problem import JacobianStorage
 from lightning_ntk.utilities.validation import (
@@ -56,6 +57,11 @@ def require_valid(monitor: "LinearizationMonitor") -> None:
         )
     require_integer("modes", monitor.modes, least=0)
     require_integer("kernel_probe", monitor.kernel_probe, least=0)
+    listed = isinstance(monitor.kernels, list | tuple)
+    if not listed or not all(kernel in get_args(Kernel) for kernel in monitor.kernels):
+        raise ValueError(
+            f'Expected argument `kernels` to be a list of "before" and "after" but got {monitor.kernels!r:.100}.'
+        )
     if monitor.dynamics in ("replay", "twin") and (monitor.closest or monitor.modes):
         raise ValueError(
             f'Expected `closest=False` and `modes=0` with dynamics="{monitor.dynamics}" but got {monitor.closest} and '
@@ -69,6 +75,11 @@ def require_valid(monitor: "LinearizationMonitor") -> None:
         raise ValueError(
             "Expected argument `kernel_probe` to be 0 with reference=None but got "
             f"{monitor.kernel_probe}: it takes samples of the reference."
+        )
+    if monitor.reference is None and monitor.kernels:
+        raise ValueError(
+            f"Expected argument `kernels` to be empty with reference=None but got {monitor.kernels}: kernel regression "
+            "takes samples of the reference."
         )
     if monitor.reference is None and monitor.dynamics not in ("auto", "twin"):
         raise ValueError(

@@ -18,6 +18,7 @@ from lightning_ntk.comparison.expected_gradient import ExpectedGradient
 from lightning_ntk.comparison.full_batch import FullBatchCheck
 from lightning_ntk.comparison.functions import FunctionComparison, OutputComparison
 from lightning_ntk.comparison.optimizer import ObservedOptimizer
+from lightning_ntk.comparison.regression import RegressionComparison
 from lightning_ntk.comparison.run_comparison import RunComparison
 from lightning_ntk.comparison.step_functions import StepComparison
 from lightning_ntk.data.reference import Data, NoFixedOrderError, Reference, evenly_spaced
@@ -45,6 +46,8 @@ if TYPE_CHECKING:
 _COMPARED_SHARE = 0.5
 _LEAST_SAMPLES = 256
 _COUNTED_STEPS = 20000  # at most, to know how often a run is measured
+# Rows of the kernels of kernel regression, at most: all modes of so many take half a minute and 640 MiB.
+_REGRESSION_ROWS = 4096
 
 
 class RunCapture:
@@ -108,7 +111,7 @@ class RunCapture:
         self.shadow: ShadowStep | None = None
         self.step: StepLinearization | None = None
         self._pair: Pair | None = Pair(monitor.loss or nn.MSELoss(), monitor.predict)
-        self._no_pair = ""
+        self._no_pair, self._eval_pair = "", self._pair  # the latter is of the network in eval mode
         if not monitor.is_given_loss:
             self._pair, self._no_pair = self._look_at_step(trainer, batch)
         self._data, self._no_order = self._reference_data(trainer)
@@ -136,6 +139,7 @@ class RunCapture:
             loss, online, reference=reference, evaluation=evaluation, probe=self._probe(loss), optimizer=self._observed,
             training=training, expected_gradient=ExpectedGradient(loss, processes=processes),
             full_batch=FullBatchCheck(training.problem) if training is not None and looks else None,
+            regression=self._regression(),
             per_parameter=monitor.per_parameter, closest=monitor.closest, modes=monitor.modes,
         )  # fmt: skip
         if saved is not None:
@@ -202,11 +206,14 @@ class RunCapture:
         if self._saved is not None:
             self.step.load_state_dict(self._saved["start"])
         if monitor.network:
+            self._eval_pair = None
             self.step.first_outputs(batch)
             return None, "the user has named the network"
         try:
-            return pair_of_step(self.step, batch), ""
+            self._eval_pair = pair_of_step(self.step, batch)
+            return self._eval_pair, ""
         except NoPairError as error:
+            self._eval_pair = error.pair
             # Who chooses dynamics on a kernel has a network in eval mode, and learns from the gradients how well it fits.
             chosen = monitor.dynamics not in ("auto", "twin")
             return error.pair if chosen else None, str(error)
@@ -332,11 +339,11 @@ class RunCapture:
             data, batch_size=size or self._monitor.batch_size, unpack=self._monitor.unpacked, transfer=self._transfer
         )
 
-    def _problem(self, data: Data) -> LinearizedProblem:
-        monitor = self._monitor
-        assert self._pair is not None
+    def _problem(self, data: Data, pair: Pair | None = None) -> LinearizedProblem:
+        monitor, pair = self._monitor, pair or self._pair
+        assert pair is not None
         return LinearizedProblem(
-            self._module, data, loss=self._pair.loss, predict=self._pair.predict, jacobian=monitor.jacobian,
+            self._module, data, loss=pair.loss, predict=pair.predict, jacobian=monitor.jacobian,
             batch_size=monitor.batch_size, dtype=_dtype(monitor), processes=self._processes, unpack=monitor.unpacked,
             transfer=self._transfer, device=None if monitor.device is None else torch.device(monitor.device),
             lr_scales=self._observed.lr_scales, progress=self._progress,
@@ -372,6 +379,30 @@ class RunCapture:
             )
         linearization = loss.linearization if isinstance(loss, PairLoss) else self._linearization()
         return KernelProbe(linearization, self._on(self._data), samples=samples)
+
+    def _regression(self) -> RegressionComparison | None:
+        """Kernel regression on some samples of the reference, with the squared loss of the run or the mean squared error."""
+        monitor, pair = self._monitor, self._eval_pair
+        if not monitor.kernels:
+            return None
+        if self._data is None or pair is None:
+            raise ValueError(
+                "Expected a reference set, and a loss of outputs (samples, outputs) and targets, for argument `kernels` but "
+                f"{self._no_pair if pair is None else self._no_order}. Leave out `kernels`; or give `reference` a data set with "
+                "a fixed order, and `loss`."
+            )
+        try:
+            few, most = self._problem(evenly_spaced(self._data, 2), pair), monitor.reference_samples
+            if few.objective.factor is None:
+                pair = Pair(nn.MSELoss(), pair.predict)
+            if most is not None:
+                most = min(most, max(1, _REGRESSION_ROWS // few.predictions.shape[1]))
+            problem = self._problem(evenly_spaced(self._data, most), pair)
+            problem.objective.require_factor()
+        except ValueError as error:
+            raise ValueError(f"{error} Argument `kernels` needs targets of a squared loss; or leave it out.") from error
+        other = None if monitor.evaluation is None else evenly_spaced(monitor.evaluation, monitor.reference_samples)
+        return RegressionComparison(problem, other, monitor.kernels)
 
 
 def _dtype(monitor: "LinearizationMonitor") -> torch.dtype | None:

@@ -103,6 +103,9 @@ class LinearizationMonitor(RunResults):
             `mode/<i>/linearized_residual`. It needs gradient descent or flow.
         kernel_probe: Number of evenly spaced samples of the reference whose kernel to follow, for `kernel_distance`,
             `kernel_change` and `kernel_velocity`. Each measurement computes the kernel of these samples. 0 for none.
+        kernels: With which kernels to do kernel regression beside the network, `kernel_regression/...`: "before" training, at w0,
+            and "after" it, at the weights and buffers of the last step. On at most `reference_samples` samples of the reference
+            and 4096 rows (samples times outputs), each costs as much as a capture of such a kernel with its modes.
         figures: Whether to draw figures when training ends, for TensorBoard, Weights & Biases and MLflow. Needs matplotlib.
         prog_bar: Whether the Trainer's progress bar shows `relative_weight_distance`.
         save_state: Whether checkpoints hold what a resumed run needs to go on with its measurements: the initial weights and
@@ -145,6 +148,7 @@ class LinearizationMonitor(RunResults):
         closest: bool = False,
         modes: int = 0,
         kernel_probe: int = 0,
+        kernels: Sequence[Literal["before", "after"]] = (),
         figures: bool = False,
         prog_bar: bool = False,
         save_state: bool = True,
@@ -174,6 +178,7 @@ class LinearizationMonitor(RunResults):
         self.closest = closest
         self.modes = modes
         self.kernel_probe = kernel_probe
+        self.kernels = kernels
         self.figures = figures
         self.prog_bar = prog_bar
         self.save_state = save_state
@@ -313,6 +318,8 @@ class LinearizationMonitor(RunResults):
         averaged = view.ends_with_averaged_weights(trainer, self) or view.has_averaged_weights(trainer)
         if self.history and self.history[-1]["step"] != self._step and not averaged and not self._status.lost:
             self._measure(trainer, pl_module)
+        if self.kernels and self._capture is not None and not averaged and not self._status.lost:
+            self._regress(trainer, pl_module)
         if len(self.history) > 1:
             rank_zero_info(f"LinearizationMonitor: {self.verdict.describe()}")
         histories = _histories(trainer)
@@ -461,6 +468,24 @@ class LinearizationMonitor(RunResults):
             )
             return
         self.history.append({"step": float(self._step), **scalars})
+        self._log(trainer, scalars)
+        took = time.perf_counter() - started
+        self.seconds["measurements"] += took
+        self._say_cost(trainer, took)
+
+    def _regress(self, trainer: Trainer, module: LightningModule) -> None:
+        """Adds kernel regression with the kernel after training to the last row."""
+        assert self._capture is not None
+        try:
+            with nested_bars(trainer), self._processes.agreement(), self._undisturbed(trainer, module):
+                scalars = self._capture.comparison.regress(view.tensors_of(module))
+        except Exception as error:
+            self._status.fail(error, "Kernel regression with the kernel after training failed.", "kernels")
+            return
+        self.history[-1].update(scalars)
+        self._log(trainer, scalars)
+
+    def _log(self, trainer: Trainer, scalars: dict[str, float]) -> None:
         tagged = {f"{self.name}/{tag}": value for tag, value in scalars.items()}
         for logger in trainer.loggers:
             try:
@@ -470,9 +495,6 @@ class LinearizationMonitor(RunResults):
                     error, f"{type(logger).__name__} cannot log step {self._step}; training goes on.", "logger"
                 )
         trainer.callback_metrics.update({tag: torch.tensor(value) for tag, value in tagged.items()})
-        took = time.perf_counter() - started
-        self.seconds["measurements"] += took
-        self._say_cost(trainer, took)
 
     def _say_cost(self, trainer: Trainer, took: float) -> None:
         """Says what the measurements to come will take, once their duration and that of a step are known."""

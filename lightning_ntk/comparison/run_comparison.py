@@ -10,6 +10,7 @@ from lightning_ntk.comparison.expected_gradient import ExpectedGradient
 from lightning_ntk.comparison.full_batch import FullBatchCheck
 from lightning_ntk.comparison.functions import FunctionComparison
 from lightning_ntk.comparison.optimizer import ObservedOptimizer, some
+from lightning_ntk.comparison.regression import RegressionComparison
 from lightning_ntk.comparison.scalars import compare_closest, compare_modes, compare_weights
 from lightning_ntk.functional.weights import difference
 from lightning_ntk.kernel import KernelProbe
@@ -39,6 +40,7 @@ class RunComparison:
         training: The closed form of `online`, for the modes, the closest time and the edge of stability.
         expected_gradient: The gradient that the run's steps must have, where it is to be compared.
         full_batch: The samples that the run's steps must have, where `online` is full-batch gradient descent.
+        regression: Kernel regression with the kernels before and after training.
         per_parameter: Whether to compare every parameter tensor.
         closest: Whether to find the time at which the linearized network is closest to the trained one.
         modes: The number of leading modes along which residuals are compared.
@@ -82,6 +84,7 @@ class RunComparison:
         training: LinearizedTraining | None = None,
         expected_gradient: ExpectedGradient | None = None,
         full_batch: FullBatchCheck | None = None,
+        regression: RegressionComparison | None = None,
         per_parameter: bool = False,
         closest: bool = False,
         modes: int = 0,
@@ -95,6 +98,7 @@ class RunComparison:
         self._probe = probe
         self._optimizer = optimizer
         self._full_batch = full_batch
+        self._regression = regression
         self.expected_gradient = expected_gradient
         self._per_parameter = per_parameter
         self._closest = closest
@@ -210,8 +214,7 @@ class RunComparison:
         Returns:
             The scalars by name, see docs/scalars.md.
         """
-        if weights is None:
-            weights = {**dict(self._module.named_parameters()), **dict(self._module.named_buffers())}
+        weights = self._live if weights is None else weights
         own = {name: weights[name] for name in self.initial_weights}
         displacement, linearized = difference(own, self.initial_weights), self.online.displacement()
         scalars = compare_weights(displacement, linearized, per_parameter=self._per_parameter)
@@ -228,7 +231,23 @@ class RunComparison:
             kernel = self._probe.kernel(own)
             scalars |= self._probe.compare(kernel, step=self.steps)
             self._probe.advance(kernel, step=self.steps)
-        return scalars
+        return scalars if self._regression is None else scalars | self._regression.before
+
+    @preserved_rng()
+    def regress(self, weights: Mapping[str, Tensor] | None = None) -> dict[str, float]:
+        """Kernel regression with the kernel after training: as much work as a capture of the kernel and its modes.
+
+        Args:
+            weights: The trained weights w_t, and buffers, by name. Default: those that the module has now.
+
+        Returns:
+            The scalars by name; none unless they are asked for.
+        """
+        return {} if self._regression is None else self._regression.after(self._live if weights is None else weights)
+
+    @property
+    def _live(self) -> dict[str, Tensor]:
+        return {**dict(self._module.named_parameters()), **dict(self._module.named_buffers())}
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that the measurements to come depend on, as tensors, numbers, strings, dicts and lists.

@@ -142,7 +142,13 @@ def kernel_regression(
             module, train, loss=loss, predict=predict, unpack=unpack, batch_size=batch_size, dtype=dtype,
             progress=progress,
         )  # fmt: skip
-    modal = ModalProblem(problem, (), solver="eigh", lanczos=Lanczos(), ntk=ntk)
+    try:
+        modal = ModalProblem(problem, (), solver="eigh", lanczos=Lanczos(), ntk=ntk)
+    except MemoryError as error:
+        samples, outputs = problem.predictions.shape
+        raise MemoryError(
+            f"The kernel of {samples} samples with {outputs} outputs and all its modes do not fit. Use fewer samples."
+        ) from error
     (modes,) = modal.solver.modes
     targets, start = problem.objective.targets, problem.predictions.cpu().double()
     if centered:
