@@ -111,7 +111,8 @@ class RunCapture:
         self.shadow: ShadowStep | None = None
         self.step: StepLinearization | None = None
         self._pair: Pair | None = Pair(monitor.loss or nn.MSELoss(), monitor.predict)
-        self._no_pair, self._eval_pair = "", self._pair  # the latter is of the network in eval mode
+        self._no_pair = ""
+        self._eval_pair: Pair | None = self._pair  # of the network in eval mode, whether or not the run has another one
         if not monitor.is_given_loss:
             self._pair, self._no_pair = self._look_at_step(trainer, batch)
         self._data, self._no_order = self._reference_data(trainer)

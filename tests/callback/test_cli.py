@@ -186,7 +186,7 @@ def test_the_help_explains_every_option(run: Callable[..., LightningCLI], capsys
     assert ended.value.code == 0
     text = " ".join(capsys.readouterr().out.split())
     described = text.partition("Logs how far a training run leaves the path")[2]
-    described = re.sub(r", --trainer.callbacks.(\w+)\+ \w+", "", described)  # how to append to a list
+    described = re.sub(r", --trainer.callbacks.(\w+)\+ \S+", "", described)  # how to append to a list
     for name, parameter in inspect.signature(LinearizationMonitor).parameters.items():
         option = f"--trainer.callbacks.{name} "
         assert option in described, name
