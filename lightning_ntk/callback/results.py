@@ -10,12 +10,12 @@ from lightning_ntk.callback.status import RunStatus
 from lightning_ntk.comparison.run_comparison import RunComparison
 from lightning_ntk.functional.verdict import Verdict, judge
 from lightning_ntk.functional.weights import norm
-from lightning_ntk.plots import plot_history, plot_spectrum
+from lightning_ntk.plots import Drawing, plot_history, plot_spectrum
 from lightning_ntk.report import summarize, write_report
 from lightning_ntk.training.linearized_training import LinearizedTraining
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+    from matplotlib.axes import Axes
     from pandas import DataFrame
 
     from lightning_ntk.callback.capture import RunCapture
@@ -84,9 +84,12 @@ class RunResults(Callback):
         """The verdict and a table of the run, in 80 columns."""
         return summarize(self.history, self.verdict)
 
-    def plot(self) -> "tuple[Figure, Any]":
-        """Plots distances and losses over optimizer steps: `(figure, axes)`. Needs matplotlib."""
-        return plot_history(self.history)
+    def plot(self, title: str | None = None, ax: "Axes | None" = None) -> Drawing:
+        """Plots distances and losses over optimizer steps, as `lightning_ntk.plots.plot_history` does. Needs matplotlib.
+
+        A notebook shows the picture. `figure, axes = monitor.plot()` gives the figure, to change or to save.
+        """
+        return plot_history(self, title, ax)
 
     def report(self, path: str | Path) -> Path:
         """Writes one HTML page about the run, see `lightning_ntk.report.write_report`. Needs matplotlib."""

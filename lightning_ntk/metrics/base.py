@@ -7,11 +7,10 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
-from lightning_ntk.plots import plot_values
+from lightning_ntk.plots import Drawing, plot_values
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
 
 class SummedMetric(Metric):
@@ -32,7 +31,7 @@ class SummedMetric(Metric):
         """Adds a state that starts at zero, in float64, and is summed over processes."""
         self.add_state(name, torch.zeros(shape, dtype=torch.float64), dist_reduce_fx="sum")
 
-    def plot(self, val: Tensor | Sequence[Tensor] | None = None, ax: "Axes | None" = None) -> "tuple[Figure, Axes]":
+    def plot(self, val: Tensor | Sequence[Tensor] | None = None, ax: "Axes | None" = None) -> Drawing:
         """Plots one value, or the values of successive measurements. Needs matplotlib.
 
         Args:

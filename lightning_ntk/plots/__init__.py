@@ -1,6 +1,7 @@
 """Matplotlib figures of histories, spectra, predictions and several runs.
 
-Nothing here uses pyplot, so your backend and your open figures are left alone. Colors come from the Okabe-Ito palette and
+Every function returns a `Drawing`, the figure and its axes, which a notebook shows as a picture. Nothing here uses pyplot, so
+your backend and your open figures are left alone. Colors come from the Okabe-Ito palette and
 cividis, which color-blind readers can tell apart; line styles and markers do the same in print. Without matplotlib, every
 function raises a ModuleNotFoundError.
 """
@@ -18,8 +19,10 @@ from lightning_ntk.plots.scalars import (
     plot_values,
 )
 from lightning_ntk.plots.spectrum import plot_spectrum
+from lightning_ntk.plots.style import Drawing
 
 __all__ = [
+    "Drawing",
     "plot_accuracies",
     "plot_effective_time",
     "plot_history",

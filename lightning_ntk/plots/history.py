@@ -1,12 +1,24 @@
-"""Histories: rows of scalars, from a monitor or a log file."""
+"""Histories: rows of scalars, from a monitor, a table or a log file."""
 
 import csv
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TypeAlias
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
+
+
+class HasHistory(Protocol):
+    """What has measured a run: a `LinearizationMonitor`, or the `LinearizationCallback` of transformers."""
+
+    history: list[dict[str, float]]
+
 
 History: TypeAlias = Sequence[Mapping[str, float]]
+Run: TypeAlias = "History | HasHistory | DataFrame"
+"""What plots take: rows with "step" and scalars, as a list or a DataFrame, or what has measured them."""
 
 # Axis labels.
 LABELS = {
@@ -70,6 +82,27 @@ def read_history(path: str | Path, name: str = "ntk") -> list[dict[str, float]]:
                 step = float(line["step"])
                 rows.setdefault(step, {"step": step}).update(scalars)
     return list(rows.values())
+
+
+def rows_of(run: Run) -> History:
+    """The rows of a run; cells of a DataFrame that are missing are left out.
+
+    Raises:
+        TypeError: If `run` is none of a history, a DataFrame and a monitor.
+    """
+    rows: Any = getattr(run, "history", run)
+    if hasattr(rows, "to_dict"):
+        rows = [{key: value for key, value in row.items() if value == value} for row in rows.to_dict("records")]
+    if (
+        isinstance(rows, str | Mapping)
+        or not isinstance(rows, Sequence)
+        or not all(isinstance(r, Mapping) for r in rows)
+    ):
+        raise TypeError(
+            "Expected a monitor, its `history`, or a DataFrame with a row for each measurement but got "
+            f"{type(run).__name__}."
+        )
+    return rows
 
 
 def tells_at_start(key: str) -> bool:

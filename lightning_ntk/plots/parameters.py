@@ -3,11 +3,11 @@
 import math
 from typing import TYPE_CHECKING, Any
 
-from lightning_ntk.plots.history import History
-from lightning_ntk.plots.style import new_figure
+from lightning_ntk.plots.history import Run, rows_of
+from lightning_ntk.plots.style import Drawing, panels
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+    from matplotlib.axes import Axes
 
 _PREFIX = "parameter/"
 # Values below this fraction of the largest get its color: after one step, distances are zero to rounding.
@@ -17,14 +17,15 @@ _MOST_LABELS, _MOST_STEPS = 90, 14
 _MOST_OUTLINED = 30
 
 
-def plot_parameters(history: History, title: str | None = None) -> "tuple[Figure, Any]":
+def plot_parameters(history: Run, title: str | None = None, ax: "Axes | None" = None) -> Drawing:
     """Draws the relative weight distance of each parameter (row) at each measurement (column).
 
     Colors are logarithmic. Cells that were not measured or are not finite are white.
 
     Args:
-        history: Rows with "step" and "parameter/<name>", from a monitor with `per_parameter=True`.
-        title: Title of the figure.
+        history: A monitor with `per_parameter=True`, its history or a DataFrame, with "step" and "parameter/<name>".
+        title: Title of the axes.
+        ax: Axes to draw on. Default: those of a new figure, as high as the parameters need.
 
     Returns:
         The figure and its axes, with rows in the order of the network, from the top.
@@ -32,6 +33,7 @@ def plot_parameters(history: History, title: str | None = None) -> "tuple[Figure
     Raises:
         ValueError: If the history has no distances of parameters after step 0.
     """
+    history = rows_of(history)
     names = list(dict.fromkeys(key for row in history for key in row if key.startswith(_PREFIX)))
     moved = [row for row in history if row["step"] > 0 and any(name in row for name in names)]
     if not moved:
@@ -39,10 +41,10 @@ def plot_parameters(history: History, title: str | None = None) -> "tuple[Figure
             "Expected a history with distances of parameters after step 0 but it has none. "
             "Give the monitor `per_parameter=True`."
         )
-    figure = new_figure(2.6 + max(4.5, min(8.0, 0.28 * len(moved))), min(14.0, 1.5 + 0.26 * len(names)))
+    size = 2.6 + max(4.5, min(8.0, 0.28 * len(moved))), min(14.0, 1.5 + 0.26 * len(names))
+    figure, (axis,) = panels(1, None, size=size, ax=ax)
     from matplotlib.colors import LogNorm
 
-    axis = figure.subplots()
     cells = [[row.get(name, math.nan) for row in moved] for name in names]
     finite = [value for line in cells for value in line if math.isfinite(value) and value > 0]
     largest = max(finite, default=1.0)
@@ -71,4 +73,4 @@ def plot_parameters(history: History, title: str | None = None) -> "tuple[Figure
     bar = figure.colorbar(image, ax=axis, extend=extend, pad=0.02, aspect=30)
     bar.set_label("relative weight distance", fontsize=9)
     bar.outline.set_visible(False)
-    return figure, axis
+    return Drawing(figure, axis)

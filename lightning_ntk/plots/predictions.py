@@ -1,16 +1,13 @@
 """Outputs of the linearized network over outputs of the trained one."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor
 
 from lightning_ntk.functional.predictions import prediction_rmse
-from lightning_ntk.plots.style import GREY, TRAINED, panels, tidy
+from lightning_ntk.plots.style import GREY, TRAINED, Drawing, panels, tidy
 from lightning_ntk.utilities.validation import require_same_shape
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 # With more outputs than this, all share one panel.
 _MOST_PANELS = 12
@@ -20,7 +17,7 @@ _MANY_POINTS = 3000
 
 def plot_predictions(
     outputs: Tensor, linearized_outputs: Tensor, *, names: Sequence[str] | None = None, title: str | None = None
-) -> "tuple[Figure, Any]":
+) -> Drawing:
     """Draws outputs of the linearized network over those of the trained one.
 
     They agree on the diagonal. The title of each panel gives their root mean square difference.
@@ -65,7 +62,7 @@ def plot_predictions(
         tidy(axis)
     figure.supxlabel("output of the trained network", fontsize=10)
     figure.supylabel("output of the linearized network", fontsize=10)
-    return figure, axes
+    return Drawing(figure, axes)
 
 
 def _draw(axis: Any, real: Tensor, predicted: Tensor, limits: tuple[float, float]) -> None:

@@ -3,20 +3,36 @@
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from lightning_ntk.plots.history import LABELS, History, require_any, series, tells_at_start
-from lightning_ntk.plots.style import GREY, LINES, new_figure, panels, progress_axis, step_axis, value_axis
+from lightning_ntk.plots.history import LABELS, History, Run, require_any, rows_of, series, tells_at_start
+from lightning_ntk.plots.style import (
+    GREY,
+    LINES,
+    Drawing,
+    draw_curve,
+    is_wide,
+    mark_thresholds,
+    new_figure,
+    panels,
+    progress_axis,
+    step_axis,
+    value_axis,
+)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
 
-def plot_history(history: History, title: str | None = None) -> "tuple[Figure, Any]":
+def plot_history(history: Run, title: str | None = None, ax: "Axes | None" = None) -> Drawing:
     """Draws the distance between both networks' weights, and both losses.
 
+    Dotted lines are at the distances 0.1, below which a run is lazy, and 0.5, from which on it is rich. A triangle at the
+    bottom is a distance that is zero to rounding, as after one full-batch step.
+
     Args:
-        history: Rows with "step" and any of "relative_weight_distance", "loss" and "linearized_loss".
+        history: A monitor, its history or a DataFrame, with "step" and any of "relative_weight_distance", "loss" and
+            "linearized_loss".
         title: Title of the figure.
+        ax: Axes to draw the distance on, or the losses where there is no distance. Default: both, in a new figure.
 
     Returns:
         The figure and its axes: the distance and the losses, where they were measured.
@@ -28,15 +44,17 @@ def plot_history(history: History, title: str | None = None) -> "tuple[Figure, A
         "How far the weights leave the linearized path": {"relative_weight_distance": ""},
         "Loss of both networks": {"loss": "trained network", "linearized_loss": "linearized network"},
     }
-    return _draw_panels(history, title, groups)
+    return _draw_panels(history, title, groups, ax)
 
 
-def plot_accuracies(history: History, title: str | None = None) -> "tuple[Figure, Any]":
+def plot_accuracies(history: Run, title: str | None = None, ax: "Axes | None" = None) -> Drawing:
     """Draws the accuracies of the trained, the linearized and the expanded network.
 
     Args:
-        history: Rows with "step" and any of "accuracy", "linearized_accuracy" and "taylor_accuracy", from 0 to 1.
-        title: Title of the figure.
+        history: A monitor, its history or a DataFrame, with "step" and any of "accuracy", "linearized_accuracy" and
+            "taylor_accuracy", from 0 to 1.
+        title: Title of the axes.
+        ax: Axes to draw on. Default: those of a new figure.
 
     Returns:
         The figure and its only axes.
@@ -49,23 +67,25 @@ def plot_accuracies(history: History, title: str | None = None) -> "tuple[Figure
         "linearized_accuracy": "linearized network",
         "taylor_accuracy": "expansion at the trained weights",
     }
-    figure, (axis,) = _draw_panels(history, None, {title or "How much is classified correctly": networks})
+    figure, axes = _draw_panels(history, None, {title or "How much is classified correctly": networks}, ax)
+    axis = axes[0] if ax is None else ax
     from matplotlib.ticker import PercentFormatter
 
     axis.set_yscale("linear")
     axis.yaxis.set_major_formatter(PercentFormatter(1))
     axis.set_ylim(bottom=max(0.0, axis.get_ylim()[0]), top=min(1.01, axis.get_ylim()[1] + 0.01))
-    return figure, axis
+    return Drawing(figure, axis)
 
 
-def plot_over_loss(history: History, title: str | None = None) -> "tuple[Figure, Any]":
+def plot_over_loss(history: Run, title: str | None = None, ax: "Axes | None" = None) -> Drawing:
     """Draws the distance between both networks' weights over the loss of the trained network.
 
     Runs that train at different speeds are compared at equal loss, not at equal steps.
 
     Args:
-        history: Rows with "step", "relative_weight_distance" and "loss".
-        title: Title of the figure.
+        history: A monitor, its history or a DataFrame, with "step", "relative_weight_distance" and "loss".
+        title: Title of the axes.
+        ax: Axes to draw on. Default: those of a new figure.
 
     Returns:
         The figure and its only axes, with the loss falling from left to right.
@@ -73,19 +93,21 @@ def plot_over_loss(history: History, title: str | None = None) -> "tuple[Figure,
     Raises:
         ValueError: If the history is empty or lacks one of the two scalars.
     """
+    history = rows_of(history)
     for key in ("relative_weight_distance", "loss"):
         require_any(history, [key])
-    figure, (axis,) = panels(1, None)
+    figure, (axis,) = panels(1, None, ax=ax)
     draw_scalars(axis, [(history, "relative_weight_distance", LINES[0])], x="loss")
     axis.set_title(title or "How far the weights leave the linearized path, by loss", fontsize=10)
-    return figure, axis
+    return Drawing(figure, axis)
 
 
-def plot_kernel(history: History, title: str | None = None) -> "tuple[Figure, Any]":
+def plot_kernel(history: Run, title: str | None = None) -> Drawing:
     """Draws how far the kernel has turned, changed, and how fast it moves.
 
     Args:
-        history: Rows with "step" and any of "kernel_distance", "kernel_change" and "kernel_velocity".
+        history: A monitor, its history or a DataFrame, with "step" and any of "kernel_distance", "kernel_change" and
+            "kernel_velocity".
         title: Title of the figure.
 
     Returns:
@@ -102,12 +124,12 @@ def plot_kernel(history: History, title: str | None = None) -> "tuple[Figure, An
     return _draw_panels(history, title, groups)
 
 
-def plot_effective_time(history: History, title: str | None = None) -> "tuple[Figure, Any]":
+def plot_effective_time(history: Run, title: str | None = None) -> Drawing:
     """Draws when the linearized network comes closest to the trained one, and how close.
 
     Args:
-        history: Rows with "step", "closest_time" and "closest_distance", and optionally "relative_weight_distance" and
-            "distance_floor". Distances are relative to the displacement of the trained weights.
+        history: A monitor, its history or a DataFrame, with "step", "closest_time" and "closest_distance", and optionally
+            "relative_weight_distance" and "distance_floor". Distances are relative to the displacement of the trained weights.
         title: Title of the figure.
 
     Returns:
@@ -116,6 +138,7 @@ def plot_effective_time(history: History, title: str | None = None) -> "tuple[Fi
     Raises:
         ValueError: If the history is empty or has no closest time.
     """
+    history = rows_of(history)
     require_any(history, ["closest_time"])
     groups = {
         "How far along the linearized path the run is": {"closest_time": "trained network"},
@@ -128,9 +151,9 @@ def plot_effective_time(history: History, title: str | None = None) -> "tuple[Fi
     figure, (time, distance) = _draw_panels(history, title, groups)
     steps, _ = series(history, "closest_time")
     time.plot(steps, steps, color=GREY, linewidth=1, zorder=1, label="as fast as the linearized network")
-    time.legend(frameon=False)
+    time.legend(frameon=False, fontsize=9)
     distance.set_ylabel("weight distance / displacement", fontsize=9)
-    return figure, (time, distance)
+    return Drawing(figure, (time, distance))
 
 
 def plot_values(
@@ -139,7 +162,7 @@ def plot_values(
     ax: "Axes | None" = None,
     *,
     bounds: tuple[float | None, float | None] = (None, None),
-) -> "tuple[Figure, Axes]":
+) -> Drawing:
     """Draws successive values of one quantity, or one value with its number.
 
     Args:
@@ -156,9 +179,9 @@ def plot_values(
     """
     if not values:
         raise ValueError("Expected at least one value to plot but got none.")
-    if ax is None:
-        ax = new_figure(4.6, 3.6).subplots()
-    ax.plot(range(1, len(values) + 1), values, **LINES[0])
+    figure = new_figure(4.6, 3.6) if ax is None else ax.figure
+    ax = figure.subplots() if ax is None else ax
+    draw_curve(ax, range(1, len(values) + 1), values, 0.0 if is_wide(values) else None, **LINES[0])
     ax.set_ylabel(label)
     if len(values) == 1:
         ax.annotate(f"{values[0]:.4g}", (1, values[0]), xytext=(8, 0), textcoords="offset points", va="center")
@@ -171,45 +194,59 @@ def plot_values(
     for bound in bounds:
         if bound is not None and low <= bound <= high:
             ax.axhline(bound, color=GREY, linewidth=1, zorder=1)
-    figure = ax.get_figure(root=True)
-    assert figure is not None
-    return figure, ax
+    return Drawing(figure.figure, ax)
 
 
-def draw_scalars(axis: Any, curves: Sequence[tuple[History, str, Mapping[str, Any]]], x: str = "step") -> None:
+def draw_scalars(
+    axis: Any, curves: Sequence[tuple[History, str, Mapping[str, Any]]], x: str = "step", *, named: bool = True
+) -> None:
     """Draws curves, each a history, its scalar and a line style, over steps or over the scalar `x`.
 
-    The first scalar names the vertical axis. Markers are hollow where `exact` is 0.
+    The first scalar names the vertical axis. Markers are hollow where `exact` is 0. A value that a logarithmic axis has no place
+    for, because it is zero or zero to rounding, is a triangle at the bottom, and no line goes there. `named` says whether the
+    thresholds of a relative distance have a label.
     """
     key = curves[0][1]
     points = [series(history, scalar, x) for history, scalar, _ in curves]
+    values = [value for _, line in points for value in line]
+    # After one full-batch step distances are zero to rounding. That of kernels is of second order.
+    negligible = 0.0 if tells_at_start(key) else 1e-8 if key.startswith("kernel_") else 1e-4
+    floor = negligible * max(values, default=0.0)
+    kept = [value for value in values if not 0 <= value <= floor]
+    wide = is_wide(kept)
     for (history, scalar, style), curve in zip(curves, points, strict=True):
-        axis.plot(*curve, **style)
-        hollow = series([row for row in history if row.get("exact") == 0], scalar, x)
+        draw_curve(axis, *curve, floor if wide else None, **style)
+        hollow = series([row for row in history if row.get("exact") == 0 and row.get(scalar, 0.0) > floor], scalar, x)
         if hollow[0]:
             axis.plot(*hollow, **{**style, "linestyle": "none", "markerfacecolor": "white", "label": None})
     axis.set_ylabel(LABELS.get(key, key), fontsize=9)
-    along = [value for values, _ in points for value in values]
+    along = [value for line, _ in points for value in line]
     if x == "step":
         step_axis(axis, along)
     else:
         progress_axis(axis, along, LABELS.get(x, x))
-    # After one full-batch step distances are zero to rounding. That of kernels is of second order.
-    negligible = 0.0 if tells_at_start(key) else 1e-8 if key.startswith("kernel_") else 1e-4
-    value_axis(axis, [value for _, values in points for value in values], negligible=negligible)
+    value_axis(axis, kept)
+    if any(scalar == "relative_weight_distance" for _, scalar, _ in curves):
+        mark_thresholds(axis, named=named)
 
 
 def _draw_panels(
-    history: History, title: str | None, groups: Mapping[str, Mapping[str, str]]
-) -> "tuple[Figure, tuple[Any, ...]]":
-    """A panel for each group of scalars of which any was measured, by their headings; scalars with their labels."""
+    run: Run, title: str | None, groups: Mapping[str, Mapping[str, str]], ax: "Axes | None" = None
+) -> Drawing:
+    """A panel for each group of scalars of which any was measured, by their headings; scalars with their labels.
+
+    With `ax`, the first group alone.
+    """
+    history = rows_of(run)
     present = require_any(history, [key for labels in groups.values() for key in labels])
     shown = [(heading, labels) for heading, labels in groups.items() if not labels.keys().isdisjoint(present)]
-    figure, axes = panels(len(shown), title)
+    if ax is not None:
+        shown = [(title or shown[0][0], shown[0][1])]
+    figure, axes = panels(len(shown), title, ax=ax)
     for axis, (heading, labels) in zip(axes, shown, strict=True):
         lines = zip(labels.items(), LINES, strict=False)
         draw_scalars(axis, [(history, key, {**line, "label": label}) for (key, label), line in lines if key in present])
         axis.set_title(heading, fontsize=10)
         if any(labels.values()):
-            axis.legend(frameon=False)
-    return figure, axes
+            axis.legend(frameon=False, fontsize=9)
+    return Drawing(figure, axes if ax is None else ax)

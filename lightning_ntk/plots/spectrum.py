@@ -1,19 +1,16 @@
 """The kernel's eigenvalues, and the share of the residual along each mode."""
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from lightning_ntk.plots.style import GREY, LINEARIZED, TRAINED, new_figure, tidy
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+from lightning_ntk.plots.style import GREY, LINEARIZED, TRAINED, Drawing, new_figure, tidy
 
 
 def plot_spectrum(
     eigenvalues: Tensor, residual: Tensor, *, time: float | None = None, title: str | None = None
-) -> "tuple[Figure, Any]":
+) -> Drawing:
     r"""Draws the eigenvalues of the kernel and the residual's energy in each mode.
 
     Modes with large eigenvalues are learned first: by kernel time :math:`\eta t`, those with :math:`\lambda > 1 / (\eta t)`.
@@ -51,7 +48,7 @@ def plot_spectrum(
     spectrum.set_ylabel(r"eigenvalue $\lambda$ of the kernel")
     _keep_decades(spectrum, eigenvalues[0].item(), decades=12)
     energies.plot(ranks, shares, "o", color=TRAINED, markersize=3, alpha=0.7, rasterized=True, label="one mode")
-    energies.plot(ranks, shares.cumsum(0), "-", color=LINEARIZED, linewidth=2, label="this and all larger modes")
+    energies.plot(ranks, shares.cumsum(0), "-", color=LINEARIZED, linewidth=2, label="cumulative")
     energies.set_yscale("log")
     energies.set_ylabel("share of the residual's energy")
     energies.set_xlabel("rank of the mode, by eigenvalue")
@@ -69,7 +66,7 @@ def plot_spectrum(
     energies.legend(frameon=False, loc="lower left")
     for axis in (spectrum, energies):
         tidy(axis)
-    return figure, (spectrum, energies)
+    return Drawing(figure, (spectrum, energies))
 
 
 def _keep_decades(axis: Any, largest: float, decades: int) -> None:

@@ -1,10 +1,15 @@
 """Figures without pyplot, and the colors and axes that they share."""
 
+import io
+import itertools
 import math
-from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from lightning_ntk.functional.verdict import LAZY, RICH
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 # The Okabe-Ito palette, without its yellow, which is too light for lines.
@@ -22,6 +27,34 @@ LINES: tuple[dict[str, Any], ...] = (
 _WIDE = 5
 # A logarithmic axis is labeled at 1, 2 and 5 if its limits differ by less than this factor.
 _FEW_DECADES = 100
+# Ticks below this are powers of ten.
+_PLAIN_FROM = 1e-3
+# Dots per inch of a figure in a notebook: as wide as matplotlib's own, and sharp on screens with two dots in a pixel.
+_SHOWN_DPI, _DRAWN_DPI = 80, 160
+
+
+class Drawing(NamedTuple):
+    """A figure and its axes, which notebooks show as a picture.
+
+    It unpacks as `figure, axes = ...`. No magic command is needed, and nothing is shown twice, because pyplot does not know of
+    the figure.
+
+    Attributes:
+        figure: The `matplotlib.figure.Figure`; `figure.savefig(path)` writes it.
+        axes: Its axes, or a tuple of them.
+    """
+
+    figure: "Figure"
+    axes: Any
+
+    def _repr_png_(self) -> tuple[bytes, dict[str, int]]:
+        file = io.BytesIO()
+        self.figure.savefig(file, format="png", dpi=_DRAWN_DPI)
+        width, height = (round(inches * _SHOWN_DPI) for inches in self.figure.get_size_inches())
+        return file.getvalue(), {"width": width, "height": height}
+
+    def __repr__(self) -> str:
+        return repr(self.figure)
 
 
 def new_figure(width: float, height: float) -> "Figure":
@@ -36,9 +69,17 @@ def new_figure(width: float, height: float) -> "Figure":
 
 
 def panels(
-    count: int, title: str | None, *, columns: int = 3, size: tuple[float, float] = (4.75, 3.8), shared: bool = False
+    count: int,
+    title: str | None,
+    *,
+    columns: int = 3,
+    size: tuple[float, float] = (4.8, 3.6),
+    shared: bool = False,
+    ax: "Axes | None" = None,
 ) -> "tuple[Figure, tuple[Any, ...]]":
-    """A figure with a grid of panels, sized in inches each, whose axes and labels may be shared."""
+    """A figure with a grid of panels, sized in inches each, whose axes and labels may be shared; or `ax` and its figure."""
+    if ax is not None:
+        return ax.figure.figure, (ax,)
     columns = min(columns, count)
     rows, room = math.ceil(count / columns), 0.5 if shared else 0.0
     figure = new_figure(size[0] * columns + room, size[1] * rows + room)
@@ -75,19 +116,43 @@ def progress_axis(axis: Any, values: Iterable[float], label: str) -> None:
     axis.invert_xaxis()
 
 
-def value_axis(axis: Any, values: Iterable[float], *, negligible: float = 0.0) -> None:
-    """Makes the vertical axis logarithmic if the values on it span more than a factor of five.
-
-    Values below the fraction `negligible` of the largest are zero to rounding and do not widen the axis.
-    """
+def is_wide(values: Sequence[float]) -> bool:
+    """Whether values span more than a factor of five, and none of them is negative."""
     positive = [value for value in values if value > 0 and math.isfinite(value)]
-    if positive and max(positive) > _WIDE * min(positive):
-        kept = [value for value in positive if value >= negligible * max(positive)]
+    return not any(value < 0 for value in values) and bool(positive) and max(positive) > _WIDE * min(positive)
+
+
+def value_axis(axis: Any, values: Sequence[float]) -> None:
+    """Makes the vertical axis logarithmic if the values on it are wide."""
+    if is_wide(values):
         axis.set_yscale("log")
-        if len(kept) < len(positive):
-            axis.set_ylim(bottom=min(kept) / 2, top=max(kept) * 2)
         label_few_decades(axis.yaxis)
     tidy(axis)
+
+
+def mark_thresholds(axis: Any, *, named: bool = True) -> None:
+    """Faint lines at the relative weight distances below which a run is lazy and from which on it is rich, if in view."""
+    low, high = axis.get_ylim()
+    for level, name, side in ((LAZY, f"lazy below {LAZY:g}", "top"), (RICH, f"rich from {RICH:g}", "bottom")):
+        if low <= level <= high:
+            axis.axhline(level, color=GREY, linestyle=(0, (1, 2)), linewidth=1, zorder=0.5)
+            if named:  # where a curve that grows does not pass
+                at, offset, align = (1, (-3, -2), "right") if side == "top" else (0, (3, 2), "left")
+                axis.annotate(
+                    name, (at, level), offset, xycoords=("axes fraction", "data"), textcoords="offset points", va=side,
+                    ha=align, color=GREY, fontsize=8, zorder=0.5,
+                )  # fmt: skip
+
+
+def draw_curve(axis: Any, along: Sequence[float], values: Sequence[float], floor: float | None, **style: Any) -> None:
+    """Draws values over `along`. No line goes to those up to `floor`, which are triangles at the bottom of the axis."""
+    absent = [floor is not None and value <= floor for value in values]
+    axis.plot(along, [math.nan if out else value for out, value in zip(absent, values, strict=True)], **style)
+    if any(absent):
+        places = list(itertools.compress(along, absent))
+        bottom = {"transform": axis.get_xaxis_transform(), "clip_on": False, "linestyle": "none"}
+        marker = {"marker": "v", "markersize": 5, "color": style["color"], "alpha": style.get("alpha")}
+        axis.plot(places, [0.0] * len(places), **bottom, **marker)
 
 
 def label_few_decades(axis: Any) -> None:
@@ -97,8 +162,17 @@ def label_few_decades(axis: Any) -> None:
     low, high = sorted(axis.get_view_interval())
     if high < _FEW_DECADES * low:
         axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        axis.set_major_formatter("{x:g}")
+        axis.set_major_formatter(lambda value, _: _as_tick(value))
         axis.set_minor_formatter("")
+
+
+def _as_tick(value: float) -> str:
+    """A plain number; the smallest as powers of ten, like the ticks of other axes."""
+    if value >= _PLAIN_FROM:
+        return f"{value:g}"
+    digits, exponent = f"{value:.0e}".split("e")
+    power = f"10^{{{int(exponent)}}}"
+    return f"${power}$" if digits == "1" else rf"${digits}\times{power}$"
 
 
 def label_at(axis: Any, places: Iterable[float]) -> None:

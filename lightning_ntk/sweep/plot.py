@@ -1,15 +1,15 @@
 """A scalar of a sweep over a parameter, log-log, with the fitted slope."""
 
 import itertools
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from lightning_ntk.plots.history import LABELS
-from lightning_ntk.plots.style import MARKERS, PALETTE, label_at, label_few_decades, new_figure, tidy
+from lightning_ntk.plots.style import MARKERS, PALETTE, Drawing, label_at, label_few_decades, panels, tidy
 from lightning_ntk.sweep.results import Results
 from lightning_ntk.sweep.statistics import geometric_mean_interval, log_log_slope
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+    from matplotlib.axes import Axes
 
 # The interval of two repetitions is a factor of 12.7 standard errors, and covers the figure.
 _FEWEST_FOR_A_BAR = 3
@@ -18,8 +18,16 @@ _MOST_LABELS = 8
 
 
 def plot_scaling(
-    results: Results, x: str, y: str, *, over: str | None = None, step: float | None = None, confidence: float = 0.95
-) -> "tuple[Figure, Any]":
+    results: Results,
+    x: str,
+    y: str,
+    *,
+    over: str | None = None,
+    step: float | None = None,
+    confidence: float = 0.95,
+    title: str | None = None,
+    ax: "Axes | None" = None,
+) -> Drawing:
     """Draws y over x in log-log axes with least-squares lines.
 
     There is a line, with its slope and interval in the legend, for each combination of the other parameters that vary.
@@ -32,16 +40,17 @@ def plot_scaling(
             drawn over the single points.
         step: The step of the measurement. Default: the last one of each configuration.
         confidence: Probability of the intervals.
+        title: Title of the axes.
+        ax: Axes to draw on. Default: those of a new figure.
 
     Returns:
-        The figure and its axis.
+        The figure and its axes.
 
     Raises:
         ValueError: If a name is unknown, nothing is complete, or a series has no slope.
         ModuleNotFoundError: If matplotlib is not installed.
     """
-    figure = new_figure(6.4, 4.4)
-    axis = figure.subplots()
+    figure, (axis,) = panels(1, None, size=(6.4, 4.4), ax=ax)
     series = results.series(x, y, over=over, step=step)
     styles = zip(itertools.cycle(PALETTE), itertools.cycle(MARKERS))
     for (others, points), (color, marker) in zip(series.items(), styles, strict=False):
@@ -67,4 +76,5 @@ def plot_scaling(
     label_few_decades(axis.yaxis)
     tidy(axis)
     axis.legend(frameon=False, fontsize=9)
-    return figure, axis
+    axis.set_title(title or "", fontsize=10)
+    return Drawing(figure, axis)

@@ -1,18 +1,22 @@
 """What figures show: the data of their lines, labels, scales and limits."""
 
+import io
 import math
 import sys
 from pathlib import Path
 from typing import Any
 
+import pandas
 import pytest
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.loggers import CSVLogger
+from PIL import Image
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_ntk import LinearizationMonitor
+from lightning_ntk.functional.verdict import LAZY, RICH
 from lightning_ntk.plots import (
     plot_accuracies,
     plot_effective_time,
@@ -59,6 +63,11 @@ def column(history: list[dict[str, float]], key: str, start: int = 0) -> list[fl
     return [row[key] for row in history[start:]]
 
 
+def curves(axis: Any) -> list[Any]:
+    """The lines of an axis over its data, without thresholds and what stands at its bottom."""
+    return [line for line in axis.lines if line.get_transform() == axis.transData]
+
+
 def save(figure: Any, tmp_path: Path) -> None:
     """Renders the figure, where errors of layout and text would show."""
     figure.savefig(tmp_path / "figure.png")
@@ -68,7 +77,7 @@ def test_history(tmp_path: Path) -> None:
     history = make_history()
     figure, (distance, loss) = plot_history(history, "A run")
     assert list(distance.lines[0].get_xdata()) == STEPS[1:]
-    assert list(distance.lines[0].get_ydata()) == column(history, "relative_weight_distance", 1)
+    assert list(distance.lines[0].get_ydata()[1:]) == column(history, "relative_weight_distance", 2)
     assert [list(line.get_ydata()) for line in loss.lines] == [column(history, k) for k in ("loss", "linearized_loss")]
     assert [text.get_text() for text in loss.get_legend().get_texts()] == ["trained network", "linearized network"]
     assert loss.lines[0].get_color() != loss.lines[1].get_color()
@@ -79,9 +88,33 @@ def test_history(tmp_path: Path) -> None:
     assert distance.get_ylabel().startswith("relative weight distance\n")
     assert loss.get_ylabel() == "loss on the reference set"
     assert figure.get_suptitle() == "A run"
-    # The point at rounding does not take most of the axis.
+    # The point at rounding does not take most of the axis, and no line goes there.
     assert 1e-3 < distance.get_ylim()[0] < 0.006
+    assert math.isnan(distance.lines[0].get_ydata()[0])
+    bottom = distance.lines[1]
+    assert (list(bottom.get_xdata()), list(bottom.get_ydata()), bottom.get_linestyle()) == ([1], [0], "None")
+    assert bottom.get_transform() == distance.get_xaxis_transform()
     save(figure, tmp_path)
+
+
+def test_thresholds_of_the_verdict_are_lines_with_a_name_where_they_are_in_view() -> None:
+    def thresholds(axis: Any) -> list[float]:
+        return [line.get_ydata()[0] for line in axis.lines if line.get_transform() == axis.get_yaxis_transform("grid")]
+
+    _, (distance, loss) = plot_history(make_history())
+    assert thresholds(distance) == [LAZY]
+    assert [text.get_text() for text in distance.texts] == ["lazy below 0.1"]
+    assert thresholds(loss) == []
+    assert thresholds(plot_history(make_history(10)).axes[0]) == [LAZY, RICH]
+    _, axes = plot_runs([(f"{i}", make_history(10)) for i in range(7)])
+    assert [thresholds(axis) for axis in axes] == [[LAZY, RICH]] * 7
+
+
+def test_negative_values_have_a_linear_axis_and_are_shown() -> None:
+    history = [{"step": float(s), "weight_cosine": 1 - 0.02 * s} for s in range(0, 100, 10)]
+    _, (axis,) = plot_runs({"a": history}, ["weight_cosine"])
+    assert axis.get_yscale() == "linear"
+    assert list(axis.lines[0].get_ydata()) == column(history, "weight_cosine", 1)
 
 
 def test_history_with_some_scalars_only() -> None:
@@ -154,8 +187,9 @@ def test_effective_time(tmp_path: Path) -> None:
     assert list(diagonal.get_xdata()) == list(diagonal.get_ydata()) == STEPS[1:]
     assert list(closest.get_ydata()) == column(history, "closest_time", 1)
     assert "steps" in time.get_ylabel()
-    drawn = [list(line.get_ydata()) for line in distance.lines]
-    assert drawn == [column(history, k, 1) for k in ("relative_weight_distance", "closest_distance", "distance_floor")]
+    drawn = [list(line.get_ydata()) for line in curves(distance)]
+    keys = "relative_weight_distance", "closest_distance", "distance_floor"
+    assert [line[1:] for line in drawn] == [column(history, key, 2) for key in keys]
     assert len(distance.get_legend().get_texts()) == 3
     save(figure, tmp_path)
 
@@ -264,10 +298,11 @@ def test_few_runs_share_panels(tmp_path: Path) -> None:
     figure, axes = plot_runs(runs, title="Width")
     keys = ("relative_weight_distance", "prediction_rmse", "loss")
     for axis, key in zip(axes, keys, strict=True):
-        start = key != "loss"
-        assert [list(line.get_ydata()) for line in axis.lines] == [column(h, key, start) for _, h in runs]
-        assert len({line.get_color() for line in axis.lines}) == 3
-        assert len({line.get_marker() for line in axis.lines}) == 3
+        start = 1 + (key != "loss")  # at step 0 distances are zero, and at step 1 they may be zero to rounding
+        lines = curves(axis)
+        assert [list(line.get_ydata())[1:] for line in lines] == [column(h, key, start) for _, h in runs]
+        assert len({line.get_color() for line in lines}) == 3
+        assert len({line.get_marker() for line in lines}) == 3
         assert axis.get_yscale() == "log"
         assert axis.get_xlabel() == "optimizer step"
     assert [t.get_text() for t in figure.legends[0].get_texts()] == ["width 64", "width 128", "width 256"]
@@ -277,11 +312,11 @@ def test_few_runs_share_panels(tmp_path: Path) -> None:
 def test_runs_at_equal_loss() -> None:
     histories = {"slow": make_history(), "fast": make_history(0.5)}
     _, (axis, _) = plot_runs(list(histories.items()), x="loss")
-    for line, history in zip(axis.lines, histories.values(), strict=True):
+    for line, history in zip(curves(axis), histories.values(), strict=True):
         assert list(line.get_xdata()) == [row["loss"] for row in history if row["step"] > 0]
     assert axis.get_xlim()[0] > axis.get_xlim()[1]  # it falls from left to right
     _, alone = plot_over_loss(make_history())
-    assert list(alone.lines[0].get_ydata()) == list(axis.lines[0].get_ydata())
+    assert list(alone.lines[0].get_ydata()[1:]) == list(axis.lines[0].get_ydata()[1:])
     with pytest.raises(ValueError, match="loss"):
         plot_over_loss([{"step": 1.0, "relative_weight_distance": 0.1}])
 
@@ -290,7 +325,7 @@ def test_marked_rows_have_hollow_markers_and_no_label() -> None:
     history = [row | {"exact": float(row["step"] < 10)} for row in make_history()]
     figure, axes = plot_runs([("one", history), ("other", make_history())], ["relative_weight_distance"])
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["one", "other"]
-    hollow = axes[0].lines[1]
+    hollow = curves(axes[0])[1]
     assert list(hollow.get_xdata()) == [10, 30, 100]
     assert (hollow.get_markerfacecolor(), hollow.get_linestyle()) == ("white", "None")
 
@@ -314,6 +349,56 @@ def test_runs_keep_small_losses_and_the_start_of_the_evaluation_set() -> None:
     _, (axis,) = plot_runs([("a", history)], ["evaluation/loss"])
     assert list(axis.lines[0].get_xdata()) == list(range(9))
     assert axis.get_ylim()[0] < 1e-8
+
+
+def test_runs_are_monitors_histories_or_tables() -> None:
+    monitor, history = LinearizationMonitor(name="tangent"), make_history()
+    monitor.history = history
+    table = pandas.DataFrame([*history, {"step": 200.0, "loss": 0.1}])  # with cells that are missing
+    for run in (monitor, history, pandas.DataFrame(history), monitor.to_pandas()):
+        for draw in (plot_history, plot_kernel, plot_parameters, plot_over_loss, plot_accuracies, plot_effective_time):
+            draw(run)
+    figure, axes = plot_runs({"a": monitor, "b": history, "c": table})
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["a", "b", "c"]
+    first, second, third = (line.get_ydata() for line in curves(axes[2]))
+    assert list(first) == list(second) == list(third)[:-1]
+    figure, _ = plot_runs([monitor, ("b", history), history])
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["tangent", "b", "run 3"]
+
+
+def test_single_panels_go_on_axes_of_the_user() -> None:
+    from matplotlib.figure import Figure
+
+    figure, history = Figure(), make_history()
+    for draw in (plot_history, plot_accuracies, plot_over_loss, plot_parameters):
+        axis = figure.subplots()
+        assert draw(history, "Title", ax=axis) == (figure, axis)
+        assert axis.get_title() == "Title"
+    monitor, axis = LinearizationMonitor(), figure.subplots()
+    monitor.history = history
+    assert monitor.plot("A run", axis) == (figure, axis)
+    assert monitor.plot(title="A run").figure.get_suptitle() == "A run"
+    part = figure.subfigures().subplots()
+    assert plot_runs({"a": history, "b": history}, ax=part, title="Two") == (figure, part)
+    assert [text.get_text() for text in part.get_legend().get_texts()] == ["a", "b"]
+    with pytest.raises(ValueError, match="at most 6 runs with argument `ax` but got 7"):
+        plot_runs([history] * 7, ax=axis)
+
+
+def test_a_notebook_shows_a_picture_that_is_sharp_and_as_large_as_the_figure() -> None:
+    drawing = plot_history(make_history())
+    assert repr(drawing) == repr(drawing.figure) == "<Figure size 960x360 with 2 Axes>"
+    data, size = drawing._repr_png_()
+    assert size == {"width": 768, "height": 288}
+    assert Image.open(io.BytesIO(data)).size == (2 * 768, 2 * 288)
+
+
+def test_small_ticks_are_powers_of_ten(tmp_path: Path) -> None:
+    history = [{"step": float(s), "kernel_velocity": 1e-5 * s} for s in range(1, 9)]
+    figure, (axis,) = plot_kernel(history)
+    save(figure, tmp_path)
+    labels = {label.get_text() for label in axis.get_yticklabels()}
+    assert {"$10^{-5}$", r"$2\times10^{-5}$"} <= labels
 
 
 def test_values_of_a_quantity() -> None:
@@ -397,10 +482,13 @@ def test_rows_of_one_step_are_merged_and_blank_cells_left_out(tmp_path: Path) ->
         (lambda: plot_runs([]), "at least one run"),
         (lambda: plot_runs([("a", make_history())], ["no_such_scalar"]), "no_such_scalar"),
         (lambda: plot_values([], "x"), "at least one value"),
+        (lambda: plot_history("metrics.csv"), "DataFrame with a row for each measurement but got str"),
+        (lambda: plot_runs({"a": 3}), "but got int"),
+        (lambda: plot_runs(make_history()), "the rows of one history"),
     ],
 )
 def test_bad_arguments(call: Any, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((ValueError, TypeError), match=message):
         call()
 
 
