@@ -103,7 +103,8 @@ def train(arguments: argparse.Namespace) -> tuple[LinearizationMonitor, Path, fl
     data = load_images(arguments.samples)
     loader = DataLoader(data, batch_size=arguments.batch_size or len(data), shuffle=arguments.batch_size is not None)
     monitor = LinearizationMonitor(per_parameter=True)
-    logger = TensorBoardLogger(arguments.output, name="digits")
+    setting = f"width{arguments.width}-lr{arguments.lr:g}-scale{arguments.output_scale:g}-seed{arguments.seed}"
+    logger = TensorBoardLogger(arguments.output, name=f"digits/{setting}", default_hp_metric=False)
     trainer = Trainer(
         max_steps=arguments.steps,
         max_epochs=-1,
@@ -125,7 +126,7 @@ def main() -> None:
     monitor, directory, elapsed = train(arguments)
     print_table(monitor.history)
     figure, _ = monitor.plot()
-    figure.savefig(directory / "digits.png", dpi=150)
+    figure.savefig(directory / "digits.png", dpi=200)
     print(explain(monitor.history))
     print(
         f"fit: {elapsed:.1f} s, of which capture {monitor.seconds['capture']:.1f} s and "

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from lightning_ntk import Linearization, LinearizationMonitor, LinearizedTraining, empirical_ntk
+from lightning_ntk.data.reference import unpack_pair
 from lightning_ntk.solvers.lanczos import Lanczos
 from tests.problems import flatten, make, relative_error
 
@@ -150,6 +151,11 @@ ONE: dict[str, tuple[Callable[[], Any], str]] = {
     "steps": (lambda: LinearizationMonitor(steps=[True]), "a positive integer, a list of integers"),
     "evaluation": (lambda: LinearizationMonitor(evaluation="val"), "`evaluation` to be a data set, a DataLoader, or None"),
     "reference": (lambda: LinearizationMonitor(reference=3), 'to be a data set, a DataLoader, "train" or None but got 3'),
+    "class of a loss": (lambda: train(loss=torch.nn.MSELoss), r"got the class MSELoss. Pass an instance, such as MSELoss\(\)"),
+    "class of a monitored loss": (lambda: LinearizationMonitor(loss=torch.nn.MSELoss), "got the class MSELoss"),
+    "loss without a closed form": (lambda: train(loss=torch.nn.HuberLoss()), "recorded minibatches, `batches=`"),
+    "batch of three": (lambda: unpack_pair((X, Y, Y)), r"got a tuple of 3.*`lambda batch: batch\[:2\]`"),
+    "batch in a dict": (lambda: unpack_pair({"x": X}), r"a dict with the keys \['x'\].*batch\[\"x\"\]"),
     "monitored loss": (lambda: LinearizationMonitor(loss="mse"), "`loss` to be a function or None but got 'mse'"),
     "network": (lambda: LinearizationMonitor(network=3), r"names of submodules but got \[3\]"),
     "monitored solver": (lambda: LinearizationMonitor(solver="svd"), "`solver` to be one of"),

@@ -6,12 +6,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 
 from lightning_ntk.callback import trainer as view
 from lightning_ntk.callback.differences import forward_differences, run_differences
 from lightning_ntk.callback.progress_bars import shows_progress
+from lightning_ntk.callback.status import warn
 from lightning_ntk.callback.training_step import ShadowStep
 from lightning_ntk.comparison.choice import choose_dynamics
 from lightning_ntk.comparison.expected_gradient import ExpectedGradient
@@ -130,10 +130,9 @@ class RunCapture:
             built = self._beside_run()
         loss, online, training, reference, evaluation = built
         self.judge = self._judge(trainer)
-        self.differences = [
-            *self._differing(dynamics, self._size),
-            *forward_differences(trainer, module, in_eval_mode=loss is not self.step),
-        ]
+        forward = forward_differences(trainer, module, in_eval_mode=loss is not self.step)
+        self.differences = [*self._differing(dynamics, self._size), *forward]
+        self.is_in_other_mode = any(phrase.endswith("eval mode") for phrase in forward)
         # Where it is known that the run is no gradient descent, its batches are not looked at.
         looks = training is not None and not self._differing(dynamics, self._size)
         self.comparison = RunComparison(
@@ -238,7 +237,7 @@ class RunCapture:
         except NoFixedOrderError as error:
             if monitor.dynamics not in ("auto", "twin"):
                 raise
-            rank_zero_warn(f"LinearizationMonitor compares weights only, and no functions on the training set. {error}")
+            warn(f"LinearizationMonitor compares weights only, and no functions on the training set. {error}")
             return None, f"the training data has no fixed order. {error}"
 
     @property

@@ -1,6 +1,8 @@
 """What a monitor writes to loggers besides its scalars: figures, charts and HParams."""
 
+import os
 import re
+import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -8,10 +10,12 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from lightning.pytorch.loggers import Logger, MLFlowLogger, TensorBoardLogger, WandbLogger
-from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 
+from lightning_ntk.callback.status import warn
 from lightning_ntk.plots import (
+    Drawing,
     plot_accuracies,
     plot_history,
     plot_kernel,
@@ -24,7 +28,7 @@ from lightning_ntk.plots.history import History
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-Draw: TypeAlias = "Callable[[], tuple[Figure, Any]]"
+Draw: TypeAlias = Callable[[], Drawing]
 
 # The metrics of TensorBoard's HParams tab: scalars that mean the same in every run.
 COMPARED = (
@@ -32,6 +36,7 @@ COMPARED = (
 )  # fmt: skip
 # The charts of TensorBoard's Custom Scalars tab, by title, and the scalars that each overlays.
 _CHARTS = {
+    "relative weight distance": ("relative_weight_distance",),
     "loss": ("loss", "linearized_loss"),
     "accuracy": ("accuracy", "linearized_accuracy", "taylor_accuracy"),
     "perplexity": ("perplexity", "linearized_perplexity", "taylor_perplexity"),
@@ -42,12 +47,16 @@ _CHARTS = {
     "perplexity on the evaluation set": (
         "evaluation/perplexity", "evaluation/linearized_perplexity", "evaluation/taylor_perplexity",
     ),
-    "relative distances": ("relative_weight_distance", "taylor_gap"),
+    "Taylor gap": ("taylor_gap",),
+    "kernel distance": ("kernel_distance",),
+    "kernel change": ("kernel_change",),
     "weight distance and displacement": ("weight_distance", "displacement"),
-    "direction and length of the displacement": ("weight_cosine", "weight_norm_ratio"),
-    "distance and change of the kernel": ("kernel_distance", "kernel_change"),
+    "cosine of the displacements": ("weight_cosine",),
+    "norm ratio of the displacements": ("weight_norm_ratio",),
 }  # fmt: skip
-_DOTS_PER_INCH = 120
+_DOTS_PER_INCH = 150
+# TensorBoard's charts with their values, and not with averages over the last measurements.
+_UNSMOOTHED = "http://localhost:6006/#custom_scalars&_smoothingWeight=0"
 
 
 @rank_zero_only
@@ -95,17 +104,26 @@ def figures_of(
     kernel_time: float | None,
     outputs: tuple[Tensor, Tensor] | None,
 ) -> dict[str, Draw]:
-    """Functions that draw the figures of a finished run, by name, with arguments as `plot_spectrum` and others take them."""
-    over_steps = {
-        "history": ("relative_weight_distance", plot_history),
-        "accuracies": ("accuracy", plot_accuracies),
-        "kernel": ("kernel_distance", plot_kernel),
-        "parameters": ("parameter", plot_parameters),
+    """Functions that draw the figures of a finished run, by name, with arguments as `plot_spectrum` and others take them.
+
+    Each has one panel, because cards of loggers are small.
+    """
+    over_steps: dict[str, tuple[Callable[[History], Drawing], tuple[str, ...]]] = {
+        "relative_weight_distance": (plot_history, ("relative_weight_distance",)),
+        "loss": (plot_history, ("loss", "linearized_loss")),
+        "accuracy": (plot_accuracies, ("accuracy", "linearized_accuracy", "taylor_accuracy")),
+        "kernel_distance": (plot_kernel, ("kernel_distance",)),
+        "kernel_change": (plot_kernel, ("kernel_change",)),
+        "kernel_velocity": (plot_kernel, ("kernel_velocity",)),
     }
-    measured = {key.partition("/")[0] for row in history if row["step"] > 0 for key in row}
+    measured = {key for row in history if row["step"] > 0 for key in row}
     figures: dict[str, Draw] = {
-        name: partial(draw, history) for name, (scalar, draw) in over_steps.items() if scalar in measured
+        name: partial(draw, [{key: row[key] for key in ("step", "exact", *keys) if key in row} for row in history])
+        for name, (draw, keys) in over_steps.items()
+        if name in measured
     }
+    if any(key.startswith("parameter/") for key in measured):
+        figures["parameters"] = partial(plot_parameters, history)
     if spectrum is not None:
         figures["spectrum"] = partial(plot_spectrum, *spectrum, time=kernel_time)
     if outputs is not None:
@@ -124,13 +142,23 @@ def log_figures(loggers: Sequence[Logger], figures: Mapping[str, Draw], *, name:
                 _log_figure(logger, f"{name}/figure/{what}", figure, step)
 
 
+def unsmoothed(loggers: Sequence[Logger]) -> str:
+    """How to look at the curves of a run in TensorBoard, a sentence; empty without a TensorBoardLogger."""
+    folders = [
+        os.path.relpath(logger.root_dir) for logger in _tensorboard_among(loggers) if "://" not in logger.root_dir
+    ]
+    if not folders:
+        return ""
+    return f"Curves: `tensorboard --logdir {shlex.quote(folders[0])}`, without smoothing at {_UNSMOOTHED}"
+
+
 @contextmanager
 def _harmless(what: str) -> Iterator[None]:
     """Turns an error into a warning: what is only looked at must never end a run."""
     try:
         yield
     except Exception as error:
-        rank_zero_warn(f"LinearizationMonitor writes no {what} of this run. {type(error).__name__}: {error}")
+        warn(f"LinearizationMonitor writes no {what} of this run. {type(error).__name__}: {error}")
 
 
 def _log_figure(logger: Logger, tag: str, figure: "Figure", step: int) -> None:

@@ -9,7 +9,6 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader, Dataset
@@ -20,10 +19,10 @@ from lightning_ntk.callback.arguments import FollowedDynamics, require_valid
 from lightning_ntk.callback.capture import RunCapture
 from lightning_ntk.callback.checkpoint import NO_STATE, arguments_of, incomplete, options_of, require_resumable
 from lightning_ntk.callback.lockstep import Lockstep
-from lightning_ntk.callback.loggers import figures_of, log_charts, log_figures, log_hparams
+from lightning_ntk.callback.loggers import figures_of, log_charts, log_figures, log_hparams, unsmoothed
 from lightning_ntk.callback.progress_bars import nested_bars
 from lightning_ntk.callback.results import RunResults
-from lightning_ntk.callback.status import RunStatus
+from lightning_ntk.callback.status import RunStatus, say
 from lightning_ntk.callback.training_step import require_followable_step
 from lightning_ntk.comparison.schedule import is_scheduled
 from lightning_ntk.data.reference import unpack_pair
@@ -35,6 +34,13 @@ from lightning_ntk.utilities.preserved_objects import preserved_objects
 _STEPS_BEFORE_COST = 2
 _LARGE_SHARE = 0.2
 _NOTICED_SECONDS = 2.0
+# What a run is compared with, by its dynamics.
+_PATHS = {
+    "gradient_descent": "gradient descent",
+    "gradient_flow": "gradient flow",
+    "replay": "a replay of its minibatches",
+    "twin": "its linearized twin",
+}
 
 
 class LinearizationMonitor(RunResults):
@@ -89,11 +95,11 @@ class LinearizationMonitor(RunResults):
             the run, with or without forming the kernel), or "auto" for the cheapest that fits into memory.
         jacobian: "streamed" or, for small models, "stored": see `LinearizedTraining`.
         batch_size: Samples in one pass.
-        dtype: Type of the passes, "float32" or "float64". Default: that of the parameters, float32 for those in half
-            precision.
+        dtype: Type of the passes, "float32" or "float64", or the `torch.dtype`. Default: that of the parameters, float32 for
+            those in half precision.
         device: Where the kernel, its modes and vectors are kept, such as "cpu" where a GPU has no room for them. Passes
             run on the device of the module. Default: there too.
-        name: Prefix of the logged tags.
+        name: Prefix of the logged tags. Several monitors of one Trainer need a name each.
         per_parameter: Whether to log the distance of every parameter tensor, `parameter/<name>`.
         taylor: Whether to expand the trained network after the fact, at the cost of a forward-mode pass, for `taylor_gap`.
         closest: Whether to log `closest_time`, the number of steps after which the linearized network is closest to the
@@ -140,7 +146,7 @@ class LinearizationMonitor(RunResults):
         solver: Literal["auto", "eigh", "lanczos"] = "auto",
         jacobian: Literal["streamed", "stored"] = "streamed",
         batch_size: int = 256,
-        dtype: Literal["float32", "float64"] | None = None,
+        dtype: Literal["float32", "float64"] | torch.dtype | None = None,
         device: str | None = None,
         name: str = "ntk",
         per_parameter: bool = False,
@@ -170,7 +176,7 @@ class LinearizationMonitor(RunResults):
         self.solver = solver
         self.jacobian = jacobian
         self.batch_size = batch_size
-        self.dtype = dtype
+        self.dtype = str(dtype).removeprefix("torch.") if isinstance(dtype, torch.dtype) else dtype
         self.device = device
         self.name = name
         self.per_parameter = per_parameter
@@ -321,10 +327,13 @@ class LinearizationMonitor(RunResults):
         if self.kernels and self._capture is not None and not averaged and not self._status.lost:
             self._regress(trainer, pl_module)
         if len(self.history) > 1:
-            rank_zero_info(f"LinearizationMonitor: {self.verdict.describe()}")
+            say(self.verdict.describe(), self.name)
         histories = _histories(trainer)
         if list(histories)[-1] == self.name:  # all monitors have measured the last step
             log_hparams(trainer.loggers, histories, step=self._step)
+            curves = unsmoothed(trainer.loggers)
+            if curves:
+                say(curves)
         if self.figures and self._capture is not None:
             training, comparison = self.training, self._capture.comparison
             try:
@@ -424,16 +433,23 @@ class LinearizationMonitor(RunResults):
         dynamics = capture.comparison.dynamics
         said = [capture.reason, "" if capture.step is None else capture.step.describe()]
         if any(said):
-            rank_zero_info(f"LinearizationMonitor: {' '.join(filter(None, said))}")
+            say(" ".join(filter(None, said)), self.name)
         if capture.differences:
             self._status.mark(
                 "differences",
-                f"LinearizationMonitor compares this run with {dynamics.replace('_', ' ')}, which does not describe all of "
-                f"it, so that a part of every distance is due to the difference: {'; '.join(capture.differences)}.",
+                f"LinearizationMonitor compares this run with {_PATHS[dynamics]}, which does not describe all of it, so that a "
+                f"part of every distance is due to the difference: {'; '.join(capture.differences)}."
+                f"{self._advice_on_modes(capture)}",
             )
         self._lockstep = Lockstep(self, capture, trainer, module, self._processes, self._status, self._is_measured)
         self.seconds["capture"] = time.perf_counter() - started
         self._captured_at = time.perf_counter()
+
+    def _advice_on_modes(self, capture: RunCapture) -> str:
+        if not capture.is_in_other_mode:
+            return ""
+        without = "Without `loss`, `predict` and `unpack`" if self.is_given_loss else 'With dynamics="twin"'
+        return f" {without} the linearized network trains in the modes of the run; or put these layers in eval mode."
 
     def _is_measured(self, step: int) -> bool:
         """Whether to measure, the same in all processes."""
@@ -508,9 +524,10 @@ class LinearizationMonitor(RunResults):
         between = time.perf_counter() - self._captured_at - self.seconds["measurements"]
         share = planned * took / (between / steps * (end - self._start))
         if share > _LARGE_SHARE and planned * took > _NOTICED_SECONDS:
-            rank_zero_info(
-                f"LinearizationMonitor: the {planned} measurements to come take about {planned * took:.0f} s, "
-                f"{share:.0%} of the time of the run. Fewer `steps`, fewer `reference_samples` and taylor=False make it less."
+            say(
+                f"the {planned} measurements to come take about {planned * took:.0f} s, "
+                f"{share:.0%} of the time of the run. Fewer `steps`, fewer `reference_samples` and taylor=False make it less.",
+                self.name,
             )
 
 

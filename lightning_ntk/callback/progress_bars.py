@@ -1,9 +1,10 @@
 """Progress bars below the Trainer's own, TQDM or Rich."""
 
+import logging
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING
 
 from lightning.pytorch import Trainer
@@ -55,6 +56,24 @@ def _rich_display(bar: RichProgressBar) -> Iterator["Progress"]:
     finally:
         if display.live.is_started:
             display.stop()
+
+
+@contextmanager
+def cleared_bars() -> Iterator[None]:
+    """Takes bars away for a message, which would begin at their end, and draws them again below it."""
+    # Rich does so for what is written to sys.stderr, but Lightning's logger has kept the one from before.
+    replaced = getattr(sys.stderr, "rich_proxied_file", None)
+    handlers = [h for h in logging.getLogger("lightning.pytorch").handlers if isinstance(h, logging.StreamHandler)]
+    late = [handler for handler in handlers if replaced is not None and handler.stream is replaced]
+    for handler in late:
+        handler.setStream(sys.stderr)
+    try:
+        with Tqdm.external_write_mode(file=sys.stdout) if getattr(Tqdm, "_instances", None) else nullcontext():
+            yield
+            sys.stdout.flush()
+    finally:
+        for handler in late:
+            handler.setStream(replaced)
 
 
 class RichBar:

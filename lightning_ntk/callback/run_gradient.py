@@ -135,7 +135,9 @@ class RunGradient:
             sentence = f"LinearizationMonitor does not follow the loss of this run in {where}. {mismatch.describe()}"
             if is_first and self._monitor.mismatch == "refuse":
                 raise self._refusal(sentence)
-            self._status.mark("gradient", sentence)
+            # Layers in another mode have been reported, and explain it.
+            if not self._capture.is_in_other_mode:
+                self._status.mark("gradient", sentence)
         return relative
 
     def _refusal(self, sentence: str) -> Exception:

@@ -1,6 +1,23 @@
 """How well a run is followed, and what the user has been told about it."""
 
-from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
+
+from lightning_ntk.callback.progress_bars import cleared_bars
+from lightning_ntk.utilities.user_warnings import warn_user
+
+
+@rank_zero_only
+def say(message: str, name: str = "ntk") -> None:
+    """Tells the user something about the run, on a line of its own, with the name of a monitor that has been given one."""
+    with cleared_bars():
+        rank_zero_info(f"LinearizationMonitor{'' if name == 'ntk' else f' {name!r}'}: {message}")
+
+
+@rank_zero_only
+def warn(message: str) -> None:
+    """Warns at the user's line, on a line of its own."""
+    with cleared_bars():
+        warn_user(message)
 
 
 class RunStatus:
@@ -25,7 +42,7 @@ class RunStatus:
         """Warns, unless a warning of this kind was given before."""
         if kind not in self.reported:
             self.reported[kind] = message
-            rank_zero_warn(message)
+            warn(message)
 
     def mark(self, kind: str, message: str) -> None:
         """Reports what the linearized network does not follow, and marks all rows to come."""

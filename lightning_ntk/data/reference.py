@@ -1,7 +1,7 @@
 """A data set as batches in a fixed order."""
 
 import operator
-from collections.abc import Callable, Iterator, Sequence, Sized
+from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
 from contextlib import AbstractContextManager
 from copy import copy
 from dataclasses import dataclass
@@ -254,10 +254,14 @@ def unpack_pair(batch: Any) -> tuple[Any, Tensor | None]:
         return batch[0], None
     if isinstance(batch, tuple | list) and len(batch) == 2 and isinstance(batch[1], Tensor):
         return batch[0], batch[1]
-    got = f"a dict with the keys {sorted(map(str, batch))}" if isinstance(batch, dict) else f"a {type(batch).__name__}"
+    got, example = f"a {type(batch).__name__}", '(batch["x"], batch["y"])'
+    if isinstance(batch, Mapping):
+        got = f"a {type(batch).__name__} with the keys {sorted(map(str, batch))}"
+    elif isinstance(batch, tuple | list):
+        got, example = f"{got} of {len(batch)}", "batch[:2]" if len(batch) > 2 else "(batch[0], batch[1])"
     raise ValueError(
         f"Expected batches that are pairs (inputs, target) but got {got}. "
-        'Give `unpack=lambda batch: (inputs, target)`, for example `lambda batch: (batch["x"], batch["y"])`.'
+        f"Give `unpack=lambda batch: (inputs, target)`, for example `lambda batch: {example}`."
     )
 
 

@@ -1,7 +1,6 @@
 """The callback for the Trainer of transformers: it sees the batches as the model does, right before the model's own pass."""
 
 import copy
-import warnings
 from collections.abc import Iterator, Mapping, Sequence, Sized
 from contextlib import contextmanager
 from typing import Any, Literal
@@ -21,6 +20,7 @@ from lightning_ntk.linearization.parameters import trainable_parameters
 from lightning_ntk.linearization.step import StepLinearization
 from lightning_ntk.training.base import StepSettings
 from lightning_ntk.training.twin import Twin
+from lightning_ntk.utilities.user_warnings import warn_user
 from lightning_ntk.utilities.validation import require_integer, require_steps
 
 
@@ -196,7 +196,7 @@ class LinearizationCallback(TrainerCallback):
         sentence = f"LinearizationCallback does not follow the loss of this run in step {number}. {mismatch.describe()}"
         if number == 1:
             raise ValueError(f"{sentence} It follows the loss that the model itself returns.")
-        warnings.warn(sentence, stacklevel=2)
+        warn_user(sentence)
 
     def _measure(self) -> None:
         if self.comparison is None or self._lost:
@@ -218,10 +218,9 @@ class LinearizationCallback(TrainerCallback):
             if comparison.steps == 0:
                 raise
             self._lost = True
-            warnings.warn(
+            warn_user(
                 f"LinearizationCallback has lost the linearized network in step {comparison.steps + 1}, and measurements "
-                f"end; training goes on. {type(error).__name__}: {error}",
-                stacklevel=2,
+                f"end; training goes on. {type(error).__name__}: {error}"
             )
 
 

@@ -101,7 +101,8 @@ def assemble(
             write(tile, matrix)
             advance(cost.total(0, tile.pairs))
 
-    with track_operations("kernel", total=_operations(work, cost, symmetric), enabled=progress) as advance:
+    size = f"{len(plan.rows)} samples" if symmetric else f"{len(plan.rows)} and {len(columns)} samples"
+    with track_operations(f"kernel of {size}", total=_operations(work, cost, symmetric), enabled=progress) as advance:
         for first, blocks in work.items():
             left = factors(plan.rows, first)
             for second, beside in blocks.items():

@@ -1,7 +1,6 @@
 """The empirical neural tangent kernel between two data sets."""
 
 import math
-import warnings
 from collections.abc import Iterable, Mapping
 from functools import partial
 from typing import Literal, NamedTuple, TypeAlias
@@ -17,6 +16,7 @@ from lightning_ntk.linearization.verification import check_samples
 from lightning_ntk.utilities.contexts import full_precision, preserved_rng
 from lightning_ntk.utilities.distributed import ALONE, Processes
 from lightning_ntk.utilities.memory import format_bytes
+from lightning_ntk.utilities.user_warnings import warn_user
 from lightning_ntk.utilities.validation import require_choice, require_instance, require_integer, require_number
 
 Method: TypeAlias = Literal["auto", "structured", "contraction"]
@@ -193,7 +193,7 @@ class PlannedKernel:
             with processes.agreement():
                 return _finite(assembled(verify(plan)), plan.outputs)
         except PlanChangedError as reason:
-            warnings.warn(f"{reason} The whole kernel is computed by contraction instead.", stacklevel=3)
+            warn_user(f"{reason} The whole kernel is computed by contraction instead.")
         with processes.agreement():
             return _finite(assembled(plan.contract(linearization.params)), plan.outputs)
 

@@ -1,6 +1,5 @@
 """Per-sample Jacobians of any module, by vmap over vector-Jacobian products."""
 
-import warnings
 from collections.abc import Sequence
 
 import torch
@@ -12,6 +11,7 @@ from torch.utils import _pytree as pytree
 from lightning_ntk.linearization.linearization import Linearization
 from lightning_ntk.linearization.parameters import Tensors
 from lightning_ntk.utilities.contexts import full_precision, isolated_pass
+from lightning_ntk.utilities.user_warnings import warn_user
 
 # Samples whose activations, K times each, are held at once while their Jacobians are made.
 _VMAP_CHUNK = 32
@@ -49,9 +49,7 @@ def sample_jacobians(linearization: Linearization, inputs: object, names: Sequen
             reason = "vmap differentiates an operation of the network wrongly, as a plain backward pass shows."
     if jacobians is not None and _match_autograd(linearization, inputs, jacobians):
         return jacobians
-    warnings.warn(
-        f"Per-sample Jacobians are computed one sample at a time, which is slow, because {reason}", stacklevel=2
-    )
+    warn_user(f"Per-sample Jacobians are computed one sample at a time, which is slow, because {reason}")
     return _row_by_row(linearization, leaves, structure, list(variables))
 
 

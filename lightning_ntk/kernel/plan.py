@@ -1,6 +1,5 @@
 """How the kernel of a network is computed: which method for which parameters, decided and verified on a few samples."""
 
-import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -18,6 +17,7 @@ from lightning_ntk.kernel.recorder import Usage, one_hot_cotangents, record_usag
 from lightning_ntk.linearization.linearization import Linearization
 from lightning_ntk.linearization.parameters import Tensors
 from lightning_ntk.linearization.verification import require_dependent
+from lightning_ntk.utilities.user_warnings import warn_user
 
 # Samples on which a plan is made and verified: enough to see what belongs to which sample.
 _PROBE_SAMPLES = 3
@@ -170,10 +170,9 @@ def verify(plan: Plan) -> Plan:
         if unit.method != "vmap" and not _agrees(_pack([unit], merged, {}), cotangent, scaled_back):
             culprits.update(unit.names)
     if culprits:
-        warnings.warn(
+        warn_user(
             f"The rules for {', '.join(f'`{name}`' for name in sorted(culprits))} disagree with plain autograd: the network "
-            "uses these parameters outside the operations that have rules. Their Jacobians are computed by vmap instead.",
-            stacklevel=4,
+            "uses these parameters outside the operations that have rules. Their Jacobians are computed by vmap instead."
         )
     return plan.contract(culprits)
 

@@ -181,6 +181,6 @@ def _gradient(loss: Loss, outputs: Tensor, targets: Tensor, flat: bool) -> Tenso
 def _not_squared(loss: Loss) -> ValueError:
     return ValueError(
         f"Expected argument `loss` to be a squared loss, with a gradient c (f - Y) in the outputs f, but {loss!r} is not one. "
-        "Closed-form linearized dynamics exist for squared losses only: use nn.MSELoss(), or dynamics that take any loss: "
-        '"replay" or "twin".'
+        "Closed-form linearized dynamics exist for squared losses only: use nn.MSELoss(). With any loss, LinearizedTraining "
+        'takes recorded minibatches, `batches=`, and LinearizationMonitor takes dynamics="replay" or "twin".'
     )

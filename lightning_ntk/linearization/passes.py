@@ -31,6 +31,7 @@ class DataPasses:
     def batches(self, description: str, *ranges: range) -> Iterator[Batch]:
         """The batches of this process's samples, or of those in some ranges, under a progress bar."""
         ranges = ranges or (self.rows,)
+        description = f"{description} of {len(self.reference)} samples"
         total = sum(-(-len(part) // self.reference.batch_size) for part in ranges)
         return track(self.reference.batches(*ranges), description, total=total, enabled=self.progress)
 

@@ -261,7 +261,7 @@ class LanczosSolver:
         return "rounding" if bound.truncation > self._tolerance * bound.displacement else "tolerance"
 
     def _extend(self, enough: Callable[[], bool], share: float) -> None:
-        description, expected = "Lanczos: products with the kernel", self._expected
+        description, expected = "modes of the kernel (Lanczos)", self._expected
         with track_operations(description, total=expected or 0, counted=True, enabled=expected is not None) as advance:
             advance(self.num_products)
             while True:

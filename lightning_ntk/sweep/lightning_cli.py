@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,8 @@ from lightning_ntk.sweep.objective import add_to_path, import_path
 
 if TYPE_CHECKING:  # seconds, which `status` and `table` need not wait for
     from lightning_ntk.callback.monitor import LinearizationMonitor
+
+_LONGEST_NAME = 100
 
 
 @dataclass(frozen=True)
@@ -43,9 +46,12 @@ class CommandLineObjective:
         return f"LightningCLI {' '.join(Path(file).name for file in self.config)}"
 
     def root(self, configuration: Configuration) -> Path:
-        """The directory for a configuration's logs and checkpoints."""
-        digest = hashlib.sha256(configuration_key(configuration).encode()).hexdigest()[:12]
-        return Path(self.search, self.directory, digest)
+        """The directory for a configuration's logs and checkpoints, which TensorBoard shows as the name of the run."""
+        settings = ",".join(f"{name.rpartition('.')[2]}={value}" for name, value in configuration.items())
+        # Settings may be long, and differ only in what a file name cannot have.
+        name = re.sub(r"[^-+.,=\w]", "_", settings)[:_LONGEST_NAME]
+        digest = hashlib.sha256(configuration_key(configuration).encode()).hexdigest()[:8]
+        return Path(self.search, self.directory, f"{name}-{digest}")
 
     def arguments(self, configuration: Configuration) -> list[str]:
         """The arguments of the command line."""

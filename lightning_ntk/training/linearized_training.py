@@ -1,6 +1,5 @@
 """Linearized training on a data set, set up once and answered for every time."""
 
-import warnings
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -26,6 +25,7 @@ from lightning_ntk.training.off_span import displacement, displacements, off_spa
 from lightning_ntk.training.problem import JacobianStorage, LinearizedProblem
 from lightning_ntk.training.replay import Batches, RecordedTraining
 from lightning_ntk.utilities.contexts import preserved_rng
+from lightning_ntk.utilities.user_warnings import warn_user
 from lightning_ntk.utilities.validation import require_choice, require_instance
 
 
@@ -164,10 +164,9 @@ class LinearizedTraining:
         self.solver_reason = modal.reason
         self._engine = engine = ModalTraining(modal, dynamics, self.hyperparameters)
         if engine.unstable:
-            warnings.warn(
+            warn_user(
                 f"The learning rate {self.lr:.4g} is above {self.max_learning_rate:.4g}, the largest for which these linearized "
-                "dynamics are stable: the linearized network diverges.",
-                stacklevel=2,
+                "dynamics are stable: the linearized network diverges."
             )
         elif lanczos.horizon:
             engine.prepare(lanczos.horizon)

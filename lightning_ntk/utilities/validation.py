@@ -18,7 +18,12 @@ def require_choice(name: str, value: object, choices: object) -> None:
 
 
 def require_callable(name: str, value: object) -> None:
-    """Raises a TypeError unless an argument is None or can be called."""
+    """Raises a TypeError unless an argument is None or can be called, and makes no new object when it is."""
+    if isinstance(value, type):
+        raise TypeError(
+            f"Expected argument `{name}` to be a function or None but got the class {value.__name__}. Pass an instance, such as "
+            f"{value.__name__}()."
+        )
     if value is not None and not callable(value):
         raise TypeError(f"Expected argument `{name}` to be a function or None but got {value!r}.")
 

@@ -109,7 +109,8 @@ def test_figures(run: Callable[..., LightningCLI]) -> None:
     assert monitor.comparison.evaluation.problem.predictions.shape == (100, 10)
     events = EventAccumulator(done.trainer.logger.log_dir)
     events.Reload()
-    expected = {"history", "accuracies", "kernel", "parameters", "spectrum", "predictions"}
+    expected = {"relative_weight_distance", "loss", "accuracy", "kernel_distance", "kernel_change", "kernel_velocity",
+                "parameters", "spectrum", "predictions"}  # fmt: skip
     assert set(events.Tags()["images"]) == {f"ntk/figure/{name}" for name in expected}
 
 

@@ -310,6 +310,18 @@ def test_a_loss_that_is_not_that_of_the_run_is_found_in_the_first_step(dynamics:
         assert logged.history[-1]["gradient_mismatch"] > 0.1
 
 
+def test_layers_in_another_mode_are_one_warning_at_the_line_of_the_fit_with_what_to_do() -> None:
+    body = nn.Sequential(nn.Linear(6, 5), nn.BatchNorm1d(5), nn.Dropout(0.3), nn.Tanh(), nn.Linear(5, 3))
+    monitor = LinearizationMonitor(loss=nn.MSELoss(), dynamics="twin", mismatch="log", steps=1, dtype=torch.float64)
+    with pytest.warns(UserWarning, match="with its linearized twin.*Without `loss`, `predict` and `unpack`") as record:
+        fit(monitor, Regression(body), max_steps=3)
+    (warning,) = [w for w in record if "LinearizationMonitor" in str(w.message)]
+    assert warning.filename == fit.__code__.co_filename
+    assert monitor.history[1]["gradient_mismatch"] > 0.1
+    assert [row["exact"] for row in monitor.history] == [0, 0, 0, 0]
+    assert monitor.dtype == "float64"
+
+
 def test_the_loss_of_a_run_without_surprises_is_not_reported() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error", category=UserWarning)

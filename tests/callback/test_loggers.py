@@ -28,7 +28,9 @@ from tests.problems import mlp
 
 pytestmark = pytest.mark.filterwarnings("ignore:The 'train_dataloader' does not have|The number of training batches")
 
-FIGURES = {f"ntk/figure/{name}" for name in ("history", "kernel", "parameters", "spectrum", "predictions")}
+PANELS = {f"ntk/figure/{name}" for name in ("relative_weight_distance", "loss", "kernel_distance", "kernel_change",
+                                             "kernel_velocity")}  # fmt: skip
+FIGURES = PANELS | {f"ntk/figure/{name}" for name in ("parameters", "spectrum", "predictions")}
 
 
 class Regression(LightningModule):
@@ -114,6 +116,7 @@ def test_tensorboard_has_scalars_and_every_figure_once(tmp_path: Path) -> None:
         assert image.step == 12
         pixels = numpy.asarray(Image.open(io.BytesIO(image.encoded_image_string)))
         assert min(pixels.shape[:2]) > 300
+        assert tag not in PANELS or pixels.shape == (540, 720, 3)  # 4:3 at 150 dots per inch
         assert 20 < pixels.std() < 120  # neither blank nor noise
 
 
@@ -143,6 +146,9 @@ def test_layout_overlays_real_and_linearized_and_has_no_chart_of_what_is_not_log
     fit(everything, little, logger=logger)
     layout = charts(logger.log_dir)
     assert list(layout) == ["ntk", "twin-only"]
+    assert [next(iter(layout[name].items())) for name in layout] == [
+        ("relative weight distance", [f"^{name}/relative_weight_distance$"]) for name in ("ntk", r"twin\-only")
+    ]
     assert ["^ntk/loss$", "^ntk/linearized_loss$"] in layout["ntk"].values()
     assert ["^ntk/evaluation/loss$", "^ntk/evaluation/linearized_loss$"] in layout["ntk"].values()
     logged = set(events(logger.log_dir).Tags()["scalars"])
@@ -150,6 +156,21 @@ def test_layout_overlays_real_and_linearized_and_has_no_chart_of_what_is_not_log
         for title, tags in layout[name].items():
             plain = {tag.strip("^$").replace("\\", "") for tag in tags}
             assert plain <= logged, title
+
+
+def test_the_address_without_smoothing_is_said_once_for_all_monitors(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with caplog.at_level("INFO", logger="lightning.pytorch"):
+        fit(monitor(), monitor(name="b"), logger=TensorBoardLogger(tmp_path, name="my runs"))
+        fit(monitor())
+    said = [message for message in caplog.messages if "smoothing" in message]
+    assert said == [
+        "LinearizationMonitor: Curves: `tensorboard --logdir 'my runs'`, without smoothing at "
+        "http://localhost:6006/#custom_scalars&_smoothingWeight=0"
+    ]
+    assert sum(message.startswith("LinearizationMonitor 'b': After 12 steps") for message in caplog.messages) == 1
 
 
 def test_layout_has_a_monitor_that_captures_late(tmp_path: Path) -> None:
@@ -264,8 +285,10 @@ def test_figures_of_a_run_stopped_early_and_of_the_twin(tmp_path: Path) -> None:
     stop = EarlyStopping("train_loss", patience=0, stopping_threshold=1e9, check_on_train_epoch_end=True)
     fit(monitor(figures=True, dynamics="twin", per_parameter=False, kernel_probe=0), logger=logger, callbacks=[stop])
     written = events(logger.log_dir)
-    assert set(written.Tags()["images"]) == {"ntk/figure/history", "ntk/figure/predictions"}
-    assert [image.step for image in written.Images("ntk/figure/history")] == [1]
+    assert set(written.Tags()["images"]) == {
+        f"ntk/figure/{name}" for name in ("relative_weight_distance", "loss", "predictions")
+    }
+    assert [image.step for image in written.Images("ntk/figure/loss")] == [1]
 
 
 def test_by_default_nothing_is_drawn_and_matplotlib_is_not_needed(
@@ -309,7 +332,7 @@ def test_weights_and_biases_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     fit(watching, logger=WandbLogger(project="test", offline=True, save_dir=str(tmp_path)))
     wandb.finish()
     pictures = {path.relative_to(next(tmp_path.rglob("images"))).as_posix() for path in tmp_path.rglob("*.png")}
-    assert {picture.split("_")[0] for picture in pictures} == FIGURES
+    assert {picture.rsplit("_", 2)[0] for picture in pictures} == FIGURES
     log, records, deadline = next(tmp_path.rglob("*.wandb")), [], time.monotonic() + 30
     # The process that writes the file may do so after `finish` has returned.
     while not any(record.HasField("exit") for record in records) and time.monotonic() < deadline:

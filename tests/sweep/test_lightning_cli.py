@@ -1,5 +1,6 @@
 """An existing LightningCLI project as the objective, without new code in it."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -118,6 +119,9 @@ def test_each_configuration_has_a_directory_of_its_own(project: Path) -> None:
     (log,) = project.rglob("hparams.yaml")
     assert log.is_relative_to(objective.root({"trainer.logger": True}))
     assert objective.root({"a": 1}) != objective.root({"a": 2})
+    name = objective.root({"model.init_args.width": 64, "optimizer.lr": 0.2, "data.path": "a/b c"}).name
+    assert re.fullmatch("width=64,lr=0.2,path=a_b_c-[0-9a-f]{8}", name)  # as TensorBoard shows the run
+    assert len(objective.root({"a": "x" * 999}).name) < 120
 
 
 def test_a_model_without_a_class_is_a_failure_that_says_where_to_name_it(project: Path) -> None:

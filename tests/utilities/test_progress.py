@@ -1,6 +1,7 @@
 """Progress bars of captures and measurements, below those of a Trainer, and interruptions."""
 
 import io
+import logging
 import os
 import re
 import signal
@@ -16,12 +17,14 @@ import torch
 from lightning.pytorch import Callback, Trainer, seed_everything
 from lightning.pytorch.callbacks import RichProgressBar, TQDMProgressBar
 from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
+from rich.console import Console
 from rich.progress import Progress
 from torch.utils.data import DataLoader
 
 from lightning_ntk import LinearizationMonitor, LinearizedTraining
 from lightning_ntk.callback import progress_bars as trainer_bars
 from lightning_ntk.callback.progress_bars import RichBar, nested_bars
+from lightning_ntk.callback.status import say
 from lightning_ntk.solvers.eigh import eigh_modes
 from lightning_ntk.utilities import progress
 from lightning_ntk.utilities.progress import Work, bars_made_by, track, track_operations
@@ -119,8 +122,8 @@ def test_every_bar_of_a_capture_knows_how_much_there_is_to_do(recorded: list[Rec
     training = LinearizedTraining(mlp(3), data(), lr=0.1, batch_size=4, horizon=50, **options)
     training.weights(50)
     descriptions = {bar.work.description for bar in recorded}
-    assert "initial predictions" in descriptions
-    assert ("Lanczos: products with the kernel" in descriptions) == (options["solver"] == "lanczos")
+    assert "initial predictions of 11 samples" in descriptions
+    assert ("modes of the kernel (Lanczos)" in descriptions) == (options["solver"] == "lanczos")
     for bar in recorded:
         assert bar.work.total, bar.work
         assert bar.closed
@@ -143,14 +146,17 @@ def test_tqdm_bars_are_below_those_of_the_trainer(
     monkeypatch.setattr(trainer_bars, "Tqdm", Noted)
     fit(LinearizationMonitor(steps=2, kernel_probe=3, batch_size=4), TQDMProgressBar(process_position=1))
     descriptions = {description for description, _, _ in made}
-    assert {"initial predictions", "predictions", "vector-Jacobian product", "Jacobian-vector product"} <= descriptions
+    works = "initial predictions", "predictions", "vector-Jacobian product", "Jacobian-vector product"
+    assert {f"{work} of 11 samples" for work in works} <= descriptions
     for _, options, position in made:
         assert options["position"] == -position == 3  # the Trainer's are 2 and, for validation, 3
         assert options["file"] is sys.stdout
         assert options["leave"] is False
         assert not options["disable"]
     shown = capsys.readouterr()
-    assert re.search(r"initial predictions:\s+33%.*1/3 \[\d\d:\d\d<\d\d:\d\d", shown.out)  # with the time left
+    assert re.search(
+        r"initial predictions of 11 samples:\s+33%.*1/3 \[\d\d:\d\d<\d\d:\d\d", shown.out
+    )  # with the time left
     assert "predictions" not in shown.err
 
 
@@ -316,3 +322,28 @@ def test_an_interrupted_pass_ends_at_once(tmp_path: Path) -> None:
     assert "Detected KeyboardInterrupt, attempting graceful shutdown" in errors
     assert process.returncode == 1, errors  # Lightning's own
     assert seconds < 2  # a tenth where no other process takes the time; the captures take half a minute and more
+
+
+@pytest.mark.parametrize("kind", ["tqdm", "rich"])
+def test_a_message_stands_on_a_line_of_its_own(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = io.StringIO()
+    monkeypatch.setattr(sys, "stdout", terminal)
+    monkeypatch.setattr(sys, "stderr", terminal)
+    handler = logging.StreamHandler(terminal)  # with the stream from before the bars, as that of Lightning
+    monkeypatch.setattr(logging.getLogger("lightning.pytorch"), "handlers", [handler])
+    if kind == "tqdm":
+        with Tqdm(total=3, file=terminal, desc="Epoch 0", ncols=60):
+            say("here I am")
+        cleared = "\r" + " " * 60 + "\r"
+        shown = terminal.getvalue()
+        assert "\rLinearizationMonitor: here I am\n\rEpoch 0" in shown, shown
+        assert cleared.strip("\r") in shown
+    else:
+        console = Console(file=terminal, force_terminal=True, width=60)
+        with Progress(console=console) as progress:
+            progress.add_task("Epoch 0")
+            progress.refresh()
+            say("here I am")
+        lines = terminal.getvalue().splitlines()
+        assert any(line.endswith("LinearizationMonitor: here I am") and "Epoch" not in line for line in lines)
+    assert handler.stream is terminal
