@@ -46,7 +46,7 @@ if TYPE_CHECKING:
 _COMPARED_SHARE = 0.5
 _LEAST_SAMPLES = 256
 _COUNTED_STEPS = 20000  # at most, to know how often a run is measured
-# Rows of the kernels of kernel regression, at most: all modes of so many take half a minute and 640 MiB.
+# Rows of the kernels of kernel regression, at most: all modes of so many take 40 m^2 bytes, 640 MiB.
 _REGRESSION_ROWS = 4096
 
 
