@@ -1,9 +1,10 @@
 """What a release says of itself in several places is the same."""
 
 import re
-import tomllib
 from importlib.metadata import metadata
 from pathlib import Path
+
+import tomllib
 
 import lightning_ntk
 

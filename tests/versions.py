@@ -12,10 +12,11 @@ import re
 import subprocess
 import sys
 import tempfile
-import tomllib
 import venv
 from datetime import date
 from pathlib import Path
+
+import tomllib
 
 ROOT = Path(__file__).parent.parent
 RESULTS = Path(__file__).with_suffix(".json")
@@ -45,12 +46,16 @@ def run(versions: dict[str, str], work: Path) -> dict[str, object]:
     subprocess.run([*install, "--no-deps", *map(str, work.glob("*.whl"))], check=True, env=environment)
     for folder in ("lightning_ntk", "lightning_ntk.egg-info"):
         subprocess.run(["rm", "-rf", str(work / "source" / folder)], check=True)
-    shown = subprocess.run([python, "-m", "uv", "pip", "freeze", "--python", python], capture_output=True, text=True, check=True)
+    shown = subprocess.run(
+        [python, "-m", "uv", "pip", "freeze", "--python", python], capture_output=True, text=True, check=True
+    )
     installed = dict(line.split("==") for line in shown.stdout.splitlines() if "==" in line)
     tests = [python, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests"]
     done = subprocess.run(tests, cwd=work / "source", env=environment, capture_output=True, text=True, check=False)
     print(done.stdout[-4000:])
-    counts = {kind: int(n) for n, kind in re.findall(r"(\d+) (passed|failed|skipped|errors?)", done.stdout.splitlines()[-1])}
+    counts = {
+        kind: int(n) for n, kind in re.findall(r"(\d+) (passed|failed|skipped|errors?)", done.stdout.splitlines()[-1])
+    }
     return {
         "date": date.today().isoformat(),
         "python": ".".join(map(str, sys.version_info[:3])),

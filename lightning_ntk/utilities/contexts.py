@@ -19,7 +19,7 @@ _HAS_PRECISION_NAMES = hasattr(torch.backends.cudnn, "conv")  # since PyTorch 2.
 _REDUCED_PRECISION_SWITCHES: tuple[Any, ...] = (
     (
         torch.backends.cuda.matmul,
-        torch.backends.cudnn.conv,
+        torch.backends.cudnn.conv,  # type: ignore[attr-defined]
         torch.backends.cudnn.rnn,
         torch.backends.mkldnn.matmul,  # type: ignore[attr-defined]
         torch.backends.mkldnn.conv,  # type: ignore[attr-defined]
