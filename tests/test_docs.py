@@ -165,7 +165,7 @@ def test_the_scalars_page_has_every_scalar() -> None:
     options = {"per_parameter": True, "evaluation": labeled, "loss": nn.MSELoss(), "reference": labeled}
     names: set[str] = set()
     for more in (
-        {"dynamics": "gradient_descent", "modes": 2, "closest": True, "kernel_probe": 3},
+        {"dynamics": "gradient_descent", "modes": 2, "closest": True, "kernel_probe": 3, "regime": True},
         {"dynamics": "twin", "kernels": ("before", "after")},
     ):
         monitor = LinearizationMonitor(strict=True, **options, **more)
@@ -175,6 +175,8 @@ def test_the_scalars_page_has_every_scalar() -> None:
     for name in names:
         name = re.sub(r"^mode/\d+", "mode/<i>", name.removeprefix("evaluation/"))
         name = re.sub(r"^parameter/.*", "parameter/<name>", name)
+        name = re.sub(r"^regime/layer/.*/", "regime/layer/<layer>/", name)
+        name = re.sub(r"^(regime/.*)_(low|high)$", r"\1", name)
         shown = {name, re.sub(r"^kernel_regression/(before|after)/", "kernel_regression/<kernel>/", name)}
         assert any(f"`{tag}`" in page for tag in shown), name
 

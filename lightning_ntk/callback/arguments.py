@@ -38,7 +38,8 @@ def require_valid(monitor: "LinearizationMonitor") -> None:
         raise ValueError(f"Expected argument `network` to be names of submodules but got {monitor.network!r:.100}.")
     if not isinstance(monitor.name, str) or not monitor.name:
         raise ValueError(f"Expected argument `name` to be a prefix of tags but got {monitor.name!r}.")
-    for name in ("per_parameter", "taylor", "closest", "figures", "prog_bar", "save_state", "strict", "progress"):
+    flags = "per_parameter", "taylor", "closest", "regime", "figures", "prog_bar", "save_state", "strict", "progress"
+    for name in flags:
         require_choice(name, getattr(monitor, name), Literal[True, False])
     require_choice("solver", monitor.solver, Solver)
     require_choice("jacobian", monitor.jacobian, JacobianStorage)
@@ -80,6 +81,10 @@ def require_valid(monitor: "LinearizationMonitor") -> None:
         raise ValueError(
             f"Expected argument `kernels` to be empty with reference=None but got {monitor.kernels}: kernel regression "
             "takes samples of the reference."
+        )
+    if monitor.reference is None and monitor.regime:
+        raise ValueError(
+            "Expected regime=False with reference=None but got True: the panel of regimes takes samples of the reference."
         )
     if monitor.reference is None and monitor.dynamics not in ("auto", "twin"):
         raise ValueError(

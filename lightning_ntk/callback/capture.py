@@ -18,6 +18,7 @@ from lightning_ntk.comparison.expected_gradient import ExpectedGradient
 from lightning_ntk.comparison.full_batch import FullBatchCheck
 from lightning_ntk.comparison.functions import FunctionComparison, OutputComparison
 from lightning_ntk.comparison.optimizer import ObservedOptimizer
+from lightning_ntk.comparison.regimes import RegimePanel
 from lightning_ntk.comparison.regression import RegressionComparison
 from lightning_ntk.comparison.run_comparison import RunComparison
 from lightning_ntk.comparison.step_functions import StepComparison
@@ -136,7 +137,8 @@ class RunCapture:
         # Where it is known that the run is no gradient descent, its batches are not looked at.
         looks = training is not None and not self._differing(dynamics, self._size)
         self.comparison = RunComparison(
-            loss, online, reference=reference, evaluation=evaluation, probe=self._probe(loss), optimizer=self._observed,
+            loss, online, reference=reference, evaluation=evaluation, probe=self._probe(loss),
+            panel=self._panel(loss), optimizer=self._observed,
             training=training, expected_gradient=ExpectedGradient(loss, processes=processes),
             full_batch=FullBatchCheck(training.problem) if training is not None and looks else None,
             regression=self._regression(),
@@ -369,16 +371,26 @@ class RunCapture:
     @preserved_rng()
     def _probe(self, loss: BatchLoss) -> KernelProbe | None:
         samples = self._monitor.kernel_probe
-        if not samples:
+        return KernelProbe(*self._samples_for("kernel_probe", loss), samples=samples) if samples else None
+
+    @preserved_rng()
+    def _panel(self, loss: BatchLoss) -> RegimePanel | None:
+        if not self._monitor.regime:
             return None
+        linearization, reference = self._samples_for("regime", loss)
+        assert self._pair is not None
+        return RegimePanel(linearization, reference, self._pair.loss, processes=self._processes)
+
+    def _samples_for(self, argument: str, loss: BatchLoss) -> tuple[Linearization, Reference]:
+        """The network at w0 and the reference, for what an argument asks of a few samples."""
         if self._data is None or self._pair is None:
             why = self._no_pair if self._pair is None else "there is none"
             raise ValueError(
-                f"Expected samples of a reference set with outputs (samples, outputs) for argument `kernel_probe` but {why}. "
-                "Leave out `kernel_probe`; or give `reference` a data set with a fixed order, and `loss`."
+                f"Expected samples of a reference set with outputs (samples, outputs) for argument `{argument}` but {why}. "
+                f"Leave out `{argument}`; or give `reference` a data set with a fixed order, and `loss`."
             )
         linearization = loss.linearization if isinstance(loss, PairLoss) else self._linearization()
-        return KernelProbe(linearization, self._on(self._data), samples=samples)
+        return linearization, self._on(self._data)
 
     def _regression(self) -> RegressionComparison | None:
         """Kernel regression on some samples of the reference, with the squared loss of the run or the mean squared error."""

@@ -29,7 +29,7 @@ def arguments_of(monitor: "LinearizationMonitor") -> str:
     """The arguments that decide what processes exchange, and when: they must have the same."""
     names = (
         "steps", "dynamics", "capture_at", "mismatch", "solver", "jacobian", "batch_size", "dtype", "per_parameter", "taylor",
-        "closest", "modes", "kernel_probe", "kernels", "reference_samples", "network", "strict", "is_given_loss",
+        "closest", "modes", "kernel_probe", "kernels", "regime", "reference_samples", "network", "strict", "is_given_loss",
     )  # fmt: skip
     own = {name: getattr(monitor, name) for name in names}
     return repr(own | {"evaluation": monitor.evaluation is not None, "reference": monitor.reference is not None})

@@ -21,6 +21,7 @@ from lightning_ntk.plots import (
     plot_kernel,
     plot_parameters,
     plot_predictions,
+    plot_regimes,
     plot_spectrum,
 )
 from lightning_ntk.plots.history import History
@@ -53,6 +54,7 @@ _CHARTS = {
     "weight distance and displacement": ("weight_distance", "displacement"),
     "cosine of the displacements": ("weight_cosine",),
     "norm ratio of the displacements": ("weight_norm_ratio",),
+    "alignment of kernel and labels": ("regime/alignment", "regime/centered_alignment"),
 }  # fmt: skip
 _DOTS_PER_INCH = 150
 # TensorBoard's charts with their values, and not with averages over the last measurements.
@@ -124,6 +126,8 @@ def figures_of(
     }
     if any(key.startswith("parameter/") for key in measured):
         figures["parameters"] = partial(plot_parameters, history)
+    if any(key.startswith("regime/") for key in measured):
+        figures["regimes"] = partial(plot_regimes, history)
     if spectrum is not None:
         figures["spectrum"] = partial(plot_spectrum, *spectrum, time=kernel_time)
     if outputs is not None:

@@ -112,6 +112,8 @@ class LinearizationMonitor(RunResults):
         kernels: With which kernels to do kernel regression beside the network, `kernel_regression/...`: "before" training, at w0,
             and "after" it, at the weights and buffers of the last step. On at most `reference_samples` samples of the reference
             and 4096 rows (samples times outputs), each costs as much as a capture of such a kernel with its modes.
+        regime: Whether to log the panel of regimes, `regime/...`: alignment, trace and rank of the kernel, the edge of
+            stability, rank and change of features, on a few samples of the reference.
         figures: Whether to draw figures when training ends, for TensorBoard, Weights & Biases and MLflow. Needs matplotlib.
         prog_bar: Whether the Trainer's progress bar shows `relative_weight_distance`.
         save_state: Whether checkpoints hold what a resumed run needs to go on with its measurements: the initial weights and
@@ -155,6 +157,7 @@ class LinearizationMonitor(RunResults):
         modes: int = 0,
         kernel_probe: int = 0,
         kernels: Sequence[Literal["before", "after"]] = (),
+        regime: bool = False,
         figures: bool = False,
         prog_bar: bool = False,
         save_state: bool = True,
@@ -185,6 +188,7 @@ class LinearizationMonitor(RunResults):
         self.modes = modes
         self.kernel_probe = kernel_probe
         self.kernels = kernels
+        self.regime = regime
         self.figures = figures
         self.prog_bar = prog_bar
         self.save_state = save_state

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeAlias
 
 from torch import Tensor
-from torch.optim import Optimizer
+from torch.optim import SGD, Optimizer
 
 from lightning_ntk.dynamics.sgd import SGD_OPTIONS, Hyperparameters, SGDSettings
 from lightning_ntk.training.base import StepSettings
@@ -67,6 +67,14 @@ class ObservedOptimizer:
         first = self.settings[0].lr
         rates = {name: own.lr / first if first else 1.0 for name, own in self._own.items()}
         return {name: rates.get(name, 0.0) for name in self._parameters}
+
+    @property
+    def sgd_settings(self) -> SGDSettings | None:
+        """The settings that all parameters which were linearized share now; None without one, and for others than SGD."""
+        groups = _group_numbers(self.optimizer.param_groups, self._parameters)
+        own = {SGDSettings.of(self.optimizer.param_groups[number]) for number in groups.values()}
+        followed = type(self.optimizer) is SGD and groups.keys() == self._parameters.keys() and len(own) == 1
+        return own.pop() if followed and not _maximizes(self.optimizer.param_groups) else None
 
     def replace(self, optimizer: Optimizer) -> bool:
         """Goes on with another optimizer of the run. Returns whether it begins anew, without a state."""

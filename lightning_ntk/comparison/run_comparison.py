@@ -10,6 +10,7 @@ from lightning_ntk.comparison.expected_gradient import ExpectedGradient
 from lightning_ntk.comparison.full_batch import FullBatchCheck
 from lightning_ntk.comparison.functions import FunctionComparison
 from lightning_ntk.comparison.optimizer import ObservedOptimizer, some
+from lightning_ntk.comparison.regimes import RegimePanel
 from lightning_ntk.comparison.regression import RegressionComparison
 from lightning_ntk.comparison.scalars import compare_closest, compare_modes, compare_weights
 from lightning_ntk.functional.weights import difference
@@ -36,6 +37,7 @@ class RunComparison:
         reference: The training set, on which functions are compared; None to compare weights only.
         evaluation: Another data set on which functions are compared.
         probe: The samples whose kernel is followed.
+        panel: The panel of regimes to measure beside.
         optimizer: The optimizer of the run at capture; None not to look for changes of its settings.
         training: The closed form of `online`, for the modes, the closest time and the edge of stability.
         expected_gradient: The gradient that the run's steps must have, where it is to be compared.
@@ -80,6 +82,7 @@ class RunComparison:
         reference: FunctionComparison | None = None,
         evaluation: FunctionComparison | None = None,
         probe: KernelProbe | None = None,
+        panel: RegimePanel | None = None,
         optimizer: ObservedOptimizer | None = None,
         training: LinearizedTraining | None = None,
         expected_gradient: ExpectedGradient | None = None,
@@ -96,6 +99,7 @@ class RunComparison:
         self.evaluation = evaluation
         self.training = training
         self._probe = probe
+        self._panel = panel
         self._optimizer = optimizer
         self._full_batch = full_batch
         self._regression = regression
@@ -231,6 +235,9 @@ class RunComparison:
             kernel = self._probe.kernel(own)
             scalars |= self._probe.compare(kernel, step=self.steps)
             self._probe.advance(kernel, step=self.steps)
+        if self._panel is not None:
+            settings = None if self._optimizer is None else self._optimizer.sgd_settings
+            scalars |= self._panel.measure(weights, settings)
         return scalars if self._regression is None else scalars | self._regression.before
 
     @preserved_rng()

@@ -104,11 +104,14 @@ class FrozenNetwork:
         """P, the number of trainable weights."""
         return sum(p.numel() for p in self.params.values())
 
-    def at(self: Frozen, params: Mapping[str, Tensor]) -> Frozen:
-        """The same network around clones of other weights, with the captured buffers and frozen weights."""
+    def at(self: Frozen, params: Mapping[str, Tensor], buffers: Mapping[str, Tensor] | None = None) -> Frozen:
+        """The same network around clones of other weights, with the captured frozen weights, and buffers unless given."""
         other = copy(self)
         with torch.inference_mode(False), torch.no_grad():
             other.params = {name: value.clone() for name, value in self._convert_all(params).items()}
+            if buffers is not None:
+                matching = require_matching(buffers, self.buffers, "buffers")
+                other.buffers = {name: self._clone(value.to(self.device)) for name, value in matching.items()}
         return other
 
     def restricted(self: Frozen, names: Sequence[str]) -> Frozen:

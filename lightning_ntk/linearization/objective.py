@@ -84,6 +84,18 @@ class Objective:
         """The gradient of the loss in outputs `(B, K)`, for prepared targets."""
         return _gradient(self._loss_on(outputs.device), outputs.to(self._dtype), targets, self._flat).to(self.dtype)
 
+    def hessian_product(self, outputs: Tensor, targets: Tensor, vector: Tensor) -> Tensor:
+        """H u for the Hessian of the loss in outputs `(B, K)`, for prepared targets and a vector `(B, K)`."""
+        loss = self._loss_on(outputs.device)
+        with torch.inference_mode(False), torch.enable_grad():
+            point = outputs.detach().to(self._dtype, copy=True).requires_grad_()
+            value = evaluate_loss(loss, point, targets.clone(), flat=self._flat)
+            (gradient,) = torch.autograd.grad(value, point, create_graph=True)
+            if not gradient.requires_grad:  # a loss that is linear in the outputs, piece by piece
+                return torch.zeros_like(vector)
+            (product,) = torch.autograd.grad(gradient, point, vector.to(gradient), materialize_grads=True)
+        return product.to(vector)
+
     def _loss_on(self, device: torch.device) -> Loss:
         # A loss may have buffers, class weights for example: they follow the outputs to their device and type.
         if isinstance(self._loss, nn.Module) and device not in self._losses:

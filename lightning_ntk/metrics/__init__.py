@@ -8,13 +8,23 @@ ensemble's, are averaged: products and squared norms, each by itself. Updates ra
 from lightning_ntk.metrics.base import SummedMetric
 from lightning_ntk.metrics.kernels import KernelChange, KernelDistance, KernelTargetAlignment
 from lightning_ntk.metrics.predictions import PredictionRMSE, TaylorGap
+from lightning_ntk.metrics.regimes import (
+    ActivationChange,
+    CenteredKernelTargetAlignment,
+    EffectiveRank,
+    LowRankMeasure,
+)
 from lightning_ntk.metrics.weights import Displacement, WeightCosine, WeightDistance, WeightNormRatio
 
 __all__ = [
+    "ActivationChange",
+    "CenteredKernelTargetAlignment",
     "Displacement",
+    "EffectiveRank",
     "KernelChange",
     "KernelDistance",
     "KernelTargetAlignment",
+    "LowRankMeasure",
     "PredictionRMSE",
     "SummedMetric",
     "TaylorGap",

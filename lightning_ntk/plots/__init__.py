@@ -9,6 +9,7 @@ function raises a ModuleNotFoundError.
 from lightning_ntk.plots.history import read_history
 from lightning_ntk.plots.parameters import plot_parameters
 from lightning_ntk.plots.predictions import plot_predictions
+from lightning_ntk.plots.regimes import plot_regimes
 from lightning_ntk.plots.runs import plot_runs
 from lightning_ntk.plots.scalars import (
     plot_accuracies,
@@ -30,6 +31,7 @@ __all__ = [
     "plot_over_loss",
     "plot_parameters",
     "plot_predictions",
+    "plot_regimes",
     "plot_runs",
     "plot_spectrum",
     "plot_values",

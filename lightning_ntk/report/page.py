@@ -9,7 +9,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lightning_ntk.functional.verdict import LAZY, RICH, Verdict
-from lightning_ntk.plots import plot_accuracies, plot_history, plot_kernel, plot_over_loss, plot_parameters
+from lightning_ntk.plots import (
+    plot_accuracies,
+    plot_history,
+    plot_kernel,
+    plot_over_loss,
+    plot_parameters,
+    plot_regimes,
+)
 from lightning_ntk.plots.history import History
 from lightning_ntk.report.table import COLUMNS, evenly_spaced, number
 
@@ -55,6 +62,11 @@ _SECTIONS = {
         "function is still linear in the weights.",
     ),
     "The kernel": _Section(plot_kernel, "The kernel of a lazy run does not change."),
+    "The panel of regimes": _Section(
+        plot_regimes,
+        "A rich run aligns its kernel with the labels, makes few features out of many, and moves its activations. "
+        "Bars are 95 % intervals.",
+    ),
     "Which parameters leave first": _Section(plot_parameters, "Rows are parameters in the order of the network."),
 }
 

@@ -113,7 +113,7 @@ def sgd(**options: Any) -> Callable[[Any], torch.optim.Optimizer]:
 
 def gradient_descent(processes: int) -> dict[str, Any]:
     data = samples(14)
-    observed = monitor(data, evaluation=samples(5), per_parameter=True, modes=2, batch_size=3)
+    observed = monitor(data, evaluation=samples(5), per_parameter=True, modes=2, batch_size=3, regime=True)
     return fit(
         mlp, sgd(momentum=0.9, weight_decay=0.01), data=data, batch_size=7, processes=processes, monitor=observed,
         max_steps=7,

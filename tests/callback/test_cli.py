@@ -153,7 +153,7 @@ def test_every_option_from_yaml(run: Callable[..., LightningCLI], tmp_path: Path
         "reference_samples": 10, "capture_at": 1, "mismatch": "log",
         "solver": "lanczos", "jacobian": "stored", "batch_size": 5, "dtype": "float64",
         "name": "everything", "per_parameter": True, "taylor": False, "modes": 1, "closest": True,
-        "device": "cpu", "kernel_probe": 2, "kernels": ["before", "after"], "figures": True, "prog_bar": True,
+        "device": "cpu", "kernel_probe": 2, "regime": True, "kernels": ["before", "after"], "figures": True, "prog_bar": True,
         "save_state": False, "strict": True, "progress": False,
     }  # fmt: skip
     parameters = inspect.signature(LinearizationMonitor).parameters

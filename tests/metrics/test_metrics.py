@@ -14,19 +14,27 @@ from torchmetrics import Metric, MetricCollection, MetricTracker
 
 from lightning_ntk import Linearization, empirical_ntk
 from lightning_ntk.functional import (
+    activation_change,
+    centered_kernel_target_alignment,
+    effective_rank,
     kernel_change,
     kernel_distance,
     kernel_target_alignment,
+    low_rank_measure,
     norm,
     prediction_rmse,
     taylor_gap,
     weight_distances,
 )
 from lightning_ntk.metrics import (
+    ActivationChange,
+    CenteredKernelTargetAlignment,
     Displacement,
+    EffectiveRank,
     KernelChange,
     KernelDistance,
     KernelTargetAlignment,
+    LowRankMeasure,
     PredictionRMSE,
     TaylorGap,
     WeightCosine,
@@ -242,6 +250,42 @@ def test_initial_weights_are_not_in_the_state_dict(problem: Problem) -> None:
 def test_bad_arguments(call: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_regimes_by_functions_and_metrics_in_parts(problem: Problem) -> None:
+    features, rows = problem.inputs.tanh(), [slice(0, 4), slice(4, 11)]
+    centering = torch.kron(torch.eye(11) - 1 / 11, torch.eye(3)).double()
+    around, target = centering @ problem.kernel @ centering, centering @ problem.targets.flatten()
+    small = torch.eye(11).double() - 1 / 11
+    kernels = [small @ k @ small for k in (features @ features.T, problem.outputs @ torch.linalg.pinv(problem.outputs))]
+    expected = {
+        "rank": problem.kernel.trace() ** 2 / problem.kernel.square().sum(),
+        "centered": target @ around @ target / around.norm() / target.square().sum(),
+        "low rank": 1 - (kernels[0] * kernels[1]).sum() / kernels[0].norm() / kernels[1].norm(),
+        "change": (problem.outputs - problem.initial_outputs).norm() / problem.initial_outputs.norm(),
+    }
+    metrics = EffectiveRank(), CenteredKernelTargetAlignment(), LowRankMeasure(), ActivationChange()
+    for part in rows:
+        block = slice(3 * part.start, 3 * part.stop)
+        metrics[0].update(problem.kernel[block], first_row=block.start)
+        metrics[1].update(problem.kernel[block], problem.targets[part])
+        metrics[2].update(features[part], problem.outputs[part])
+        metrics[3].update(problem.initial_outputs[part], problem.outputs[part])
+    values = [
+        effective_rank(problem.kernel),
+        centered_kernel_target_alignment(problem.kernel, problem.targets),
+        low_rank_measure(features, problem.outputs),
+        activation_change(problem.initial_outputs, problem.outputs),
+    ]
+    assert values == pytest.approx([value.item() for value in expected.values()], rel=1e-11)
+    assert [metric.compute().item() for metric in metrics] == pytest.approx(values, rel=1e-12)
+    for call in (
+        lambda: effective_rank(torch.ones(2, 3)),
+        lambda: low_rank_measure(torch.ones(3, 2), torch.ones(4, 2)),
+        lambda: centered_kernel_target_alignment(torch.eye(6), torch.ones(2, 1)),
+    ):
+        with pytest.raises(ValueError, match="Expected"):
+            call()
 
 
 def _metric_in_one_of_two_processes(rank: int, directory: Path) -> None:

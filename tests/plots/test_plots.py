@@ -25,6 +25,7 @@ from lightning_ntk.plots import (
     plot_over_loss,
     plot_parameters,
     plot_predictions,
+    plot_regimes,
     plot_runs,
     plot_spectrum,
     plot_values,
@@ -511,3 +512,33 @@ def test_without_matplotlib_the_error_says_what_to_install(monkeypatch: pytest.M
     for draw in (lambda: plot_history(make_history()), lambda: plot_values([1.0], "x")):
         with pytest.raises(ModuleNotFoundError, match=r"pip install 'lightning-ntk\[plot\]'"):
             draw()
+
+
+def test_regimes_have_bars_where_they_are_estimated() -> None:
+    def row(step: int) -> dict[str, float]:
+        value = 0.1 + step / 200
+        numbers = dict.fromkeys(
+            ("alignment", "effective_rank", "edge", "low_rank", "layer/body.0/activation_change"), value
+        )
+        bars = {
+            f"{name}_{end}": value + sign * 0.05
+            for name in ("alignment", "effective_rank")
+            for end, sign in (("low", -1), ("high", 1))
+        }
+        return {"step": float(step)} | {f"regime/{name}": number for name, number in (numbers | bars).items()}
+
+    _, axes = plot_regimes([row(step) for step in STEPS])
+    titles = [axis.get_title() for axis in axes]
+    assert titles == [
+        "Alignment of kernel and labels", "Effective rank of the kernel", "Edge of stability",
+        "Low-rank measure of the features", "Change of activations by layer",
+    ]  # fmt: skip
+    bars = [len(axis.containers[0].lines[2]) for axis in axes]
+    assert bars == [1, 1, 0, 0, 0]
+    (segments,) = axes[0].containers[0].lines[2]
+    assert [tuple(end[1] for end in line) for line in segments.get_segments()] == [
+        pytest.approx((0.05 + step / 200, 0.15 + step / 200)) for step in STEPS
+    ]
+    assert axes[4].get_legend().get_texts()[0].get_text() == "body.0"
+    with pytest.raises(ValueError, match="regime/alignment"):
+        plot_regimes(make_history())

@@ -1,0 +1,201 @@
+r"""Trace and Frobenius norm of a kernel :math:`\Theta = J J^\top` from a few vectors, with 95 % intervals.
+
+Hutch++ (Meyer, Musco, Musco & Woodruff, 2021) is exact on a space that holds the large eigenvalues and estimates the rest with
+random vectors. Here the vectors are pulled back once, :math:`g_i = J^\top v_i`, and their Gram matrix, of all parameters or of
+one layer, holds trace and norm of the kernel, or of that layer's kernel.
+"""
+
+import math
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+# The 97.5 % quantile of the normal distribution.
+_QUANTILE = 1.959963984540054
+# Directions that are this small beside the largest are rounding.
+_ROUNDING = 1e-10
+_LEAST_VECTORS = 3
+
+
+class Estimate(NamedTuple):
+    """A number and its 95 % interval, which is the number itself where it is exact."""
+
+    value: float
+    low: float
+    high: float
+
+    def scalars(self, name: str) -> dict[str, float]:
+        """The three numbers as `name`, `name_low` and `name_high`."""
+        return {name: self.value, f"{name}_low": self.low, f"{name}_high": self.high}
+
+
+class KernelMoments(NamedTuple):
+    """Trace and squared Frobenius norm of a kernel, estimated from all random vectors and without each one of them.
+
+    Attributes:
+        trace: `(1 + m,)` in float64: from all m random vectors, then without the first, the second, ...
+        square: The squared Frobenius norm, likewise.
+    """
+
+    trace: Tensor
+    square: Tensor
+
+
+class ProbeVectors(NamedTuple):
+    """Vectors on which a kernel is probed: an orthonormal basis of a small space, and random ones orthogonal to it.
+
+    Attributes:
+        vectors: `(R, N, K)`, in this order: those of the space with mean zero over the samples, those of it that are constant
+            over the samples, the centered parts of the random vectors, and their constant parts, which may be missing.
+        centered: The number of the first kind.
+        constant: The number of the second kind.
+        random: m, the number of random vectors; 0 where the basis is complete, so that nothing is estimated.
+    """
+
+    vectors: Tensor
+    centered: int
+    constant: int
+    random: int
+
+    def moments(self, gram: Tensor) -> KernelMoments:
+        r"""Trace and norm of :math:`\Theta`.
+
+        Args:
+            gram: :math:`v_i^\top \Theta v_j`, `(R, R)` in float64 on the CPU.
+        """
+        known, split = self.centered + self.constant, self.centered + self.constant + self.random
+        if len(gram) > split:  # the constant parts of the random vectors
+            total = gram[:, known:split] + gram[:, split:]
+            both = torch.cat([gram[:, :known], total], dim=1)
+            gram = torch.cat([both[:known], both[known:split] + both[split:]])
+        return kernel_moments(gram, known)
+
+    def centered_moments(self, gram: Tensor) -> KernelMoments:
+        r"""Trace and norm of the kernel centered over the samples, :math:`H \Theta H` (Cortes et al., 2012)."""
+        start = self.centered + self.constant
+        kept = [*range(self.centered), *range(start, start + self.random)]
+        return kernel_moments(gram[kept][:, kept], self.centered)
+
+
+def probe_vectors(images: Tensor, random: int, generator: torch.Generator) -> ProbeVectors:
+    r"""Chooses the vectors on which to probe a kernel.
+
+    Args:
+        images: Images of some vectors under the kernel, `(T, N, K)`: they span the space on which the estimates are exact.
+            Products that Lanczos has made anyway serve as well as the random sketch of Hutch++ (Chen & Hallman, 2023).
+        random: The number of random vectors, at least 3.
+        generator: Draws their signs, on the CPU.
+
+    Raises:
+        ValueError: If there are fewer than 3 random vectors, without which there is no interval.
+    """
+    if random < _LEAST_VECTORS:
+        raise ValueError(f"Expected at least {_LEAST_VECTORS} random vectors but got {random}.")
+    images = images.double().cpu()
+    samples, outputs = images.shape[1:]
+    means = images.mean(1)
+    constant, centered = _basis(means), _basis((images - means.unsqueeze(1)).flatten(1))
+    if len(constant) + len(centered) + random >= samples * outputs:
+        # The columns of a Householder matrix whose first is constant.
+        square, _ = torch.linalg.qr(torch.cat([torch.ones(samples, 1), torch.eye(samples)[:, 1:]], 1).double())
+        units = torch.eye(outputs, dtype=torch.float64)
+        complete = torch.einsum("nm,kl->mlnk", square, units).flatten(0, 1)
+        return ProbeVectors(torch.cat([complete[outputs:], complete[:outputs]]), (samples - 1) * outputs, outputs, 0)
+    signs = torch.randint(0, 2, (random, samples, outputs), generator=generator).double() * 2 - 1
+    level = signs.mean(1)
+    around = (signs - level.unsqueeze(1)).flatten(1)
+    around = around - (around @ centered.T) @ centered
+    parts = [centered.reshape(-1, samples, outputs), _lifted(constant, samples) / math.sqrt(samples)]
+    parts.append(around.reshape(-1, samples, outputs))
+    if len(constant) < outputs:
+        parts.append(_lifted(level - (level @ constant.T) @ constant, samples))
+    return ProbeVectors(torch.cat(parts), len(centered), len(constant), random)
+
+
+def kernel_moments(gram: Tensor, known: int) -> KernelMoments:
+    r"""Trace and squared Frobenius norm of a kernel from the Gram matrix of pulled-back vectors.
+
+    With Q an orthonormal basis and z random vectors with :math:`E z z^\top = I - Q Q^\top`,
+
+    .. math::
+        \operatorname{tr} \Theta &= \operatorname{tr} Q^\top \Theta Q + E\, z^\top \Theta z \\
+        \|\Theta\|^2 &= \|Q^\top \Theta Q\|^2 + 2 E \|Q^\top \Theta z\|^2 + E (z^\top \Theta z')^2,
+
+    where the last mean is over pairs of different vectors. Both are unbiased.
+
+    Args:
+        gram: :math:`v_i^\top \Theta v_j`, `(R, R)`: the basis first, the random vectors after it.
+        known: The number of vectors of the basis.
+
+    Example:
+        >>> moments = kernel_moments(torch.diag(torch.tensor([2.0, 1.0])), known=2)
+        >>> moments.trace, moments.square  # of a complete basis
+        (tensor([3.], dtype=torch.float64), tensor([5.], dtype=torch.float64))
+    """
+    gram = gram.double()
+    inner, cross, rest = gram[:known, :known], gram[:known, known:], gram[known:, known:]
+    trace, square, count = inner.trace(), inner.square().sum(), len(rest)
+    if count == 0:
+        return KernelMoments(trace.reshape(1), square.reshape(1))
+    diagonal, crossed = rest.diagonal(), cross.square().sum(0)
+    pairs = (rest - torch.diag(diagonal)).square().sum(0)
+    weights = torch.cat([torch.ones(1, count), 1 - torch.eye(count)]).double()  # one row for each set of vectors
+    left = weights.sum(1)
+    # A pair is counted from both ends: leaving one vector out takes away its pairs twice.
+    paired = pairs.sum() - 2 * (1 - weights) @ pairs
+    return KernelMoments(
+        trace + weights @ diagonal / left,
+        square + 2 * weights @ crossed / left + paired / (left * (left - 1)),
+    )
+
+
+def interval(values: Tensor) -> Estimate:
+    """The 95 % interval of a positive quantity, by the jackknife on its logarithm and Student's t.
+
+    Args:
+        values: `(1 + m,)`: the quantity from all m random vectors, then without each one of them; `(1,)` if it is exact.
+    """
+    value, count = values[0].item(), len(values) - 1
+    if count == 0 or value <= 0:
+        return Estimate(value, value, value)
+    logs = values.clamp_min(torch.finfo(values.dtype).tiny).log()
+    spread = (logs[1:] - logs[1:].mean()).square().sum() * (count - 1) / count
+    half = student_quantile(count - 1) * spread.sqrt().item()
+    return Estimate(value, value * math.exp(-half), value * math.exp(half))
+
+
+def student_quantile(degrees: int) -> float:
+    """The 97.5 % quantile of Student's t for at least two degrees of freedom (Abramowitz & Stegun, 1964, 26.7.5).
+
+    Example:
+        >>> round(student_quantile(15), 3)
+        2.131
+    """
+    z, n = _QUANTILE, degrees
+    terms = [
+        (z**3 + z) / 4,
+        (5 * z**5 + 16 * z**3 + 3 * z) / 96,
+        (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384,
+        (79 * z**9 + 776 * z**7 + 1482 * z**5 - 1920 * z**3 - 945 * z) / 92160,
+    ]
+    return z + math.fsum(term / float(n) ** power for power, term in enumerate(terms, 1))
+
+
+def gram_matrices(pulled: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The Gram matrix `(R, R)` of pulled-back vectors `(R, *shape)`, by parameter, in float64 on the CPU."""
+    flat = {name: values.flatten(1).double() for name, values in pulled.items()}
+    return {name: (values @ values.T).cpu() for name, values in flat.items()}
+
+
+def _basis(rows: Tensor) -> Tensor:
+    """An orthonormal basis `(r, D)` of the span of rows `(T, D)`."""
+    _, sizes, basis = torch.linalg.svd(rows, full_matrices=False)
+    kept: Tensor = sizes > _ROUNDING * sizes.max().clamp_min(torch.finfo(rows.dtype).tiny)
+    return torch.masked_select(basis, kept.unsqueeze(1)).reshape(-1, rows.shape[1])
+
+
+def _lifted(levels: Tensor, samples: int) -> Tensor:
+    """Vectors `(T, N, K)` that are the same for all samples."""
+    return levels.unsqueeze(1).expand(-1, samples, -1)
