@@ -4,11 +4,13 @@ import json
 import os
 import resource
 import subprocess
+import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import torch
-from models import MODELS, digits
+from models import MODELS, CausalModel, Encoder, digits
 from peers.plain_torch import ntk_vector_products, row_by_row, vmap_jacrev
 from timing import Comparison, Function, interleaved, seconds
 from torch import Tensor, nn
@@ -68,6 +70,25 @@ def full_training_set() -> Comparison:
     elapsed = seconds(lambda: empirical_ntk(module, inputs))
     notes = {"peak memory in kernels": peak, "time over the floor": elapsed / floor}
     return Comparison("kernel, MLP, N = 1797", elapsed, "floor: its matrix products", floor, notes)
+
+
+def language_models() -> Iterator[Comparison]:
+    """An encoder next to the products of its Jacobians, and a tied vocabulary next to one that is not."""
+    torch.manual_seed(0)
+    module, tokens = Encoder().eval(), torch.randint(0, 30522, (128, 32))
+    used = time.process_time()
+    elapsed = seconds(lambda: empirical_ntk(module, tokens), 1, warm_up=False)
+    notes = {"seconds of all cores": time.process_time() - used}
+    notes["peak GiB of the process"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    rows = torch.randn(256, 1 << 17)
+    layers = [p.numel() for name, p in module.named_parameters() if p.dim() == 2 and "embeddings" not in name]
+    # Above the diagonal.
+    floor = seconds(lambda: rows.mm(rows.T)) * sum(layers) / rows.shape[1] / 2
+    yield Comparison("kernel, MiniLM, 22.7M parameters, N = 128", elapsed, "floor: J J^T of its layers", floor, notes)
+    tokens = torch.randint(0, 50257, (16, 32))
+    models = {"tied": CausalModel(tied=True).eval(), "not tied": CausalModel(tied=False).eval()}
+    times = interleaved({name: partial(empirical_ntk, model, tokens) for name, model in models.items()}, 3)
+    yield Comparison("kernel, GPT-2's vocabulary, tied, N = 16", times["tied"], "the same, not tied", times["not tied"])
 
 
 def against_neural_tangents(python: str, implementations: list[str], samples: int = 128) -> Iterator[Comparison]:

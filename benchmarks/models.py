@@ -78,6 +78,39 @@ STEP_MODELS = {
 }
 
 
+class CausalModel(nn.Module):
+    """GPT-2's vocabulary on a small transformer of transformers; two words at the last position, as of a prompt."""
+
+    def __init__(self, *, tied: bool) -> None:
+        from transformers import GPT2Config, GPT2LMHeadModel
+
+        super().__init__()
+        self.model = GPT2LMHeadModel(GPT2Config(n_layer=2, n_embd=128, n_head=4, tie_word_embeddings=tied))
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """The logits of two words."""
+        logits: Tensor = self.model(input_ids=tokens).logits
+        return logits[:, -1, [100, 200]]
+
+
+class Encoder(nn.Module):
+    """The size of MiniLM-L6: 22.7 million parameters, with a classifier of two classes on the class token."""
+
+    def __init__(self) -> None:
+        from transformers import BertConfig, BertForSequenceClassification
+
+        super().__init__()
+        layers = {"hidden_size": 384, "num_hidden_layers": 6, "num_attention_heads": 12, "intermediate_size": 1536}
+        self.model = BertForSequenceClassification(
+            BertConfig.from_dict(layers | {"vocab_size": 30522, "num_labels": 2})
+        )
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Scores of the two classes."""
+        logits: Tensor = self.model(input_ids=tokens).logits
+        return logits
+
+
 def digits(model: str, samples: int) -> tuple[Tensor, Tensor]:
     """Images in [0, 1], `(N, 64)` or `(N, 1, 8, 8)` for the convolutional ones, and one-hot targets `(N, 10)`."""
     data = load_digits()

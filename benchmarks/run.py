@@ -29,7 +29,7 @@ import training_step
 from timing import Comparison, header, line, machine
 
 RESULTS = Path(__file__).parent / "results" / "run.json"
-SECTIONS = ("modes", "kernel", "passes", "steps", "training_step", "processes")
+SECTIONS = ("modes", "kernel", "language_models", "passes", "steps", "training_step", "processes")
 
 
 def comparisons(arguments: argparse.Namespace) -> Iterator[tuple[str, Comparison]]:
@@ -39,6 +39,8 @@ def comparisons(arguments: argparse.Namespace) -> Iterator[tuple[str, Comparison
     if "kernel" in arguments.sections:
         yield "kernel", kernels.full_training_set()  # then this one
         yield from (("kernel", row) for row in kernels.against_plain_torch())
+    if "language_models" in arguments.sections:
+        yield from (("language_models", row) for row in kernels.language_models())
     if "modes" in arguments.sections:
         yield "modes", modes.lanczos()
         yield from (("modes", row) for row in modes.against_the_inverse())

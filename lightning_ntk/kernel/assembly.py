@@ -8,14 +8,14 @@ from torch import Tensor
 
 from lightning_ntk.data.reference import Reference
 from lightning_ntk.kernel.costs import Cost
-from lightning_ntk.kernel.factors import Factors, add_block, cat_factors
+from lightning_ntk.kernel.factors import PIECE_NUMBERS, Factors, add_block, cat_factors, expand
 from lightning_ntk.kernel.plan import Plan, collect
 from lightning_ntk.utilities.distributed import Processes
 from lightning_ntk.utilities.memory import empty_matrix, mirror_upper_
 from lightning_ntk.utilities.progress import track_operations
 
-# Samples in one pass, at most, whatever memory allows: larger batches are not faster.
-_PASS_SAMPLES = 256
+# Samples in one pass and memory for it, at most, whatever memory allows: larger batches are not faster.
+_PASS_SAMPLES, _PASS_BYTES = 256, 1 << 27
 # Rows and columns of the kernel in one tile, which stays in a CPU's cache from one Hadamard product to the next.
 _TILE_ROWS, _TILE_COLUMNS = 512, 2560
 # Strips of a symmetric kernel, at least: the squares on its diagonal are computed whole.
@@ -75,7 +75,9 @@ def assemble(
     kernel = empty_matrix(len(plan.rows) * outputs, len(columns) * outputs, dtype=dtype, device=device)
     # Memory that is used again is in the cache.
     scratch = kernel.new_empty(max(tile.pairs for tile in tiles) * outputs**2, device=plan.linearization.device)
-    pass_size = max(1, min(memory_limit // 4 // max(cost.pass_bytes, 1), _PASS_SAMPLES))
+    pass_bytes = max(cost.pass_bytes, plan.pass_bytes, 1)
+    pass_size = max(1, min(min(memory_limit // 4, _PASS_BYTES) // pass_bytes, _PASS_SAMPLES))
+    piece = max(1, min(memory_limit // 8 // dtype.itemsize, PIECE_NUMBERS))
 
     def factors(data: Reference, block: range) -> Factors:
         parts = []
@@ -90,10 +92,28 @@ def assemble(
         if symmetric:  # now, as the tile is in the cache
             kernel[columns, rows] = matrix.T
 
+    def multiply(tiles: list[Tile], left: Factors, right: Factors) -> None:
+        """The Jacobians that are not kept, a piece at a time for all tiles."""
+        for tile in tiles:
+            kernel[tile.place(outputs)] = 0
+        for one, other in expand(left, right, piece):
+            for tile in tiles:
+                rows = slice(*((edge - tile.first.start) * outputs for edge in (tile.rows.start, tile.rows.stop)))
+                columns = slice(
+                    *((edge - tile.second.start) * outputs for edge in (tile.columns.start, tile.columns.stop))
+                )
+                kernel[tile.place(outputs)] += (one[rows] @ other[columns].T).to(device)
+
     def fill(tiles: list[Tile], left: Factors, right: Factors) -> None:
+        if left.unexpanded:
+            multiply(tiles, left, right)
         for tile in tiles:
             shape = len(tile.rows), outputs, len(tile.columns), outputs
-            block = scratch[: tile.pairs * outputs**2].view(shape).zero_()
+            block = scratch[: tile.pairs * outputs**2].view(shape)
+            if left.unexpanded:
+                block.flatten(2).flatten(0, 1).copy_(kernel[tile.place(outputs)])
+            else:
+                block.zero_()
             add_block(block, *tile.narrow(left, right))
             matrix = block.flatten(2).flatten(0, 1)
             if symmetric and tile.rows.start == tile.columns.start:

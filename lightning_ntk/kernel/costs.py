@@ -4,11 +4,13 @@ from collections.abc import Sequence
 from dataclasses import astuple, dataclass
 from typing import Literal, TypeAlias
 
+import torch
 from torch import Tensor
 
 from lightning_ntk.kernel.factors import Factor, Outer, gradients_of
+from lightning_ntk.kernel.readout import Readout
 
-Method: TypeAlias = Literal["gram", "shared", "dense", "vmap"]
+Method: TypeAlias = Literal["gram", "shared", "dense", "expanded", "vmap"]
 
 # An elementwise product, and an operation of the short products over positions, in operations of a long matrix product.
 _ELEMENTWISE_COST = 16
@@ -52,12 +54,13 @@ class Cost:
 
 
 def cheapest_method(
-    factors: Sequence[Factor], outputs: int, forward: float, size: tuple[float, float]
+    factors: Sequence[Factor], outputs: int, forward: float, size: tuple[float, float], *, expand: bool = True
 ) -> tuple[Method, Cost]:
     """The method with the fewest operations for parameters that share their output gradients.
 
     The factors have one row per sample and any number of cotangents. `forward` is the multiply-adds of their layers in a
-    forward pass, per sample; `size` the samples of the kernel and the pairs of samples.
+    forward pass, per sample; `size` the samples of the kernel and the pairs of samples; `expand` whether Jacobians may be made
+    when they are multiplied.
     """
     passes = _PASS_COST * (1 + 2 * outputs) * forward
     numel = sum(factor.shape.numel() for factor in factors)
@@ -70,6 +73,7 @@ def cheapest_method(
     inputs = sum(factor.inputs.nbytes for factor in outers) // samples
     recorded = inputs + gradients.nbytes * outputs // cotangents // samples
     gram_width = sum(1 if factor.one_hot else factor.width for factor in outers)
+    used = sum(_used_width(factor) for factor in outers)
     if same_for_all_samples(outers[0]):
         pair = gram_width + outputs**2 * _ELEMENTWISE_COST
         return "shared", Cost(passes, pair, forward, inputs, 3 * inputs)
@@ -82,8 +86,31 @@ def cheapest_method(
     # One-hot inputs are scattered.
     making = sum(_ELEMENTWISE_COST if factor.one_hot else factor.width for factor in outers)
     making *= outputs * positions * groups * length
-    dense = Cost(passes + making, outputs**2 * numel, forward, jacobian, jacobian + 2 * recorded)
-    return ("gram", gram) if gram.total(*size) < dense.total(*size) else ("dense", dense)
+    if jacobian <= recorded or not expand:
+        method: Method = "dense"
+        dense = Cost(passes + making, outputs**2 * numel, forward, jacobian, jacobian + 2 * recorded)
+    else:  # made again for each pair of blocks, of which there is one where the factors fit into memory
+        method = "expanded"
+        dense = Cost(passes + making, outputs**2 * groups * length * used, forward, recorded, 3 * recorded)
+    return ("gram", gram) if gram.total(*size) < dense.total(*size) else (method, dense)
+
+
+def _used_width(factor: Outer) -> int:
+    """Inputs that are not always zero: all of a table, but for rows that all samples look up alike."""
+    alike = factor.one_hot and bool((factor.inputs == factor.inputs[:1]).all())
+    return len(torch.unique(factor.inputs[:1])) if alike else factor.width
+
+
+def readout_cost(readout: Readout, outputs: int) -> Cost:
+    """The cost of the outputs' kernel where that of the features is known."""
+    width, inputs = readout.matrix.shape[1], readout.features[0].numel()
+    pair = width * outputs * (width + outputs) + outputs**2 * _ELEMENTWISE_COST
+    memory = readout.features[0].nbytes
+    if readout.tokens is not None and readout.gradients is not None:
+        pair += outputs * width * (outputs + 2 * readout.tokens.shape[1])
+        memory += width * readout.gradients[0, :, 0].nbytes + readout.tokens[0].nbytes
+    forward = outputs * inputs
+    return Cost(_PASS_COST * forward, pair, forward, memory, 3 * memory)
 
 
 def vmap_cost(parameter: Tensor, outputs: int) -> Cost:

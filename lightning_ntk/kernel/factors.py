@@ -11,16 +11,23 @@ A layer that multiplies its input by a weight, at T positions, has the per-sampl
 needs Gram matrices and no Jacobian (Novak et al., 2022, "Fast finite width neural tangent kernel").
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import TypeAlias
+from itertools import chain
+from typing import TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
+from lightning_ntk.kernel.readout import Readout, cat_readouts
+
+_T = TypeVar("_T")
+
 # Numbers in the intermediate product of a tile: few enough to stay in a cache, many enough for long matrix products.
 _TILE_NUMBERS = 1 << 20
+# Numbers in a piece of the Jacobians that are made when they are multiplied.
+PIECE_NUMBERS = 1 << 23
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,6 +55,20 @@ class Outer:
     def width(self) -> int:
         """I, the length of an input vector."""
         return self.shape.numel() // (self.gradients.shape[2] * self.gradients.shape[4])
+
+    def count_columns(self) -> int:
+        """Elements of a position's output gradients that are not zero, at most."""
+        return int(self.gradients[:, :, 0].any(1).sum(2).max())
+
+    def by_columns(self) -> "Outer":
+        """The same Jacobian with the elements of the output gradients that are not zero as positions, for one group.
+
+        The inputs are one-hot then, as those of an embedding, and the gradients are products with the inputs.
+        """
+        columns = self.gradients[:, :, 0].any(1).int().topk(max(1, self.count_columns()), 2).indices
+        index = columns[:, None, None].expand(-1, self.gradients.shape[1], -1, -1, -1)
+        products = self.gradients.gather(4, index).unsqueeze(5) * self.inputs[:, None, :, :, None]
+        return Outer(columns.unsqueeze(1).flatten(2), products.flatten(3, 4), self.shape, not self.input_first)
 
     def dense(self) -> Tensor:
         """The Jacobian `(R, K, *shape)`."""
@@ -120,6 +141,22 @@ class Gram:
         gradients = self.gradients if shared else self.gradients[start:stop]
         return Gram(tuple(x[start:stop] for x in self.inputs), gradients)
 
+    def jacobian(self, start: int, stop: int, used: Sequence[Tensor | None]) -> Tensor:
+        """The elements `start` to `stop` of the output gradients times all inputs, `(N K, G * (stop - start) * I)`.
+
+        Of one-hot inputs, only those in `used`, which are sorted.
+        """
+        gradients = self.gradients[..., start:stop].permute(0, 1, 3, 4, 2).flatten(2, 3)
+        parts = []
+        for inputs, kept in zip(self.inputs, used, strict=True):
+            if kept is None:
+                parts.append(gradients @ inputs)
+                continue
+            index = torch.searchsorted(kept, inputs).unsqueeze(2).expand(gradients.shape)
+            parts.append(gradients.new_zeros(*gradients.shape[:3], len(kept)).scatter_add_(3, index, gradients))
+        part = parts[0] if len(parts) == 1 else torch.cat(parts, 3)
+        return part.reshape(*part.shape[:2], -1, stop - start, part.shape[3]).transpose(1, 2).flatten(0, 1).flatten(1)
+
     def to(self, dtype: torch.dtype) -> "Gram":
         """The factors in another floating-point type; the indices of one-hot inputs stay integers."""
         inputs = tuple(x.to(dtype) if x.is_floating_point() else x for x in self.inputs)
@@ -164,34 +201,82 @@ class Factors:
 
     Attributes:
         grams: For parameters whose part of the kernel is made of Gram matrices.
+        unexpanded: For parameters whose Jacobians are made a piece at a time, when they are multiplied: those of consecutive
+            samples, which are never joined.
         jacobians: For all others, their Jacobians `(N, K, P)`, those of small parameters side by side.
+        readout: If there is one, the others are factors of its features, which have the place of the outputs.
     """
 
     grams: tuple[Gram, ...]
+    unexpanded: tuple[tuple[Gram, ...], ...]
     jacobians: tuple[Tensor, ...]
+    readout: Readout | None = None
 
     def narrow(self, start: int, stop: int) -> "Factors":
-        """The samples `start` to `stop`."""
+        """The samples `start` to `stop`, without Jacobians that were not made."""
         grams = tuple(gram.narrow(start, stop) for gram in self.grams)
-        return Factors(grams, tuple(jacobian[start:stop] for jacobian in self.jacobians))
+        readout = self.readout and self.readout.narrow(start, stop)
+        return Factors(grams, (), tuple(jacobian[start:stop] for jacobian in self.jacobians), readout)
 
     def to(self, dtype: torch.dtype) -> "Factors":
         """The factors in another floating-point type."""
         grams = tuple(gram.to(dtype) for gram in self.grams)
-        return Factors(grams, tuple(jacobian.to(dtype) for jacobian in self.jacobians))
+        unexpanded = tuple(tuple(gram.to(dtype) for gram in grams) for grams in self.unexpanded)
+        readout = self.readout and self.readout.to(dtype)
+        return Factors(grams, unexpanded, tuple(jacobian.to(dtype) for jacobian in self.jacobians), readout)
 
 
-def cat_factors(parts: Sequence[Factors]) -> Factors:
-    """Consecutive blocks of samples as one."""
+def cat_factors(parts: list[Factors]) -> Factors:
+    """Consecutive blocks of samples as one; `parts` is emptied, so that only one factor at a time is in memory twice."""
     if len(parts) == 1:
-        return parts[0]
-    jacobians = tuple(torch.cat(blocks) for blocks in zip(*(part.jacobians for part in parts), strict=True))
-    grams = tuple(cat_grams(grams) for grams in zip(*(part.grams for part in parts), strict=True))
-    return Factors(grams, jacobians)
+        return parts.pop()
+    jacobians = [list(blocks) for blocks in zip(*(part.jacobians for part in parts), strict=True)]
+    grams = [list(grams) for grams in zip(*(part.grams for part in parts), strict=True)]
+    unexpanded = [tuple(chain(*grams)) for grams in zip(*(part.unexpanded for part in parts), strict=True)]
+    readouts = [part.readout for part in parts if part.readout]
+    parts.clear()
+    return Factors(
+        tuple(_cat_once(cat_grams, grams)),
+        tuple(unexpanded),
+        tuple(_cat_once(torch.cat, jacobians)),
+        cat_readouts(readouts) if readouts else None,
+    )
+
+
+def _cat_once(cat: Callable[[list[_T]], _T], pieces: list[list[_T]]) -> Iterator[_T]:
+    for index in range(len(pieces)):
+        yield cat(pieces[index])
+        pieces[index] = []
+
+
+def expand(first: Factors, second: Factors, numbers: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """The Jacobians `(N K, P)` that were not made yet, of two blocks of samples, in pieces of at most `numbers` numbers each."""
+    for left, right in zip(first.unexpanded, second.unexpanded, strict=True):
+        used = [
+            None if parts[0].is_floating_point() else torch.unique(torch.cat([part.flatten() for part in parts]))
+            for parts in zip(*(gram.inputs for gram in (*left, *right)), strict=True)
+        ]
+        _, groups, _, outputs, size = left[0].gradients.shape
+        width = sum(x.shape[3] if kept is None else len(kept) for x, kept in zip(left[0].inputs, used, strict=True))
+        samples = max(sum(len(gram.gradients) for gram in grams) for grams in (left, right))
+        step = max(1, numbers // (samples * outputs * groups * width))
+        for start in range(0, size, step):
+            stop = min(start + step, size)
+            jacobian = torch.cat([gram.jacobian(start, stop, used) for gram in left])
+            yield (
+                jacobian,
+                jacobian if right is left else torch.cat([gram.jacobian(start, stop, used) for gram in right]),
+            )
 
 
 def add_block(tile: Tensor, first: Factors, second: Factors) -> None:
-    """Adds Theta of two blocks of samples to `tile`, `(N1, K, N2, K)` and contiguous."""
+    """Adds Theta of two blocks of samples to `tile`, `(N1, K, N2, K)` and contiguous, but for Jacobians that are to `expand`."""
+    if first.readout and second.readout:
+        widths = [part.matrix.shape[1] for part in (first.readout, second.readout)]
+        inner = tile.new_zeros(tile.shape[0], widths[0], tile.shape[2], widths[1])
+        add_block(inner, replace(first, readout=None), replace(second, readout=None))
+        first.readout.add_outputs(tile, inner, second.readout)
+        return
     matrix = tile.flatten(2).flatten(0, 1)
     for left, right in zip(first.jacobians, second.jacobians, strict=True):
         matrix.addmm_(left.flatten(0, 1), right.flatten(0, 1).T)

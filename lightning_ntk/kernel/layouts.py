@@ -1,6 +1,6 @@
 """Which rows of a factor belong to which sample, found from the gradients of one sample's outputs at a time."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -8,12 +8,22 @@ from torch import Tensor
 
 from lightning_ntk.kernel.factors import Dense, Factor, Outer, Use, gradients_of
 
+# Of so many elements of a position's output gradients at most one is not zero, where a few logits are chosen of many.
+_CHOSEN = 4
+
 
 class Layout(NamedTuple):
     """The axes `(before, samples, after)` into which rows split; None stands for the size that is left over."""
 
     before: int | None
     after: int | None
+
+
+class _Regrouped(NamedTuple):
+    """The gradients of a call by sample, `(N, K, G, T, O)`, and which of a sample's rows, `(N, T)`, they are."""
+
+    gradients: Tensor
+    kept: Tensor | None
 
 
 def find_layout(support: Tensor) -> Layout | None:
@@ -52,34 +62,75 @@ def find_layouts(uses: Iterable[Use]) -> tuple[dict[str, Layout], set[str]]:
     return layouts, coupled
 
 
-def arrange_by_sample(uses: Iterable[Use], layouts: Mapping[str, Layout], samples: int) -> dict[str, list[Factor]]:
+def arrange_by_sample(
+    uses: Iterable[Use], layouts: Mapping[str, Layout], samples: int, chosen: Container[str] = ()
+) -> dict[str, list[Factor]]:
     """The factors of every parameter that has a layout, each with one row per sample.
 
-    Factors that share their gradients still share them afterwards.
+    Factors that share their gradients still share them afterwards, but for the parameters in `chosen`: all of these factors
+    have one-hot inputs, whatever the layers are.
     """
-    regrouped: dict[tuple[int, Layout], Tensor] = {}
+    regrouped: dict[tuple[int, Layout], _Regrouped] = {}
     arranged: dict[str, list[Factor]] = {}
     for name, factor in uses:
         if name in layouts:
-            arranged.setdefault(name, []).append(_by_sample(factor, layouts[name], samples, regrouped))
+            factor = _by_sample(factor, layouts[name], samples, regrouped)
+            if name in chosen and isinstance(factor, Outer) and not factor.one_hot:
+                factor = factor.by_columns()
+            arranged.setdefault(name, []).append(factor)
     return arranged
 
 
-def _by_sample(factor: Factor, layout: Layout, samples: int, regrouped: dict[tuple[int, Layout], Tensor]) -> Factor:
-    """The rows of a sample become positions; those of a dense Jacobian are summed."""
+def find_chosen(arranged: Mapping[str, Sequence[Factor]]) -> frozenset[str]:
+    """The parameters of layers of which the network's outputs choose a few outputs: label words of a vocabulary."""
+    chosen = set()
+    for name, factors in arranged.items():
+        layers = [factor for factor in factors if isinstance(factor, Outer) and not factor.one_hot]
+        tied = len(layers) < len(factors)
+        if layers and all(_chooses(layer, tied=tied) for layer in layers):
+            chosen.add(name)
+    return frozenset(chosen)
+
+
+def _chooses(layer: Outer, *, tied: bool) -> bool:
+    """Whether one-hot inputs save memory: next to the layer's own factor, or to the Jacobian of a tied weight."""
+    size = layer.gradients.shape[4]
+    if layer.gradients.shape[2] > 1 or layer.gradients.stride(0) == 0:
+        return False
+    count = layer.count_columns()
+    return count * _CHOSEN <= size and (tied or count * layer.width <= size)
+
+
+def _by_sample(factor: Factor, layout: Layout, samples: int, regrouped: dict[tuple[int, Layout], _Regrouped]) -> Factor:
+    """The rows of a sample become positions, without those that reach no output; those of a dense Jacobian are summed."""
     if isinstance(factor, Dense):
         return Dense(_split(factor.jacobian, layout, samples).sum((0, 2)))
     key = (id(factor.gradients), layout)
     if key not in regrouped:
-        gradients = _split(factor.gradients, layout, samples)
-        before, _, after = gradients.shape[:3]
-        # Where a row is a sample they stay as they are: a last layer's are one tensor, repeated without copies.
-        whole = before * after == 1
-        regrouped[key] = factor.gradients if whole else gradients.permute(1, 3, 4, 0, 2, 5, 6).flatten(3, 5)
+        regrouped[key] = _regroup(factor.gradients, layout, samples)
+    gradients, kept = regrouped[key]
     inputs = _split(factor.inputs, layout, samples)
     trailing = range(4, inputs.dim())
     inputs = inputs.permute(1, 3, 0, 2, *trailing).flatten(2, 4)
-    return Outer(inputs, regrouped[key], factor.shape, factor.input_first)
+    if kept is not None:
+        index = kept.reshape(samples, 1, -1, *(1,) * (inputs.dim() - 3))
+        inputs = inputs.take_along_dim(index, 2)
+    return Outer(inputs, gradients, factor.shape, factor.input_first)
+
+
+def _regroup(gradients: Tensor, layout: Layout, samples: int) -> _Regrouped:
+    split = _split(gradients, layout, samples)
+    before, _, after = split.shape[:3]
+    if before * after == 1:
+        # They stay as they are: a last layer's are one tensor, repeated without copies.
+        return _Regrouped(gradients, None)
+    gradients = split.permute(1, 3, 4, 0, 2, 5, 6).flatten(3, 5)
+    reaching = gradients.any(4).any(2).any(1)
+    most, kept = max(1, int(reaching.sum(1).max())), None
+    if most < reaching.shape[1]:
+        kept = reaching.int().topk(most, 1).indices
+        gradients = gradients.take_along_dim(kept[:, None, None, :, None], 3)
+    return _Regrouped(gradients, kept)
 
 
 def _split(rows: Tensor, layout: Layout, samples: int) -> Tensor:

@@ -9,11 +9,32 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from lightning_ntk.data.reference import Reference
-from lightning_ntk.kernel.costs import Cost, Method, cheapest_method, forward_cost, same_for_all_samples, vmap_cost
-from lightning_ntk.kernel.factors import Dense, Factor, Factors, Gram, Outer, add_block, gradients_of, gram_of, scaled
-from lightning_ntk.kernel.layouts import Layout, arrange_by_sample, find_layouts
+from lightning_ntk.kernel.costs import (
+    Cost,
+    Method,
+    cheapest_method,
+    forward_cost,
+    readout_cost,
+    same_for_all_samples,
+    vmap_cost,
+)
+from lightning_ntk.kernel.factors import (
+    PIECE_NUMBERS,
+    Dense,
+    Factor,
+    Factors,
+    Gram,
+    Outer,
+    add_block,
+    expand,
+    gradients_of,
+    gram_of,
+    scaled,
+)
+from lightning_ntk.kernel.layouts import Layout, arrange_by_sample, find_chosen, find_layouts
 from lightning_ntk.kernel.per_sample import random_cotangent, sample_jacobians
-from lightning_ntk.kernel.recorder import Usage, one_hot_cotangents, record_usage
+from lightning_ntk.kernel.readout import Readout
+from lightning_ntk.kernel.recorder import Head, Usage, one_hot_cotangents, record_usage
 from lightning_ntk.linearization.linearization import Linearization
 from lightning_ntk.linearization.parameters import Tensors
 from lightning_ntk.linearization.verification import require_dependent
@@ -37,7 +58,8 @@ class Unit(NamedTuple):
     Attributes:
         names: Several only where they share their output gradients.
         method: "gram" matrices of inputs and output gradients; "shared" where all samples have the same output
-            gradients; "dense" Jacobians made from these; Jacobians by "vmap" where no rule applies.
+            gradients; "dense" Jacobians made from these, or "expanded" from these when they are multiplied; Jacobians by
+            "vmap" where no rule applies.
         cost: The unit's part of the kernel's cost.
     """
 
@@ -57,6 +79,9 @@ class Plan:
         roots: Square roots of the elements of D, by parameter.
         outputs: K.
         layouts: For every parameter with a rule, where the samples are in its rows.
+        chosen: Parameters of layers of which the outputs choose a few outputs.
+        readout: The cost of a last linear layer with more outputs than features, where the units are those of the features.
+        pass_bytes: Memory for the outputs and output gradients of all calls that have rules, per sample.
         units: The parameters by method.
     """
 
@@ -66,6 +91,9 @@ class Plan:
     roots: Mapping[str, float]
     outputs: int
     layouts: Mapping[str, Layout]
+    chosen: frozenset[str] = frozenset()
+    readout: Cost | None = None
+    pass_bytes: int = 0
     units: tuple[Unit, ...] = ()
 
     @property
@@ -79,7 +107,7 @@ class Plan:
     @property
     def cost(self) -> Cost:
         """The cost of all units."""
-        return sum((unit.cost for unit in self.units), Cost())
+        return sum((unit.cost for unit in self.units), self.readout or Cost())
 
     @property
     def contracted(self) -> tuple[str, ...]:
@@ -96,7 +124,8 @@ class Plan:
             if name in chosen | split
         )
         kept = tuple(unit for unit in self.units if not split.intersection(unit.names))
-        return replace(self, units=kept + contracted)
+        # Only all parameters are ever contracted where there is a readout: their outputs are the network's.
+        return replace(self, units=kept + contracted, readout=None if chosen else self.readout)
 
 
 def make_plan(
@@ -116,7 +145,7 @@ def make_plan(
 
     def cotangents(outputs: Tensor) -> list[Tensor]:
         # One row for all samples, as the one-hot cotangents are: what a last layer makes of it is seen.
-        together = outputs.new_ones(1, 1, 1).expand(1, *outputs.shape)
+        together = random_cotangent(outputs[:1].shape, outputs).expand(1, *outputs.shape)
         one_sample_each = torch.eye(len(outputs)).unsqueeze(2).to(outputs) * random_cotangent(outputs.shape, outputs)
         return [together, one_sample_each]
 
@@ -124,7 +153,7 @@ def make_plan(
     usage = (
         record_usage(linearization, inputs, cotangents)
         if structured
-        else Usage([[], []], params, linearization.predict(inputs))
+        else Usage([[], []], params, linearization.predict(inputs), 0)
     )
     if len(usage.outputs) != samples:
         raise ValueError(
@@ -142,13 +171,58 @@ def make_plan(
     for name, factor in uses:
         forward[name] += forward_cost(factor) / samples
     roots = roots or dict.fromkeys(params, 1.0)
-    plan = Plan(linearization, rows, columns, roots, usage.outputs.shape[1], layouts)
-    merged = _merge(arrange_by_sample(uses, layouts, samples), plan.roots)
+    chosen = find_chosen(arrange_by_sample(uses, layouts, samples))
+    outputs = usage.outputs.shape[1]
+    pass_bytes = (2 + outputs) * usage.output_bytes // samples
+    plan = Plan(linearization, rows, columns, roots, outputs, layouts, chosen, pass_bytes=pass_bytes)
+    merged = _merge(arrange_by_sample(uses, layouts, samples, chosen), plan.roots)
     units = []
     for names, factors in merged.items():
         method, cost = cheapest_method(factors, plan.outputs, sum(forward[name] for name in names), plan.size)
         units.append(Unit(names, method, cost))
-    return replace(plan, units=tuple(units)).contract(contracted)
+    plan = replace(plan, units=tuple(units))
+    if contracted:
+        return plan.contract(contracted)
+    by_features = _from_features(plan, inputs, forward) if usage.wide else None
+    return min((plan, by_features or plan), key=lambda plan: plan.cost.total(*plan.size))
+
+
+def _from_features(plan: Plan, inputs: Any, forward: Mapping[str, float]) -> Plan | None:
+    """The plan in which a last linear layer's features have the place of its outputs, where it has more outputs than features."""
+    usage = record_usage(plan.linearization, inputs, lambda _: [], from_features=True)
+    if usage.head is None:
+        return None
+    arranged = arrange_by_sample(usage.factors[0], plan.layouts, len(usage.outputs))
+    readout = _readout(usage.head, merged := _merge(arranged, plan.roots), plan.roots)
+    if readout is None:
+        return None
+    units, width = [], readout.matrix.shape[1]
+    for names, factors in merged.items():
+        passes = sum(forward[name] for name in names if name != usage.head.weight)
+        units.append(Unit(names, *cheapest_method(factors, width, passes, plan.size, expand=False)))
+    pass_bytes = (2 + width) * usage.output_bytes // len(usage.outputs)
+    return replace(
+        plan, chosen=frozenset(), readout=readout_cost(readout, plan.outputs), units=tuple(units), pass_bytes=pass_bytes
+    )
+
+
+def _readout(
+    head: Head, merged: Mapping[tuple[str, ...], Sequence[Factor]], roots: Mapping[str, float]
+) -> Readout | None:
+    """The readout with the elements of D, and with the embedding that its weight may be; None for other uses of the weight."""
+    weight, bias = (roots.get(name or "", 0.0) for name in (head.weight, head.bias))
+    readout = replace(head.readout, scales=(weight**2, bias**2))
+    for names, factors in merged.items():
+        if head.bias in names or (head.weight in names and len(names) > 1):
+            return None
+        if head.weight in names:
+            (factor,) = factors
+            if not isinstance(factor, Outer) or not factor.one_hot or not factor.input_first:
+                return None
+            # Of the two roots of D in these products, `scales` holds both.
+            gradients = factor.gradients[:, :, 0].transpose(1, 2) / weight
+            readout = replace(readout, tokens=factor.inputs[:, 0], gradients=gradients)
+    return readout
 
 
 def verify(plan: Plan) -> Plan:
@@ -160,15 +234,25 @@ def verify(plan: Plan) -> Plan:
     if all(unit.method == "vmap" for unit in plan.units):
         return plan
     inputs, _ = _probe_inputs(plan.rows)
-    merged, outputs = _record(plan, inputs)
+    merged, outputs, head = _record(plan, inputs)
     cotangent = random_cotangent(outputs.shape, outputs)
     expected = plan.linearization.predict_and_vjp([cotangent], inputs)[1][0]
     planned = {name for unit in plan.units for name in unit.names}
-    culprits = {name for name, value in expected.items() if name not in planned and value.any()}
+    own = {name for name in (head.weight, head.bias) if name} if head else set()
+    culprits = {name for name, value in expected.items() if name not in planned | own and value.any()}
+    reaching = cotangent @ head.readout.matrix if head else cotangent
     for unit in plan.units:
         scaled_back = [plan.roots[name] * expected[name] for name in unit.names]
-        if unit.method != "vmap" and not _agrees(_pack([unit], merged, {}), cotangent, scaled_back):
+        kept = unit.method != "vmap" and own.isdisjoint(unit.names)
+        if kept and not _agrees(_pack([unit], merged, {}), reaching, scaled_back):
             culprits.update(unit.names)
+    if head and own:
+        tied = [unit for unit in plan.units if not own.isdisjoint(unit.names)]
+        factors = replace(_pack(tied, merged, {}), readout=head.readout)
+        if not _agrees(factors, cotangent, [plan.roots[name] * expected[name] for name in own]):
+            culprits.update(own)
+    if head and culprits:
+        raise PlanChangedError(f"The parameters {sorted(culprits)} are used in another way than it seemed.")
     if culprits:
         warn_user(
             f"The rules for {', '.join(f'`{name}`' for name in sorted(culprits))} disagree with plain autograd: the network "
@@ -184,28 +268,38 @@ def collect(plan: Plan, inputs: Any) -> Factors:
         PlanChangedError: If the batch uses parameters in another way than the plan foresees.
     """
     contracted = plan.contracted
-    merged = _record(plan, inputs)[0] if len(contracted) < len(plan.units) else {}
+    recorded = plan.readout is not None or len(contracted) < len(plan.units)
+    merged, _, head = _record(plan, inputs) if recorded else ({}, None, None)
     jacobians = sample_jacobians(plan.linearization, inputs, contracted) if contracted else {}
-    return _pack(plan.units, merged, {name: plan.roots[name] * value for name, value in jacobians.items()})
+    factors = _pack(plan.units, merged, {name: plan.roots[name] * value for name, value in jacobians.items()})
+    return replace(factors, readout=head.readout) if head else factors
 
 
-def _record(plan: Plan, inputs: Any) -> tuple[dict[tuple[str, ...], list[Factor]], Tensor]:
-    """The factors of every unit that has a rule, and the outputs."""
-    usage = record_usage(plan.linearization, inputs, lambda outputs: [one_hot_cotangents(outputs)])
+def _record(plan: Plan, inputs: Any) -> tuple[dict[tuple[str, ...], list[Factor]], Tensor, Head | None]:
+    """The factors of every unit that has a rule, the outputs, and the last layer where it is kept apart."""
+    usage = record_usage(
+        plan.linearization, inputs, lambda x: [one_hot_cotangents(x)], from_features=plan.readout is not None
+    )
     skipped = set(plan.contracted)
     unplanned = {name for name, _ in usage.factors[0]} - plan.layouts.keys() | usage.uncovered
     if changed := unplanned - skipped:
         raise PlanChangedError(f"Some samples use the parameters {sorted(changed)} differently from others.")
     layouts = {name: layout for name, layout in plan.layouts.items() if name not in skipped}
-    merged = _merge(arrange_by_sample(usage.factors[0], layouts, len(usage.outputs)), plan.roots)
+    merged = _merge(arrange_by_sample(usage.factors[0], layouts, len(usage.outputs), plan.chosen), plan.roots)
     if merged.keys() != {unit.names for unit in plan.units if unit.method != "vmap"}:
         raise PlanChangedError("Some samples use the parameters differently from others.")
-    return merged, usage.outputs
+    if plan.readout is None:
+        return merged, usage.outputs, None
+    readout = _readout(usage.head, merged, plan.roots) if usage.head else None
+    if usage.head is None or readout is None:
+        raise PlanChangedError("Some samples choose other outputs of the last layer than others.")
+    return merged, usage.outputs, usage.head._replace(readout=readout)
 
 
 def _pack(units: Sequence[Unit], merged: Mapping[tuple[str, ...], list[Factor]], jacobians: Tensors) -> Factors:
     """The factors laid out for products: a Gram for each unit that has one, and the dense Jacobians."""
     grams: list[Gram] = []
+    unexpanded: list[tuple[Gram, ...]] = []
     dense = list(jacobians.values())
     for unit in units:
         factors = merged.get(unit.names, [])
@@ -216,12 +310,17 @@ def _pack(units: Sequence[Unit], merged: Mapping[tuple[str, ...], list[Factor]],
             shared = unit.method == "shared"
             if len(outers) < len(factors) or (shared and not same_for_all_samples(outers[0])):
                 raise PlanChangedError(f"Some samples use the parameters {sorted(unit.names)} differently from others.")
-            grams.append(gram_of(outers, shared=shared))
+            gram = gram_of(outers, shared=shared)
+            if unit.method == "expanded":
+                unexpanded.append((gram,))
+            else:
+                grams.append(gram)
     flat = [jacobian.reshape(*jacobian.shape[:2], -1) for jacobian in dense]  # also of a parameter without axes
     small = [jacobian for jacobian in flat if jacobian.shape[2] < _SMALL]
     # Many short products cost more than one long one; copies of large Jacobians cost more than they save.
     joined = [torch.cat(small, 2)] if small else []
-    return Factors(tuple(grams), (*joined, *(jacobian for jacobian in flat if jacobian.shape[2] >= _SMALL)))
+    large = (jacobian for jacobian in flat if jacobian.shape[2] >= _SMALL)
+    return Factors(tuple(grams), tuple(unexpanded), (*joined, *large))
 
 
 def _merge(uses: Mapping[str, list[Factor]], roots: Mapping[str, float]) -> dict[tuple[str, ...], list[Factor]]:
@@ -266,6 +365,8 @@ def _agrees(part: Factors, cotangent: Tensor, expected: Sequence[Tensor]) -> boo
     kernel = cotangent.new_zeros(*cotangent.shape, *cotangent.shape)
     add_block(kernel, part, part)
     kernel, u = kernel.flatten(2).flatten(0, 1), cotangent.flatten()
+    for left, right in expand(part, part, PIECE_NUMBERS):
+        kernel.addmm_(left, right.T)
     scale = u.abs() @ kernel.abs() @ u.abs()
     tolerance = _PROBE_ROUNDINGS * torch.finfo(cotangent.dtype).eps
     return bool((u @ kernel @ u - square).abs() <= tolerance * torch.maximum(scale, square))

@@ -13,6 +13,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from lightning_ntk.kernel.factors import Use
+from lightning_ntk.kernel.readout import Choice, Readout, find_choice
 from lightning_ntk.kernel.rules.layers import RULES, Rule
 from lightning_ntk.kernel.rules.recurrent import UNROLLED
 from lightning_ntk.kernel.views import (
@@ -50,11 +51,31 @@ class Usage(NamedTuple):
         factors: For every stack of cotangents the factors of every call.
         uncovered: Parameters that were used, also, where no rule applies.
         outputs: `(N, K)`.
+        output_bytes: Those of the outputs of all calls.
+        wide: Whether the network has more outputs than its last call, a linear layer, has features.
+        head: A last linear layer with more outputs than features. The factors are those of its inputs, where this was asked.
     """
 
     factors: list[list[Use]]
     uncovered: set[str]
     outputs: Tensor
+    output_bytes: int
+    wide: bool = False
+    head: "Head | None" = None
+
+
+class Head(NamedTuple):
+    """The network's outputs as some of a linear layer's.
+
+    Attributes:
+        readout: What the layer does, without the embedding that its weight may be.
+        weight: The weight's name.
+        bias: The bias's name.
+    """
+
+    readout: Readout
+    weight: str | None
+    bias: str | None
 
 
 class _Recorder(TorchFunctionMode):
@@ -143,23 +164,40 @@ class _Recorder(TorchFunctionMode):
         return result
 
 
-def record_usage(linearization: Linearization, inputs: Any, cotangents: Callable[[Tensor], Sequence[Tensor]]) -> Usage:
+def record_usage(
+    linearization: Linearization,
+    inputs: Any,
+    cotangents: Callable[[Tensor], Sequence[Tensor]],
+    *,
+    from_features: bool = False,
+) -> Usage:
     """The factors of every use of a parameter, from one forward pass.
 
     `cotangents` maps the outputs `(N, K)` to stacks `(C, N, K)`. C backward passes each give the gradients of C weighted sums
     of the outputs, and factors with C in the place of K. As samples do not interact, one pass serves all samples.
+
+    With `from_features`, where the outputs are more than the features of a last linear layer, the factors are those of the
+    features, with the features in the place of the outputs.
     """
     params = linearization.spare({name: p.detach() for name, p in linearization.params.items()})
     recorder = _Recorder(params)
 
     def differentiate(outputs: Tensor) -> Usage:
         recorder.recording = False
+        output_bytes = sum(call.output.nbytes for call in recorder.calls)
+        if from_features and (found := _find_head(recorder, outputs)):
+            head, choice = found
+            last = recorder.calls.pop()
+            gradients = _output_gradients(last.args[0], recorder.calls, choice.cotangents(last.args[0]))
+            with torch.no_grad():
+                uses = list(_apply_rules(recorder, gradients))
+            return Usage([uses], recorder.uncovered, outputs.detach(), output_bytes, True, head)
         stacks = []
         for stack in cotangents(outputs.detach()):
             gradients = _output_gradients(outputs, recorder.calls, stack)
             with torch.no_grad():
                 stacks.append(list(_apply_rules(recorder, gradients)))
-        return Usage(stacks, recorder.uncovered, outputs.detach())
+        return Usage(stacks, recorder.uncovered, outputs.detach(), output_bytes, _is_wide(recorder, outputs))
 
     inputs = mark_batch(linearization.convert(inputs))
     isolated = isolated_pass(linearization.module, linearization.device.type)
@@ -171,6 +209,31 @@ def one_hot_cotangents(outputs: Tensor) -> Tensor:
     """A cotangent for each output, `(K, N, K)`: the same for all samples, and held once."""
     samples, classes = outputs.shape
     return torch.eye(classes, dtype=outputs.dtype, device=outputs.device).unsqueeze(1).expand(-1, samples, -1)
+
+
+def _is_wide(recorder: _Recorder, outputs: Tensor) -> bool:
+    if not recorder.calls or outputs.dim() != 2:
+        return False
+    last = recorder.calls[-1]
+    linear = last.rule is RULES[F.linear] and not last.kwargs and len(last.args) in (2, 3)
+    return linear and last.args[0].shape[-1] < outputs.shape[1]
+
+
+def _find_head(recorder: _Recorder, outputs: Tensor) -> tuple[Head, Choice] | None:
+    if not _is_wide(recorder, outputs):
+        return None
+    last = recorder.calls[-1]
+    inputs, weight, bias = (*last.args, None)[:3]
+    selected = any(id(x) in recorder.selections for x in (weight, bias))
+    if selected or weight.dim() != 2 or (choice := find_choice(outputs, last.result)) is None:
+        return None
+    features = choice.features(inputs.detach())
+    if features[0].numel() >= outputs.shape[1]:
+        return None
+    weight_name, bias_name = (recorder.names.get(id(x)) for x in (weight, bias))
+    scales = float(weight_name is not None), float(bias_name is not None)
+    readout = Readout(weight.detach(), features, choice.slots, choice.columns, scales)
+    return Head(readout, weight_name, bias_name), choice
 
 
 def _output_gradients(outputs: Tensor, calls: list[Call], cotangents: Tensor) -> list[Tensor]:

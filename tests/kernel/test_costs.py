@@ -40,7 +40,9 @@ def test_a_plan_made_from_one_cotangent_knows_the_bytes_of_its_factors(name, sam
     module, shape = NETWORKS[name]
     plan = make_plan(Linearization(module), Reference(randn(samples, *shape)))
     factors = collect(plan, randn(samples, *shape))
-    grams = [tensor for gram in factors.grams for tensor in (*gram.inputs, gram.gradients)]
+    grams = [
+        tensor for gram in (*factors.grams, *sum(factors.unexpanded, ())) for tensor in (*gram.inputs, gram.gradients)
+    ]
     of_samples = [tensor for tensor in (*grams, *factors.jacobians) if tensor.dim() > 2]
     assert plan.cost.factor_bytes == pytest.approx(sum(tensor.nbytes for tensor in of_samples) / samples)
 
@@ -48,9 +50,9 @@ def test_a_plan_made_from_one_cotangent_knows_the_bytes_of_its_factors(name, sam
 def test_a_kernel_is_planned_once(monkeypatch):
     recordings = []
 
-    def spy(*args):
+    def spy(*args, **options):
         recordings.append(args)
-        return record_usage(*args)
+        return record_usage(*args, **options)
 
     monkeypatch.setattr("lightning_ntk.kernel.plan.record_usage", spy)
     module, shape = NETWORKS["convolution"]
