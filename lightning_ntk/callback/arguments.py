@@ -7,7 +7,6 @@ from torch.utils.data import DataLoader, Dataset
 
 from lightning_ntk.comparison.regression import Kernel
 from lightning_ntk.solvers.selection import Solver
-from lightning_ntk.training.problem import JacobianStorage
 from lightning_ntk.utilities.validation import (
     require_callable,
     require_choice,
@@ -19,6 +18,7 @@ from lightning_ntk.utilities.validation import (
 if TYPE_CHECKING:
     from lightning_ntk.callback.monitor import LinearizationMonitor
 
+FollowedJacobian = Literal["auto", "streamed", "stored"]
 FollowedDynamics = Literal["auto", "gradient_descent", "gradient_flow", "replay", "twin"]
 
 
@@ -42,7 +42,7 @@ def require_valid(monitor: "LinearizationMonitor") -> None:
     for name in flags:
         require_choice(name, getattr(monitor, name), Literal[True, False])
     require_choice("solver", monitor.solver, Solver)
-    require_choice("jacobian", monitor.jacobian, JacobianStorage)
+    require_choice("jacobian", monitor.jacobian, FollowedJacobian)
     require_integer("batch_size", monitor.batch_size, least=1)
     require_choice("dynamics", monitor.dynamics, FollowedDynamics)
     require_choice("mismatch", monitor.mismatch, Literal["refuse", "log"])

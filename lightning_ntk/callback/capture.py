@@ -1,5 +1,6 @@
 """From a run that is about to take a step to its comparison: the loss, the dynamics and the probe are built here."""
 
+import warnings
 from collections.abc import Mapping
 from functools import cache, partial
 from typing import TYPE_CHECKING, Any
@@ -22,22 +23,25 @@ from lightning_ntk.comparison.regimes import RegimePanel
 from lightning_ntk.comparison.regression import RegressionComparison
 from lightning_ntk.comparison.run_comparison import RunComparison
 from lightning_ntk.comparison.step_functions import StepComparison
-from lightning_ntk.data.reference import Data, NoFixedOrderError, Reference, evenly_spaced
+from lightning_ntk.comparison.stored_rows import StoredSizes, require_worth
+from lightning_ntk.data.reference import Data, NoFixedOrderError, Reference, Unpack, evenly_spaced
 from lightning_ntk.kernel import KernelProbe
 from lightning_ntk.linearization.batch_loss import BatchLoss, PairLoss
+from lightning_ntk.linearization.labels_of_step import labeled_pair
 from lightning_ntk.linearization.linearization import Linearization
 from lightning_ntk.linearization.objective import Objective
-from lightning_ntk.linearization.pair_of_step import NoPairError, Pair, pair_of_step
+from lightning_ntk.linearization.pair_of_step import NoPairError, Pair, pair_of_step, same_gradient
 from lightning_ntk.linearization.parameters import trainable_parameters
 from lightning_ntk.linearization.step import StepLinearization
 from lightning_ntk.training.base import OnlineTraining
 from lightning_ntk.training.linearized_training import LinearizedTraining
-from lightning_ntk.training.problem import LinearizedProblem
+from lightning_ntk.training.problem import JacobianStorage, LinearizedProblem
 from lightning_ntk.training.replay import Replay
+from lightning_ntk.training.stored_loss import StoredLoss
 from lightning_ntk.training.twin import Twin
 from lightning_ntk.utilities.contexts import preserved_rng
 from lightning_ntk.utilities.distributed import Processes
-from lightning_ntk.utilities.preserved_objects import reached_iterator
+from lightning_ntk.utilities.preserved_objects import preserved_objects, reached_iterator
 
 if TYPE_CHECKING:
     from lightning_ntk.callback.monitor import LinearizationMonitor
@@ -64,12 +68,14 @@ class RunCapture:
 
     Attributes:
         comparison: The comparison of this run.
-        reason: Why it follows these dynamics, a sentence; empty if the user has chosen them.
+        reason: Why it follows these dynamics, and how a twin gets its products with the Jacobian; empty if the user has chosen
+            both.
         differences: Phrases on what the run does and the linearized network does not.
         judge: The gradient of the training step in the precision of the linearized passes, where the run computes in a lower one
             and the loss was given: it tells a wrong loss from rounding.
         shadow: The training step as the linearized network takes it; None where the user has given the loss.
         step: Its linearization.
+        stored: The loss along stored rows of the Jacobian; None where products are streamed.
 
     Raises:
         ValueError: If data, network, loss or optimizer cannot be used.
@@ -110,6 +116,9 @@ class RunCapture:
         self._differing = cache(partial(run_differences, trainer, module, optimizer))
 
         self.shadow: ShadowStep | None = None
+        self.stored: StoredLoss | None = None
+        self._batch = batch
+        self._batches = None if self._horizon is None else self._horizon * trainer.accumulate_grad_batches
         self.step: StepLinearization | None = None
         self._pair: Pair | None = Pair(monitor.loss or nn.MSELoss(), monitor.predict)
         self._no_pair = ""
@@ -129,9 +138,10 @@ class RunCapture:
                 raise
             dynamics, self.reason = "twin", f"Linearized twin in lockstep, because a kernel cannot be used: {error}"
             built = self._beside_run()
+        self._batch = None
         loss, online, training, reference, evaluation = built
         self.judge = self._judge(trainer)
-        forward = forward_differences(trainer, module, in_eval_mode=loss is not self.step)
+        forward = forward_differences(trainer, module, in_eval_mode=_through_passes(loss) is not self.step)
         self.differences = [*self._differing(dynamics, self._size), *forward]
         self.is_in_other_mode = any(phrase.endswith("eval mode") for phrase in forward)
         # Where it is known that the run is no gradient descent, its batches are not looked at.
@@ -150,7 +160,12 @@ class RunCapture:
     @property
     def accumulates_before(self) -> bool:
         """Whether batches are to be told of before the run trains on them, with the random state that it will have."""
-        return isinstance(self.comparison.online, Twin) and self.comparison.loss is self.step
+        return isinstance(self.comparison.online, Twin) and self.follows_step
+
+    @property
+    def follows_step(self) -> bool:
+        """Whether the loss is the training step itself, whose passes go through a copy of the module."""
+        return self.step is not None and _through_passes(self.comparison.loss) is self.step
 
     def twin(self) -> Twin:
         """The linearized twin of this run, before the first step."""
@@ -288,7 +303,7 @@ class RunCapture:
                 f'Expected a training step that is a loss of outputs and targets for dynamics="{dynamics}" but '
                 f'{self._no_pair}. Give `loss`, and `predict` and `unpack` where needed, or use dynamics="twin".'
             )
-        problem = self._problem(self._data)
+        problem = self._problem(self._data, jacobian="stored" if monitor.jacobian == "stored" else "streamed")
         observed = self._observed.hyperparameters
         momentum = self._momentum if observed.template.momentum else None
         online: OnlineTraining
@@ -331,23 +346,82 @@ class RunCapture:
                     problem = self._problem(own) if problem is None else problem.on(own)
                     functions[name] = self._outputs(problem)
             loss = self._pairs(self._linearization() if problem is None else problem.linearization)
+        if monitor.jacobian != "streamed":
+            self.stored, how = self._stored(loss)
+            self.reason = f"{self.reason} {how}".lstrip()
+            loss = self.stored or loss
         twin = Twin(loss, self._optimizer, self._parameters, processes=self._processes)
         return loss, twin, None, functions.get("reference"), functions.get("evaluation")
 
-    def _on(self, data: Data, *, keep_size: bool = False) -> Reference:
+    def _stored(self, streamed: BatchLoss) -> tuple[StoredLoss | None, str]:
+        """The loss along stored rows of the Jacobian, or None where they are not stored; and a sentence on it."""
+        required = self._monitor.jacobian == "stored"
+        try:
+            with self._processes.agreement(), warnings.catch_warnings():
+                if not required:  # where it is known what it costs
+                    warnings.filterwarnings("ignore", "Per-sample Jacobians are computed one sample at a time")
+                with preserved_objects(*([] if self.step is None else [self.step.module]), skip=view.NOT_DATA):
+                    stored = self._store(streamed, required=required)
+        except Exception as error:  # of any kind: a way that is only cheaper must not end the run
+            why = str(error).rstrip(".")
+            if required:
+                raise ValueError(
+                    f'Expected fixed samples, a loss of outputs and targets, and no noise for jacobian="stored" but {why}. Use '
+                    'jacobian="streamed".'
+                ) from error
+            return None, f"The twin takes passes through the network: {why}."
+        return stored, "The twin takes products with stored rows of the Jacobian, and no pass through the network."
+
+    def _store(self, streamed: BatchLoss, *, required: bool) -> StoredLoss:
+        if self._data is None:
+            raise ValueError(self._no_order)
+        if self._monitor.network:
+            raise ValueError(self._no_pair)
+        free = None if required else self._processes.free_memory(next(iter(streamed.params.values())).device)
+        if free is not None:
+            require_worth(StoredSizes.least(streamed, len(Reference(self._data))), self._batches, free)
+        pair, module = self._pair, self._module if self.step is None else self.step.module
+        if pair is None:
+            assert self.step is not None
+            pair = labeled_pair(self.step, self._batch)
+        pair = pair._replace(unpack=pair.unpack or self._monitor.unpacked)
+        reference = self._on(self._data, keep_size=True, unpack=pair.unpack)
+        if free is not None:
+            require_worth(StoredSizes.of(streamed, pair, reference), self._batches, free)
+        problem = self._problem(
+            self._data, jacobian="stored", module=module, pair=pair, batch_size=reference.batch_size
+        )
+        stored = StoredLoss(problem, PairLoss(problem.linearization, pair.loss, unpack=pair.unpack), streamed)
+        if self._batch is not None:
+            stored.rows(self._batch)
+        if self.step is not None and not same_gradient(self.step, stored, self._batch):
+            raise ValueError("the gradient along stored rows is not that of the training step in the first batch")
+        return stored
+
+    def _on(self, data: Data, *, keep_size: bool = False, unpack: Unpack | None = None) -> Reference:
         """Data read as training reads it; with `keep_size` in batches of the size that training has."""
         size = getattr(data, "batch_size", None) if keep_size else None
         return Reference(
-            data, batch_size=size or self._monitor.batch_size, unpack=self._monitor.unpacked, transfer=self._transfer
-        )
+            data, batch_size=size or self._monitor.batch_size, unpack=unpack or self._monitor.unpacked,
+            transfer=self._transfer,
+        )  # fmt: skip
 
-    def _problem(self, data: Data, pair: Pair | None = None) -> LinearizedProblem:
+    def _problem(
+        self,
+        data: Data,
+        pair: Pair | None = None,
+        *,
+        jacobian: JacobianStorage = "streamed",
+        module: nn.Module | None = None,
+        batch_size: int | None = None,
+    ) -> LinearizedProblem:
         monitor, pair = self._monitor, pair or self._pair
         assert pair is not None
         return LinearizedProblem(
-            self._module, data, loss=pair.loss, predict=pair.predict, jacobian=monitor.jacobian,
-            batch_size=monitor.batch_size, dtype=_dtype(monitor), processes=self._processes, unpack=monitor.unpacked,
-            transfer=self._transfer, device=None if monitor.device is None else torch.device(monitor.device),
+            module or self._module, data, loss=pair.loss, predict=pair.predict, jacobian=jacobian,
+            batch_size=batch_size or monitor.batch_size, dtype=_dtype(monitor), processes=self._processes,
+            unpack=pair.unpack or monitor.unpacked, transfer=self._transfer,
+            device=None if monitor.device is None else torch.device(monitor.device),
             lr_scales=self._observed.lr_scales, progress=self._progress,
             start=None if self._saved is None else self._saved["start"],
         )  # fmt: skip
@@ -415,6 +489,10 @@ class RunCapture:
             raise ValueError(f"{error} Argument `kernels` needs targets of a squared loss; or leave it out.") from error
         other = None if monitor.evaluation is None else evenly_spaced(monitor.evaluation, monitor.reference_samples)
         return RegressionComparison(problem, other, monitor.kernels)
+
+
+def _through_passes(loss: BatchLoss) -> BatchLoss:
+    return loss.streamed if isinstance(loss, StoredLoss) else loss
 
 
 def _dtype(monitor: "LinearizationMonitor") -> torch.dtype | None:

@@ -101,6 +101,7 @@ class Lockstep:
             with self._undisturbed_pass():
                 if self._capture.accumulates_before:
                     self.comparison.accumulate(batch, scale)
+                    self._say_unknown_samples()
                 self._gradient.accumulate(batch, scale)
         if not self._status.lost:
             self._gradient.tell_judge(batch, scale)
@@ -130,6 +131,7 @@ class Lockstep:
             elif not self._capture.accumulates_before:
                 with self._undisturbed_pass():
                     self.comparison.accumulate(self._batch, 1 / self._trainer.accumulate_grad_batches)
+                self._say_unknown_samples()
         except Exception as error:
             self._error = error
 
@@ -227,22 +229,38 @@ class Lockstep:
 
     def _undisturbed_pass(self) -> AbstractContextManager[None]:
         """Puts back what the module keeps of its own, where a pass goes through it and not through a copy."""
-        apart = self.comparison.loss is self._capture.step
+        apart = self._capture.follows_step
         passes = isinstance(self.comparison.online, Twin) or self._is_compared
         return nullcontext() if apart or not passes else preserved_objects(self._module, skip=view.NOT_DATA)
 
     def _require_known_samples(self) -> None:
-        """Before the first step of a replay, finds the samples of its batches."""
-        online = self.comparison.online
-        if self.comparison.steps > 0 or not isinstance(online, Replay):
+        """Before the first step of a replay, or along stored rows that the user wants, finds the samples of its batches."""
+        online, stored = self.comparison.online, self._capture.stored
+        wanted = stored if self._monitor.jacobian == "stored" else None
+        found = online if isinstance(online, Replay) else wanted
+        if self.comparison.steps > 0 or found is None:
             return
         try:
             with self._processes.agreement():
-                online.rows(self._batch)
+                found.rows(self._batch)
         except UnknownSamplesError as error:
+            if found is stored:
+                raise MisconfigurationException(
+                    f"LinearizationMonitor has no stored rows for this run. {error}"
+                ) from error
             if self._monitor.dynamics != "auto":
                 raise MisconfigurationException(f"LinearizationMonitor cannot replay this run. {error}") from error
             self._take_over(str(error))
+
+    def _say_unknown_samples(self) -> None:
+        """Says of the first batch without stored rows that it took a pass."""
+        stored = self._capture.stored
+        if stored is not None and stored.unknown:
+            self._status.report_once(
+                "rows",
+                "LinearizationMonitor takes passes through the network for batches that are not among the stored rows of the "
+                f"Jacobian: slower, and as exact. {stored.unknown}",
+            )
 
     def _take_over(self, why: str) -> None:
         """Replaces dynamics that were chosen here, and that do not fit, by the twin."""

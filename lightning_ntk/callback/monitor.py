@@ -93,7 +93,10 @@ class LinearizationMonitor(RunResults):
             the run before that step, or "log" how large the mismatch is.
         solver: How to find the modes of the kernel: "eigh" (all of them), "lanczos" (those that matter for the length of
             the run, with or without forming the kernel), or "auto" for the cheapest that fits into memory.
-        jacobian: "streamed" or, for small models, "stored": see `LinearizedTraining`.
+        jacobian: "stored" keeps the Jacobian of the reference in memory, N K P numbers for N samples, K outputs and P trainable
+            parameters: the twin of a run on fixed samples, without dropout or batch statistics, then takes no pass through the
+            network. "streamed" takes passes. "auto" stores it for a twin where it takes at most a quarter of the free memory
+            and saves more passes over the length of the run than it costs, and says so in `reason`.
         batch_size: Samples in one pass.
         dtype: Type of the passes, "float32" or "float64", or the `torch.dtype`. Default: that of the parameters, float32 for
             those in half precision.
@@ -146,7 +149,7 @@ class LinearizationMonitor(RunResults):
         capture_at: int = 0,
         mismatch: Literal["refuse", "log"] = "refuse",
         solver: Literal["auto", "eigh", "lanczos"] = "auto",
-        jacobian: Literal["streamed", "stored"] = "streamed",
+        jacobian: Literal["auto", "streamed", "stored"] = "auto",
         batch_size: int = 256,
         dtype: Literal["float32", "float64"] | torch.dtype | None = None,
         device: str | None = None,

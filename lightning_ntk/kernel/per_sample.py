@@ -78,11 +78,13 @@ def _row_by_row(
 ) -> Tensors:
     batch = next(leaf.shape[0] for leaf in leaves if isinstance(leaf, Tensor))
     samples = []
+    basis: Tensor | None = None
     for index in range(batch):
         sample = [leaf[index : index + 1] if isinstance(leaf, Tensor) else leaf for leaf in leaves]
         rebuilt = pytree.tree_unflatten(sample, structure)
-        classes = linearization.predict(rebuilt).shape[1]
-        basis = torch.eye(classes, dtype=linearization.dtype, device=linearization.device).unsqueeze(1)
+        if basis is None:
+            classes = linearization.predict(rebuilt).shape[1]
+            basis = torch.eye(classes, dtype=linearization.dtype, device=linearization.device).unsqueeze(1)
         rows = linearization.predict_and_vjp(basis, rebuilt)[1]
         samples.append({name: torch.stack([row[name] for row in rows]) for name in names})
     return {name: torch.stack([sample[name] for sample in samples]) for name in names}

@@ -67,9 +67,7 @@ class PairLoss:
 
         def cotangent(outputs: Tensor, derivative: Tensor) -> Tensor:
             predictions = outputs.to(objective.dtype) + derivative
-            if not predictions.isfinite().all():
-                return torch.full_like(predictions, float("nan"))  # found by the step
-            return _loss_gradient(objective, predictions, target)
+            return loss_gradient(objective, predictions, target)
 
         return self.linearization.predict_jvp_and_vjp(tangent, inputs, cotangent)
 
@@ -100,7 +98,14 @@ class PairLoss:
         return self._objective
 
 
-def _loss_gradient(objective: Objective, predictions: Tensor, target: Tensor) -> Tensor:
+def loss_gradient(objective: Objective, predictions: Tensor, target: Tensor) -> Tensor:
+    """The gradient of the loss in the predictions of a linearized network, `(B, K)`.
+
+    Raises:
+        ValueError: If the loss refuses them.
+    """
+    if not predictions.isfinite().all():
+        return torch.full_like(predictions, float("nan"))  # found by the step
     prepared = objective.prepare(target, predictions)
     try:
         return objective.gradient(predictions, prepared)

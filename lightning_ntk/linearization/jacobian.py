@@ -99,10 +99,22 @@ class StoredJacobian:
     blocks: Tensors  # the Jacobian of every parameter, (N, K, *shape)
 
     @classmethod
-    def cat(cls, batches: Iterable[Tensors]) -> "StoredJacobian":
-        """J from the blocks of consecutive batches."""
-        parts = list(batches)
-        return cls({name: torch.cat([part[name] for part in parts]) for name in parts[0]})
+    def cat(cls, batches: Iterable[Tensors], samples: int) -> "StoredJacobian":
+        """J from the blocks of consecutive batches of so many samples together, written in place as they come."""
+        blocks: Tensors = {}
+        start = stop = 0
+        for part in batches:
+            for name, block in part.items():
+                if name not in blocks:
+                    blocks[name] = block.new_empty(samples, *block.shape[1:])
+                stop = start + len(block)
+                blocks[name][start:stop] = block
+            start = stop
+        return cls(blocks)
+
+    def at(self, rows: Tensor) -> "StoredJacobian":
+        """The rows of some samples, `(b,)`."""
+        return StoredJacobian({name: block[rows.to(block.device)] for name, block in self.blocks.items()})
 
     def jvp(self, tangent: Mapping[str, Tensor]) -> Tensor:
         """J v, `(N, K)` in float64."""

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from lightning_ntk.data.reference import unpack_pair
+from lightning_ntk.data.reference import Unpack, unpack_pair
 from lightning_ntk.data.targets import match_targets
-from lightning_ntk.linearization.batch_loss import PairLoss
+from lightning_ntk.linearization.batch_loss import BatchLoss, PairLoss
 from lightning_ntk.linearization.cut_step import LossCall
 from lightning_ntk.linearization.linearization import Linearization
 from lightning_ntk.linearization.network import Predict, call_module
@@ -19,7 +19,7 @@ from lightning_ntk.utilities.contexts import isolated_pass, preserved_rng
 
 # By how much the weights are moved to compare gradients, relative to their root mean square.
 _MOVED = 0.1
-_TRANSFORMED = "the loss function gets a transformation of the outputs that are linearized"
+TRANSFORMED = "the loss function gets a transformation of the outputs that are linearized"
 _NO_FUNCTION = "the loss is more than one loss function of torch.nn.functional, and no squared distance"
 
 
@@ -29,10 +29,12 @@ class Pair(NamedTuple):
     Attributes:
         loss: Maps outputs and targets to one number.
         predict: Maps module and inputs to outputs; None for the module itself.
+        unpack: Maps a batch to inputs and target; None for batches that are such pairs.
     """
 
     loss: Loss
     predict: Predict | None
+    unpack: Unpack | None = None
 
 
 class NoPairError(ValueError):
@@ -82,16 +84,21 @@ def pair_of_step(step: StepLinearization, batch: Any) -> Pair:
     given = found.outputs[0] if call is None else call.args[0]
     if call is None and not (isinstance(outputs, Tensor) and outputs.numel() == given.numel()):
         raise NoPairError(_NO_FUNCTION)
-    pair = _as_squared(found.loss, outputs, target) if call is None else _as_pair(call, outputs, target)
+    pair = _as_squared(found.loss, outputs, target) if call is None else pair_of_call(call, outputs, target)
     if (outputs.reshape(given.shape) - given).norm() > torch.finfo(step.precision).eps ** 0.5 * given.norm():
         error = NoPairError("the training step does not use the outputs that `forward` gives in eval mode")
         error.pair = pair
         raise error
-    _require_equal_gradients(step, pair, batch, _NO_FUNCTION if call is None else _TRANSFORMED)
+    require_equal_gradients(step, pair, batch, _NO_FUNCTION if call is None else TRANSFORMED)
     return _reduced(step, pair, outputs, target, batch) if call is None else pair
 
 
-def _as_pair(call: LossCall, outputs: Any, target: Tensor) -> Pair:
+def pair_of_call(call: LossCall, outputs: Any, target: Tensor) -> Pair:
+    """The pair of a call of a loss function, for the outputs and the target that a batch has.
+
+    Raises:
+        NoPairError: If the function gets others.
+    """
     given, wanted = call.args[:2]
     if not isinstance(outputs, Tensor) or outputs.dim() not in (1, 2) or len(outputs) != len(target):
         raise NoPairError("`forward` returns no outputs (samples, outputs)")
@@ -139,21 +146,27 @@ def _rows(target: Tensor, outputs: Tensor) -> Tensor:
     return rows.to(outputs).view_as(outputs)
 
 
-def _require_equal_gradients(step: StepLinearization, pair: Pair, batch: Any, otherwise: str) -> None:
+def require_equal_gradients(step: StepLinearization, pair: Pair, batch: Any, otherwise: str) -> None:
+    """Raises a NoPairError with the phrase `otherwise` unless pair and step have the same gradient, see `same_gradient`."""
+    linearization = Linearization(step.module, predict=pair.predict)
+    if not same_gradient(step, PairLoss(linearization, pair.loss, unpack=pair.unpack), batch):
+        raise NoPairError(otherwise)
+
+
+def same_gradient(step: StepLinearization, loss: BatchLoss, batch: Any) -> bool:
+    """Whether a loss has the gradient of the step, for the linearized network at weights some way from w0."""
     generator = torch.Generator().manual_seed(0)
     tangent = {}
     for name, start in step.params.items():
         noise = torch.randn(start.shape, generator=generator).to(start)
         tangent[name] = _MOVED * noise * start.square().mean().sqrt().clamp_min(_MOVED)
     with preserved_rng():
-        own = step.gradient(batch, tangent, update=False)
-        linearization = Linearization(step.module, predict=pair.predict)
-        other = PairLoss(linearization, pair.loss).gradient(step.copy(batch), tangent)
+        own, other = step.gradient(batch, tangent, update=False), loss.gradient(step.copy(batch), tangent)
     assert own is not None
+    assert other is not None
     apart = torch.stack([(own[name].double() - value.double()).norm() for name, value in other.items()]).norm()
     size = torch.stack([value.double().norm() for value in other.values()]).norm()
-    if not apart <= torch.finfo(step.precision).eps ** 0.5 * size:
-        raise NoPairError(otherwise)
+    return bool(apart <= torch.finfo(step.precision).eps ** 0.5 * size)
 
 
 def _squeezed(module: nn.Module, inputs: Any) -> Tensor:

@@ -78,6 +78,7 @@ class StepLinearization:
 
     Attributes:
         params: w0, the trainable parameters by name.
+        step: The step itself.
         linearized_outputs: Modules whose outputs are linearized in train mode, with the shapes of these in the last batch.
         precision: The least precise floating-point type in which a pass has computed so far.
 
@@ -93,6 +94,7 @@ class StepLinearization:
         self.device = next(iter(self.params.values())).device
         self.linearized_outputs: list[tuple[str, tuple[int, ...]]] = []
         self.precision = torch.float64
+        self.step = step
         self._step = _StepModule(module, step)
         self._batch_dtype = batch_dtype
         self._network = list(network)

@@ -6,6 +6,7 @@ from lightning_ntk.training.linearized_training import LinearizedTraining
 from lightning_ntk.training.problem import LinearizedProblem
 from lightning_ntk.training.regression import Fit, KernelRegression, kernel_regression
 from lightning_ntk.training.replay import Replay
+from lightning_ntk.training.stored_loss import StoredLoss
 from lightning_ntk.training.twin import Twin
 
 __all__ = [
@@ -18,6 +19,7 @@ __all__ = [
     "PairLoss",
     "Replay",
     "StepSettings",
+    "StoredLoss",
     "Twin",
     "kernel_regression",
 ]

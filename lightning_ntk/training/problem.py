@@ -139,7 +139,8 @@ class LinearizedProblem:
                     'are free. Use fewer samples, or jacobian="streamed".'
                 )
             batches = self._passes.batches("Jacobian", range(len(self.reference)))
-            self.jacobian = StoredJacobian.cat(sample_jacobians(linearization, batch.inputs) for batch in batches)
+            parts = (sample_jacobians(linearization, batch.inputs) for batch in batches)
+            self.jacobian = StoredJacobian.cat(parts, len(self.reference))
         check_adjoint(linearization, self.jacobian, self.predictions)
         self.classes = Classes.of(self.objective.targets, self.predictions.shape[1], self.objective.gradient)
         self._planned: PlannedKernel | None = None

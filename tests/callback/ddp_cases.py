@@ -153,6 +153,14 @@ def twin_with_adam(processes: int) -> dict[str, Any]:
     )  # fmt: skip
 
 
+def stored_twin(processes: int) -> dict[str, Any]:
+    data = samples(11)
+    return fit(
+        mlp, torch.optim.AdamW, data=data, batch_size=2, processes=processes, max_steps=6, gradient_clip_val=0.3,
+        accumulate_grad_batches=2, monitor=monitor(data, dynamics="twin", jacobian="stored"),
+    )  # fmt: skip
+
+
 def accumulated_twin(processes: int) -> dict[str, Any]:
     return fit(
         mlp, torch.optim.Adagrad, data=samples(8), batch_size=2, processes=processes, max_steps=6,
@@ -184,8 +192,8 @@ def gradient_flow_with_groups(processes: int) -> dict[str, Any]:
 COMPARED: dict[str, Callable[[int], dict[str, Any]]] = {
     f.__name__: f
     for f in (
-        gradient_descent, accumulated_gradient_descent, replay, accumulated_replay, twin_with_adam, accumulated_twin,
-        late_capture, gradient_flow_with_groups,
+        gradient_descent, accumulated_gradient_descent, replay, accumulated_replay, twin_with_adam, stored_twin,
+        accumulated_twin, late_capture, gradient_flow_with_groups,
     )
 }  # fmt: skip
 

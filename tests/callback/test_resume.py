@@ -26,6 +26,11 @@ CASES = {
         {"lr": 1e-2, "body": lambda outputs: nn.Sequential(nn.Linear(6, 5), nn.BatchNorm1d(5), nn.Linear(5, outputs))},
         4,
     ),
+    "twin, stored rows": (
+        {"dynamics": "twin", "jacobian": "stored", "capture_at": 5},
+        {"lr": 1e-2, "optimizer": torch.optim.AdamW},
+        4,
+    ),
     "captured late": ({"dynamics": "replay", "capture_at": 5}, SGD, 4),
     "not captured yet": ({"dynamics": "twin", "capture_at": 25}, SGD, 4),
     "with evaluation": ({"dynamics": "replay", "evaluation": digits(5)}, SGD, 4),

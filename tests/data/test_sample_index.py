@@ -1,5 +1,6 @@
 """Samples of training batches are recognized by their content, in any order and from any loader."""
 
+from collections import UserDict
 from typing import Any
 
 import pytest
@@ -7,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, RandomSampler, TensorDataset, WeightedRandomSampler
 
-from lightning_ntk.data.reference import Reference
+from lightning_ntk.data.reference import Batch, Reference
 from lightning_ntk.data.sample_index import SampleIndex, UnknownSamplesError
 
 
@@ -178,3 +179,31 @@ def test_memory_layout_does_not_matter() -> None:
     transposed = images.permute(2, 1, 0).contiguous().permute(2, 1, 0)
     assert not transposed.is_contiguous()
     assert index.rows(transposed.requires_grad_(), target).tolist() == list(range(11))
+
+
+def padded(rows: list[int], width: int, *, left: bool = False) -> dict[str, Tensor]:
+    """Sentences of 2 to 5 tokens, padded with whatever is there."""
+    lengths = [2 + row % 4 for row in rows]
+    kept = torch.stack([torch.arange(width) < length for length in lengths])
+    kept = kept.flip(1) if left else kept
+    ids = torch.full((len(rows), width), 7 + width)
+    for number, (row, length) in enumerate(zip(rows, lengths, strict=True)):
+        ids[number, kept[number]] = row + torch.arange(length)
+    return {"input_ids": ids, "attention_mask": kept.long(), "labels": torch.tensor(rows) % 3}
+
+
+@pytest.mark.parametrize("left", [False, True])
+def test_padding_is_no_content(left: bool) -> None:
+    index = SampleIndex(
+        Batch(slice(start, start + 4), padded(list(range(start, start + 4)), width), torch.arange(start, start + 4) % 3)
+        for start, width in ((0, 5), (4, 7))
+    )
+    batch = padded([6, 1, 3], 9, left=left)
+    assert index.rows(batch, batch["labels"]).tolist() == [6, 1, 3]
+    assert index.rows(UserDict(batch), batch["labels"]).tolist() == [6, 1, 3]
+    batch["attention_mask"][2, 4 if left else 3] = 0
+    with pytest.raises(UnknownSamplesError, match="at the positions 2"):
+        index.rows(batch, batch["labels"])
+    del batch["attention_mask"]
+    with pytest.raises(UnknownSamplesError, match="Expected samples like those"):
+        index.rows(batch, batch["labels"])

@@ -68,7 +68,7 @@ def test_streamed_and_stored_products_equal_the_explicit_jacobian(network: str, 
     halves = [{name: block[rows] for name, block in blocks.items()} for rows in (slice(0, 7), slice(7, 11))]
     cotangents = torch.randn(2, 11, 3).double()
     tangent = {name: torch.randn_like(p) for name, p in linearization.params.items()}
-    for jacobian in (StreamedJacobian(passes, passes.predict()), StoredJacobian.cat(halves)):
+    for jacobian in (StreamedJacobian(passes, passes.predict()), StoredJacobian.cat(halves, 11)):
         pushed = (model.jacobian @ flatten(tangent)).reshape(11, 3)
         torch.testing.assert_close(jacobian.jvp(tangent), pushed, rtol=1e-9, atol=1e-12)
         pulled = jacobian.vjp(cotangents)

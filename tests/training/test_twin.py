@@ -13,6 +13,7 @@ from torch.optim.lr_scheduler import LambdaLR, OneCycleLR
 from lightning_ntk import Linearization
 from lightning_ntk.linearization.batch_loss import PairLoss
 from lightning_ntk.linearization.parameters import trainable_parameters
+from lightning_ntk.training import LinearizedProblem, StoredLoss
 from lightning_ntk.training.base import StepSettings
 from lightning_ntk.training.twin import Twin, require_supported_optimizer
 from tests.problems import NETWORKS, LinearModel, flatten, make, relative_error
@@ -540,3 +541,25 @@ def test_no_memory_is_read_before_it_is_written(poisoned) -> None:
         unused=["spare.weight", "spare.bias"],
     )  # fmt: skip
     assert relative_error(flatten(twin.displacement()), expected - model.start) < 1e-9
+
+
+@pytest.mark.tested("stored Jacobian", "twin")
+@pytest.mark.tested("frozen, tied or unused parameters", "twin")
+@pytest.mark.parametrize("network", NETWORKS)
+def test_stored_rows_give_the_gradient_of_passes(network: str) -> None:
+    module, inputs, targets = make(network)
+    loss = nn.CrossEntropyLoss()
+    problem = LinearizedProblem(module, (inputs, targets.argmax(1)), loss=loss, jacobian="stored", batch_size=4)
+    pairs = PairLoss(problem.linearization, loss)
+    stored, rows = StoredLoss(problem, pairs), torch.tensor([9, 2, 2, 5, 0])
+    batch = inputs[rows], targets.argmax(1)[rows]
+    for tangent in (None, {name: torch.randn_like(value) for name, value in pairs.params.items()}):
+        actual, expected = stored.gradient(batch, tangent), pairs.gradient(batch, tangent)
+        assert actual is not None
+        assert relative_error(flatten(actual), flatten(expected)) < 1e-13
+    assert not stored.unknown
+    other = inputs[rows] + 1, batch[1]
+    assert torch.equal(flatten(stored.gradient(other, tangent) or {}), flatten(pairs.gradient(other, tangent)))
+    assert "5 of its 5 samples are not in it" in stored.unknown
+    with pytest.raises(ValueError, match="its Jacobian is streamed"):
+        StoredLoss(LinearizedProblem(module, (inputs, targets)), pairs)
