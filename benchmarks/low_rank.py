@@ -7,7 +7,7 @@ import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -37,7 +37,7 @@ _SAMPLES, _BATCH, _TOKENS = 32, 16, 64
 def adapted() -> nn.Module:
     """A network of the size of MiniLM-L6 with random weights and adapters of rank 8, without dropout."""
     torch.manual_seed(0)
-    config = BertConfig(
+    config = BertConfig(  # type: ignore[call-arg]
         hidden_size=384, num_hidden_layers=6, num_attention_heads=12, intermediate_size=1536, num_labels=2,
         hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
     )  # fmt: skip
@@ -81,7 +81,7 @@ def per_step(repeats: int = 12) -> Iterator[Comparison]:
     optimizer = torch.optim.AdamW(live.values(), lr=1e-6)  # so small that the repeats see the same weights
     shadow = copy.deepcopy(module)
     step = StepLinearization(shadow, partial(shadow.training_step, batch_idx=0))
-    data = DataLoader(sentences(), batch_size=_BATCH)  # type: ignore[arg-type]
+    data: DataLoader[Any] = DataLoader(sentences(), batch_size=_BATCH)  # type: ignore[arg-type]
     batch = next(iter(data))
 
     started = time.perf_counter()
@@ -106,7 +106,9 @@ def per_step(repeats: int = 12) -> Iterator[Comparison]:
         plain()
         twin.step(StepSettings(optimizer.param_groups))
 
-    ways = {"plain": plain} | {name: partial(followed, twin) for name, twin in twins.items()}
+    ways: dict[str, Callable[[], object]] = {"plain": plain} | {
+        name: partial(followed, twin) for name, twin in twins.items()
+    }
     times = interleaved(ways, repeats)
     floor = times["plain"]
     size = "MiniLM's size, LoRA r=8, AdamW, batch 16 x 64 tokens"
