@@ -106,9 +106,8 @@ def per_step(repeats: int = 12) -> Iterator[Comparison]:
         plain()
         twin.step(StepSettings(optimizer.param_groups))
 
-    ways: dict[str, Callable[[], object]] = {"plain": plain} | {
-        name: partial(followed, twin) for name, twin in twins.items()
-    }
+    ways: dict[str, Callable[[], object]] = {"plain": plain}
+    ways |= {name: partial(followed, twin) for name, twin in twins.items()}
     times = interleaved(ways, repeats)
     floor = times["plain"]
     size = "MiniLM's size, LoRA r=8, AdamW, batch 16 x 64 tokens"
