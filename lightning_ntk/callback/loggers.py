@@ -1,5 +1,6 @@
-"""What a monitor writes to loggers besides its scalars: figures, charts and HParams."""
+"""What a monitor writes to loggers besides its scalars: its verdict and page, figures, charts and HParams."""
 
+import io
 import os
 import re
 import shlex
@@ -14,6 +15,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 
 from lightning_ntk.callback.status import warn
+from lightning_ntk.functional.verdict import Verdict
 from lightning_ntk.plots import (
     Drawing,
     plot_accuracies,
@@ -154,6 +156,40 @@ def unsmoothed(loggers: Sequence[Logger]) -> str:
     if not folders:
         return ""
     return f"Curves: `tensorboard --logdir {shlex.quote(folders[0])}`, without smoothing at {_UNSMOOTHED}"
+
+
+@rank_zero_only
+def log_verdict(loggers: Sequence[Logger], verdict: Verdict, summary: str, *, name: str, step: int) -> None:
+    """Logs the verdict of a finished run: a text with the table in TensorBoard, a word in W&B's summary and MLflow's tags."""
+    for logger in loggers:
+        with _harmless(f"verdict to {type(logger).__name__}"):
+            if isinstance(logger, TensorBoardLogger):
+                sentence, _, table = summary.partition("\n\n")
+                text = f"**{verdict.word.capitalize()}.** {sentence}\n\nWhy: {verdict.reason}.\n\n```\n{table}\n```"
+                logger.experiment.add_text(f"{name}/verdict", text, step)
+            elif isinstance(logger, WandbLogger):
+                logger.experiment.summary[f"{name}/verdict"] = verdict.word
+            elif isinstance(logger, MLFlowLogger):
+                logger.experiment.set_tag(logger.run_id, f"{name}/verdict", verdict.word)
+
+
+@rank_zero_only
+def log_page(loggers: Sequence[Logger], page: Callable[[], str], *, name: str, step: int) -> None:
+    """Logs the page of a finished run as an HTML file to Weights & Biases and MLflow, as `name/report`."""
+    loggers = [logger for logger in loggers if isinstance(logger, WandbLogger | MLFlowLogger)]
+    if not loggers:
+        return
+    with _harmless("page"):
+        text = page()
+        for logger in loggers:
+            with _harmless(f"page to {type(logger).__name__}"):
+                if isinstance(logger, MLFlowLogger):
+                    logger.experiment.log_text(logger.run_id, text, f"{name}/report.html")
+                else:
+                    import wandb
+
+                    html = wandb.Html(io.StringIO(text), inject=False)  # the page has its own style
+                    logger.log_metrics({f"{name}/report": html}, step=step)  # type: ignore[dict-item]
 
 
 @contextmanager

@@ -19,7 +19,15 @@ from lightning_ntk.callback.arguments import FollowedDynamics, require_valid
 from lightning_ntk.callback.capture import RunCapture
 from lightning_ntk.callback.checkpoint import NO_STATE, arguments_of, incomplete, options_of, require_resumable
 from lightning_ntk.callback.lockstep import Lockstep
-from lightning_ntk.callback.loggers import figures_of, log_charts, log_figures, log_hparams, unsmoothed
+from lightning_ntk.callback.loggers import (
+    figures_of,
+    log_charts,
+    log_figures,
+    log_hparams,
+    log_page,
+    log_verdict,
+    unsmoothed,
+)
 from lightning_ntk.callback.progress_bars import nested_bars
 from lightning_ntk.callback.results import RunResults
 from lightning_ntk.callback.status import RunStatus, say
@@ -117,7 +125,8 @@ class LinearizationMonitor(RunResults):
             and 4096 rows (samples times outputs), each costs as much as a capture of such a kernel with its modes.
         regime: Whether to log the panel of regimes, `regime/...`: alignment, trace and rank of the kernel, the edge of
             stability, rank and change of features, on a few samples of the reference.
-        figures: Whether to draw figures when training ends, for TensorBoard, Weights & Biases and MLflow. Needs matplotlib.
+        figures: Whether to draw figures when training ends, for TensorBoard, Weights & Biases and MLflow, and for the last two
+            the page of `report`. Needs matplotlib.
         prog_bar: Whether the Trainer's progress bar shows `relative_weight_distance`.
         save_state: Whether checkpoints hold what a resumed run needs to go on with its measurements: the initial weights and
             the state of the linearized network. Without it a resumed run is refused.
@@ -335,6 +344,7 @@ class LinearizationMonitor(RunResults):
             self._regress(trainer, pl_module)
         if len(self.history) > 1:
             say(self.verdict.describe(), self.name)
+            log_verdict(trainer.loggers, self.verdict, self.summary(), name=self.name, step=self._step)
         histories = _histories(trainer)
         if list(histories)[-1] == self.name:  # all monitors have measured the last step
             log_hparams(trainer.loggers, histories, step=self._step)
@@ -351,6 +361,7 @@ class LinearizationMonitor(RunResults):
                     outputs=comparison.outputs,
                 )
                 log_figures(trainer.loggers, figures, name=self.name, step=self._step)
+                log_page(trainer.loggers, self._page, name=self.name, step=self._step)
             except Exception as error:
                 self._status.fail(error, "The figures cannot be drawn.", "figures")
 

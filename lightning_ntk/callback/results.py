@@ -11,7 +11,8 @@ from lightning_ntk.comparison.run_comparison import RunComparison
 from lightning_ntk.functional.verdict import Verdict, judge
 from lightning_ntk.functional.weights import norm
 from lightning_ntk.plots import Drawing, plot_history, plot_spectrum
-from lightning_ntk.report import summarize, write_report
+from lightning_ntk.report import document, summarize
+from lightning_ntk.report.page import run_page
 from lightning_ntk.training.linearized_training import LinearizedTraining
 
 if TYPE_CHECKING:
@@ -93,12 +94,16 @@ class RunResults(Callback):
 
     def report(self, path: str | Path) -> Path:
         """Writes one HTML page about the run, see `lightning_ntk.report.write_report`. Needs matplotlib."""
+        return document.write(path, self._page())
+
+    def _page(self) -> str:
         figures = {}
         if self.training is not None:
             modes, time = self.training.modes, None if self.comparison is None else self.comparison.kernel_time
             figures["The spectrum"] = plot_spectrum(modes.eigenvalues, modes.coordinates, time=time)[0]
         notes = list(self._status.reported.values())
-        return write_report(path, self.history, self.verdict, title=self.name, notes=notes, figures=figures)
+        title = f"Lazy or rich? {self.name}"
+        return run_page(self.history, self.verdict, title=title, notes=notes, figures=figures)
 
     def to_pandas(self) -> "DataFrame":
         """The history as a table. Needs pandas."""

@@ -15,6 +15,8 @@ _DYNAMIC_RANGE = 1e-3
 _NAME_LENGTH = 36
 _MOST_LABELS, _MOST_STEPS = 90, 14
 _MOST_OUTLINED = 30
+# In vector graphics every cell is a path of its own.
+_MOST_VECTOR_CELLS = 600
 
 
 def plot_parameters(history: Run, title: str | None = None, ax: "Axes | None" = None) -> Drawing:
@@ -55,7 +57,8 @@ def plot_parameters(history: Run, title: str | None = None, ax: "Axes | None" = 
     shown = [[max(value, smallest) if math.isfinite(value) else value for value in line] for line in cells]
     # Lines between many cells would hide them.
     grid: dict[str, Any] = {"edgecolors": "white", "linewidth": 0.4} if len(names) <= _MOST_OUTLINED else {}
-    image = axis.pcolormesh(shown, cmap="cividis", norm=LogNorm(smallest, largest), **grid)
+    pixels = len(names) * len(moved) > _MOST_VECTOR_CELLS
+    image = axis.pcolormesh(shown, cmap="cividis", norm=LogNorm(smallest, largest), rasterized=pixels, **grid)
     axis.invert_yaxis()
     short = [name.removeprefix(_PREFIX) for name in names]
     labels = [name if len(name) <= _NAME_LENGTH else "…" + name[1 - _NAME_LENGTH :] for name in short]

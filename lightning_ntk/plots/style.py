@@ -27,6 +27,8 @@ LINES: tuple[dict[str, Any], ...] = (
 _WIDE = 5
 # A logarithmic axis is labeled at 1, 2 and 5 if its limits differ by less than this factor.
 _FEW_DECADES = 100
+# Between limits that differ by less than this factor, 1, 2 and 5 may be one label or none.
+_FEW_LABELS = 4
 # Ticks below this are powers of ten.
 _PLAIN_FROM = 1e-3
 # Dots per inch of a figure in a notebook: as wide as matplotlib's own, and sharp on screens with two dots in a pixel.
@@ -156,12 +158,14 @@ def draw_curve(axis: Any, along: Sequence[float], values: Sequence[float], floor
 
 
 def label_few_decades(axis: Any) -> None:
-    """Labels a logarithmic `xaxis` or `yaxis` at 1, 2 and 5 where powers of ten alone would give one or two labels."""
-    from matplotlib.ticker import LogLocator
+    """Labels a logarithmic `xaxis` or `yaxis` at 1, 2 and 5, or evenly, where powers of ten would give too few labels."""
+    from matplotlib.ticker import LogLocator, MaxNLocator
 
     low, high = sorted(axis.get_view_interval())
     if high < _FEW_DECADES * low:
-        axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.set_major_locator(
+            LogLocator(subs=(1, 2, 5)) if high > _FEW_LABELS * low else MaxNLocator(6, steps=(1, 2, 5, 10))
+        )
         axis.set_major_formatter(lambda value, _: _as_tick(value))
         axis.set_minor_formatter("")
 

@@ -1,10 +1,7 @@
 """A run on one self-contained HTML page."""
 
-import html
-import io
 import math
 from collections.abc import Callable, Mapping, Sequence
-from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -18,28 +15,15 @@ from lightning_ntk.plots import (
     plot_regimes,
 )
 from lightning_ntk.plots.history import History
-from lightning_ntk.report.table import COLUMNS, evenly_spaced, number
+from lightning_ntk.report import document
+from lightning_ntk.report.table import COLUMNS, evenly_spaced, number, spread
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-_STYLE = """
-body { font: 16px/1.5 system-ui, sans-serif; color: #222; max-width: 60rem; margin: 0 auto; padding: 1rem; }
-h1 { font-size: 1.5rem; } h2 { font-size: 1.15rem; margin-top: 2rem; }
-.verdict { border-left: 0.4rem solid #0072B2; padding: 0.5rem 1rem; background: #f4f7fa; font-size: 1.1rem; }
-.verdict.rich { border-color: #D55E00; } .verdict.undecided { border-color: #999; }
-.scroll { overflow-x: auto; } table { border-collapse: collapse; font-size: 0.9rem; }
-th, td { text-align: right; padding: 0.2rem 0.7rem; border-bottom: 1px solid #ddd; white-space: nowrap; }
-figure { margin: 1rem 0; overflow-x: auto; } figure svg { width: 100%; height: auto; min-width: 40rem; }
-figure.narrow { max-width: 34rem; } figure.narrow svg { min-width: 0; }
-pre { background: #f6f6f6; padding: 0.7rem; overflow-x: auto; font-size: 0.8rem; } footer { color: #666; font-size: 0.85rem; }
-@media print { body { max-width: none; } figure, table { break-inside: avoid; } }
-"""
-_CITATION = """@software{lightning_ntk,
-  title = {lightning_ntk: how far a network leaves its linearized (NTK) regime, during training},
-  author = {{The lightning_ntk developers}},
-  year = {2026}
-}"""
+
+# More measurements than these make a curve no clearer, and a page larger than 500 kB.
+_MOST_ROWS = 120
 
 
 class _Section(NamedTuple):
@@ -73,7 +57,7 @@ _SECTIONS = {
 
 def write_report(
     path: str | Path,
-    history: Sequence[Mapping[str, float]],
+    history: History,
     verdict: Verdict,
     *,
     title: str = "Lazy or rich?",
@@ -96,67 +80,49 @@ def write_report(
     Returns:
         The path.
     """
+    return document.write(path, run_page(history, verdict, title=title, notes=notes, figures=figures))
+
+
+def run_page(
+    history: History,
+    verdict: Verdict,
+    *,
+    title: str,
+    notes: Sequence[str] | None,
+    figures: "Mapping[str, Figure] | None",
+) -> str:
+    """The page of `write_report` as HTML."""
     drawn = {}
+    shown = spread(history, _MOST_ROWS)
     for heading, section in _SECTIONS.items():
         try:
-            drawn[heading] = section.draw(history)[0]
+            drawn[heading] = section.draw(shown)[0]
         except ValueError:  # such scalars were not measured
             continue
     drawn |= figures or {}
-    parts = [f"<h1>{html.escape(title)}</h1>", _verdict(verdict), _table(history)]
+    parts = [_verdict(verdict), _table(history)]
     for heading, figure in drawn.items():
-        narrow = ' class="narrow"' if figure.get_figwidth() < 8 else ""
-        parts.append(f"<h2>{html.escape(heading)}</h2>")
+        parts.append(document.heading(heading))
         if heading in _SECTIONS:
-            parts.append(f"<p>{html.escape(_SECTIONS[heading].reading)}</p>")
-        parts.append(f"<figure{narrow}>{_svg(figure)}</figure>")
-    parts.append("<h2>What the linearized network does not describe</h2>")
-    listed = "".join(f"<li>{html.escape(note)}</li>" for note in notes or ())
+            parts.append(document.paragraph(_SECTIONS[heading].reading))
+        parts.append(document.drawing(figure))
+    parts.append(document.heading("What the linearized network does not describe"))
     nothing = (
         "Nothing is known that it leaves out." if notes is not None else "The log does not say: see the run's warnings."
     )
-    parts.append(f"<ul>{listed}</ul>" if listed else f"<p>{nothing}</p>")
-    parts.append(f"<h2>How to cite</h2><pre>{html.escape(_CITATION)}</pre>")
-    parts.append(f"<footer>Written by lightning_ntk on {date.today():%Y-%m-%d}.</footer>")
-    page = (
-        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{html.escape(title)}</title><style>{_STYLE}</style></head><body>{''.join(parts)}</body></html>\n"
-    )
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(page, encoding="utf-8")
-    return path
+    parts.append(document.listing(notes) if notes else document.paragraph(nothing))
+    return document.document(title, parts)
 
 
 def _verdict(verdict: Verdict) -> str:
-    return (
-        f'<p class="verdict {verdict.word}"><strong>{verdict.word.capitalize()}.</strong> '
-        f"{html.escape(verdict.describe())}<br><small>Why: {html.escape(verdict.reason)}. Lazy is below {LAZY}, rich is "
-        f"{RICH} or more.</small></p>"
-    )
+    why = f"Why: {verdict.reason}. Lazy is a distance below {LAZY}, rich is {RICH} or more."
+    return document.headline(verdict.word, f"{verdict.word.capitalize()}.", verdict.describe(), why)
 
 
 def _table(history: Sequence[Mapping[str, float]]) -> str:
     measured = {key for row in history for key in row if key != "step" and "/" not in key}
     columns = [key for key in COLUMNS if key in measured] + sorted(measured - COLUMNS.keys())
-    heads = "".join(f"<th>{html.escape(key.replace('_', ' '))}</th>" for key in ["step", *columns])
-    rows = "".join(
-        "<tr>"
-        + f"<td>{row['step']:g}</td>"
-        + "".join(f"<td>{number(row.get(key, math.nan))}</td>" for key in columns)
-        + "</tr>"
-        for row in evenly_spaced(history, 12)
+    rows = (
+        [f"{row['step']:g}", *(number(row.get(key, math.nan)) for key in columns)] for row in evenly_spaced(history, 12)
     )
-    return f'<div class="scroll"><table><thead><tr>{heads}</tr></thead><tbody>{rows}</tbody></table></div>'
-
-
-def _svg(figure: "Figure") -> str:
-    import matplotlib as mpl
-
-    file = io.StringIO()
-    # No date and a fixed salt, so that equal runs have equal pages.
-    with mpl.rc_context({"svg.hashsalt": "lightning_ntk"}):
-        figure.savefig(file, format="svg", metadata={"Date": None})
-    svg = file.getvalue()
-    return svg[svg.index("<svg") :]
+    return document.table([key.replace("_", " ").replace("taylor", "Taylor") for key in ["step", *columns]], rows)

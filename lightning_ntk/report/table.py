@@ -54,6 +54,15 @@ def evenly_spaced(history: Sequence[Mapping[str, float]], count: int) -> list[Ma
     return [history[round(i * (len(history) - 1) / (count - 1))] for i in range(count)]
 
 
+def spread(history: Sequence[Mapping[str, float]], count: int) -> list[Mapping[str, float]]:
+    """At most `count` rows, half of them evenly and half logarithmically spaced, the first and the last among them."""
+    if len(history) <= count:
+        return list(history)
+    last, half = len(history) - 1, count // 2
+    evenly = {round(i * last / (half - 1)) for i in range(half)}
+    return [history[i] for i in sorted(evenly | {round(last ** (i / (half - 1))) for i in range(half)})]
+
+
 def number(value: float) -> str:
     """A number with three digits; a dash where there is none."""
     return "-" if math.isnan(value) else f"{value:.3g}"

@@ -1,4 +1,4 @@
-"""The command line: `lightning-ntk sweep run | worker | status | table | plot FILE.yaml`, `lightning-ntk report LOG`."""
+"""The command line: `lightning-ntk sweep run | worker | status | table | plot | report FILE.yaml`, `lightning-ntk report LOG`."""
 
 import argparse
 import os
@@ -61,19 +61,40 @@ def _parser() -> argparse.ArgumentParser:
     )
     table.add_argument("--all-columns", action="store_true", help="print every column")
     table.add_argument("--all-steps", action="store_true", help="print a row for each step")
+    table.add_argument("--at", type=_loss, metavar="loss=VALUE", help="interpolate each run where it reaches a loss")
     table.add_argument("--output", type=Path, help="file; default: the terminal")
     plot = action("plot", "plot one scalar over one parameter, log-log, with fitted slopes and their intervals")
     plot.add_argument("--x", required=True, help="numeric parameter, for example width")
     plot.add_argument("--y", required=True, help="scalar, for example ntk/relative_weight_distance")
     plot.add_argument("--group", help="parameter whose values are repetitions, for example seed")
-    plot.add_argument("--step", type=float, help="step of the measurement; default: the last")
+    when = plot.add_mutually_exclusive_group()
+    when.add_argument("--step", type=float, help="step of the measurement; default: the last")
+    when.add_argument("--at", type=_loss, metavar="loss=VALUE", help="compare at equal loss, not at equal steps")
     plot.add_argument("--confidence", type=float, default=0.95, help="probability of the intervals")
     plot.add_argument("--output", type=Path, help="figure file; default: NAME.png")
+    page = action(
+        "report", "write verdicts, distances and curves of all runs, at equal steps and loss, as one HTML page"
+    )
+    page.add_argument("--x", help="parameter to draw over; default: the numeric one with the most values")
+    page.add_argument("--group", help="parameter whose values are repetitions; default: a seed")
+    page.add_argument("--at", type=_loss, metavar="loss=VALUE", help="default: the smallest loss that all runs reach")
+    page.add_argument("--output", type=Path, help="the page; default: NAME.html")
     report = commands.add_parser("report", help="write a run's verdict and figures as one HTML page")
     report.add_argument("log", type=Path, metavar="LOG", help="metrics.csv of Lightning's CSVLogger, or its folder")
     report.add_argument("--name", default="ntk", help="name of the monitor, the prefix of its columns")
     report.add_argument("--output", type=Path, help="the page; default: report.html beside the log")
     return parser
+
+
+def _loss(text: str) -> float:
+    name, _, value = text.partition("=")
+    try:
+        loss = float(value)
+    except ValueError:
+        loss = 0.0
+    if name != "loss" or not 0 < loss < float("inf"):
+        raise argparse.ArgumentTypeError(f"expected loss=VALUE, such as loss=0.5, but got {text!r}")
+    return loss
 
 
 def _report(options: argparse.Namespace) -> int:
@@ -85,7 +106,8 @@ def _report(options: argparse.Namespace) -> int:
         history = read_history(options.log, options.name)
         folder = options.log if options.log.is_dir() else options.log.parent
         verdict = judge(history)
-        path = write_report(options.output or folder / "report.html", history, verdict, title=folder.resolve().name)
+        title = f"Lazy or rich? {folder.resolve().name}"
+        path = write_report(options.output or folder / "report.html", history, verdict, title=title)
     except (OSError, ValueError, ModuleNotFoundError) as error:
         print(f"lightning-ntk report: {error}", file=sys.stderr)
         return 1

@@ -21,7 +21,7 @@ from lightning_ntk.sweep.worker import work
 
 def run_command(options: argparse.Namespace) -> int:
     """Runs `options.action`; prints an error as a sentence and returns 1, or 130 on Ctrl-C."""
-    commands = {"run": _run, "worker": _worker, "status": _status, "table": _table, "plot": _plot}
+    commands = {"run": _run, "worker": _worker, "status": _status, "table": _table, "plot": _plot, "report": _report}
     try:
         with warnings.catch_warnings():
             warnings.showwarning = _show_warning
@@ -82,7 +82,7 @@ def _status(file: SweepFile, options: argparse.Namespace) -> int:
 
 
 def _table(file: SweepFile, options: argparse.Namespace) -> int:
-    results = _results(file.sweep)
+    results = _compared(file.sweep, options)
     rows = results.rows if options.all_steps else results.final
     if options.format == "csv":
         text = results.csv(rows, options.columns)
@@ -102,14 +102,23 @@ def _plot(file: SweepFile, options: argparse.Namespace) -> int:
     from lightning_ntk.sweep.plot import plot_scaling  # its package imports torch, which the other commands do without
 
     figure, axis = plot_scaling(
-        _results(file.sweep), options.x, options.y,
+        _compared(file.sweep, options), options.x, options.y,
         over=options.group, step=options.step, confidence=options.confidence,
     )  # fmt: skip
+    if options.at is not None:
+        axis.set_title(f"at a loss of {options.at:g}", fontsize=10)
     output = options.output or Path(f"{file.sweep.name}.png")
     figure.savefig(output, dpi=150)
     for text in axis.get_legend().get_texts():
         print(text.get_text())
     print(f"Figure: {output}")
+    return 0
+
+
+def _report(file: SweepFile, options: argparse.Namespace) -> int:
+    results, output = _results(file.sweep), options.output or Path(f"{file.sweep.name}.html")
+    title = f"Lazy or rich? {file.sweep.name}"
+    print(f"Page: {results.report(output, x=options.x, over=options.group, loss=options.at, title=title)}")
     return 0
 
 
@@ -131,6 +140,11 @@ def _results(sweep: Sweep) -> Results:
     if not results.configurations:
         raise ValueError(f"Expected complete results in the sweep {sweep.name!r} but it has none yet.")
     return results
+
+
+def _compared(sweep: Sweep, options: argparse.Namespace) -> Results:
+    results = _results(sweep)
+    return results if options.at is None else results.at(loss=options.at)
 
 
 def _detail(entry: Entry) -> str:

@@ -149,6 +149,12 @@ def rows_of(result: Any) -> list[Row]:
     return [{tag: _scalar(tag, value) for tag, value in row.items()} for row in rows]
 
 
+def verdict_of(result: Any) -> tuple[str, str] | None:
+    """The word and the reason of a monitor's verdict, which knows more of the run than its scalars; None without one."""
+    verdict = getattr(result, "verdict", None)
+    return None if verdict is None else (verdict.word, verdict.reason)
+
+
 def headline(rows: Sequence[Row]) -> str:
     """The scalar that stands for a trial: the relative weight distance, else the first."""
     tags = [tag for row in (rows[-1], *rows) for tag in row if tag != "step"]

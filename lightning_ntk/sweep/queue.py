@@ -38,6 +38,7 @@ MAX_DEATHS = 3
 # User attributes of trials.
 _KEY, _CONFIGURATION, _ATTEMPT, _ROWS = "key", "configuration", "attempt", "rows"
 _ERROR, _DEATH, _INTERRUPTED, _DUPLICATE = "error", "death", "interrupted", "duplicate of"
+_VERDICT, _REASON = "verdict", "verdict because"
 # MySQL keeps 65535 bytes of an attribute.
 _CHUNK = 30_000
 # Points of the curve and scalars in Optuna's dashboard, each of them a write; the rows have all of them.
@@ -59,6 +60,7 @@ class Entry:
     error: str | None  # traceback of the failure
     worker: Identity | None  # the process that runs or ran the trial
     seconds: float | None  # duration of the complete trial
+    verdict: tuple[str, str] | None = None  # word and reason, of a monitor; sweeps of earlier versions have none
 
     @property
     def reason(self) -> str:
@@ -123,7 +125,7 @@ class Queue:
         """Records that the task's worker is alive."""
         self.storage.set_trial_user_attr(task.trial_id, HEARTBEAT, now)
 
-    def complete(self, task: Task, rows: Sequence[Row], metric: str) -> bool:
+    def complete(self, task: Task, rows: Sequence[Row], metric: str, verdict: tuple[str, str] | None = None) -> bool:
         """Stores a result; False if the trial has ended, so another worker's counts.
 
         Optuna's dashboard shows the scalar `metric` as the trial's curve and, from the last row, as its value, and the other
@@ -132,6 +134,7 @@ class Queue:
         text = json.dumps(rows)
         parts = {f"{_ROWS}/{part}": text[i : i + _CHUNK] for part, i in enumerate(range(0, len(text), _CHUNK))}
         shown = {f"scalar {tag}": rows[-1][tag] for tag in list(rows[-1])[:_SCALARS]}
+        judged = {} if verdict is None else {_VERDICT: verdict[0], _REASON: verdict[1]}
         value = rows[-1].get(metric, math.nan)
         with contextlib.suppress(UpdateFinishedTrialError):
             for row in rows[:: math.ceil(len(rows) / _CURVE_POINTS)]:
@@ -140,7 +143,7 @@ class Queue:
         # Optuna has no complete trial whose value is not a number; the rows keep what it was.
         value = math.inf if math.isnan(value) else value
         self._name_value(metric)
-        return self._end(task.trial_id, TrialState.COMPLETE, {**parts, **shown}, value)
+        return self._end(task.trial_id, TrialState.COMPLETE, {**parts, **shown, **judged}, value)
 
     def fail(self, task: Task, error: BaseException) -> bool:
         """Stores the traceback of a failure; False if the trial has ended."""
@@ -241,6 +244,7 @@ def _entry(trials: Sequence[FrozenTrial], rows: bool) -> Entry:
         error=trial.user_attrs.get(_ERROR, died) if state == "failed" else None,
         worker=trial.user_attrs.get(WORKER),
         seconds=trial.duration.total_seconds() if state == "complete" and trial.duration else None,
+        verdict=_stored_verdict(trial) if state == "complete" else None,
     )
 
 
@@ -262,6 +266,11 @@ def _stored_rows(trial: FrozenTrial) -> list[Row]:
     parts = sum(name.startswith(f"{_ROWS}/") for name in trial.user_attrs)
     stored: list[Row] = json.loads("".join(trial.user_attrs[f"{_ROWS}/{part}"] for part in range(parts)))
     return stored
+
+
+def _stored_verdict(trial: FrozenTrial) -> tuple[str, str] | None:
+    attributes = trial.user_attrs
+    return (attributes[_VERDICT], attributes[_REASON]) if _VERDICT in attributes else None
 
 
 def _is_number(value: Any) -> bool:

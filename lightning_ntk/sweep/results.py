@@ -8,10 +8,13 @@ import math
 import os
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lightning_ntk.functional.verdict import Verdict, judge
 from lightning_ntk.sweep.configurations import Configuration
+from lightning_ntk.sweep.equal_loss import row_at_loss
 from lightning_ntk.sweep.queue import Entry
 from lightning_ntk.sweep.statistics import Mean, PowerLaw, geometric_mean_interval, log_log_slope, mean_interval
 
@@ -60,6 +63,50 @@ class Results:
         """The names of the table's columns."""
         return ["trial", *self.parameters, *self._step, *self.scalars]
 
+    @property
+    def varying(self) -> list[str]:
+        """The parameters that have several values."""
+        return [name for name in self.parameters if len({repr(c.get(name)) for c in self.configurations}) > 1]
+
+    @property
+    def runs(self) -> list[tuple[str, list[dict[str, float]]]]:
+        """The label and the history of each run, without the monitor's prefix, as `lightning_ntk.plots.plot_runs` takes them."""
+        prefix = self.tag("relative_weight_distance").removesuffix("relative_weight_distance")
+        return [
+            (
+                ", ".join(
+                    f"{name}={entry.configuration[name]}" for name in self.varying if name in entry.configuration
+                ),
+                [{tag.removeprefix(prefix): value for tag, value in row.items()} for row in entry.rows],
+            )
+            for entry in self._entries
+        ]
+
+    @property
+    def verdicts(self) -> list[Verdict]:
+        """What each run was, as its monitor said; judged from the scalars where the study does not keep it."""
+        judged = [judge(history) for _, history in self.runs]
+        stored = [entry.verdict for entry in self._entries]
+        return [
+            verdict if said is None else verdict._replace(word=said[0], reason=said[1])  # type: ignore[arg-type]
+            for verdict, said in zip(judged, stored, strict=True)
+        ]
+
+    @property
+    def has_verdicts(self) -> bool:
+        """Whether the study keeps the verdicts of the monitors; those of earlier versions do not."""
+        return all(entry.verdict is not None for entry in self._entries)
+
+    def tag(self, name: str) -> str:
+        """The scalar of this name, whatever the monitor is called: "ntk/loss" for "loss"."""
+        found = [tag for tag in self.scalars if tag.rpartition("/")[2] == name and "evaluation/" not in tag]
+        if not found:
+            raise ValueError(
+                f"Expected results with the scalar {name!r} but there are {self.scalars}. Return the LinearizationMonitor "
+                "from the objective."
+            )
+        return found[0]
+
     def columns_within(self, width: int, rows: Sequence[TableRow] | None = None) -> list[str]:
         """The columns of a Markdown table that fit into `width` characters.
 
@@ -85,6 +132,36 @@ class Results:
             steps = sorted({row["step"] for row in self.rows if "step" in row})
             raise ValueError(f"Expected a step at which something was measured but got {step}; there are {steps}.")
         return found
+
+    def at(self, *, loss: float) -> "Results":
+        """Each run at the first time at which its training loss falls to a value, to compare runs at equal loss.
+
+        Between two measurements every scalar, the step too, is linear in the logarithm of the loss.
+
+        Args:
+            loss: The value of the monitor's `loss`.
+
+        Returns:
+            Results with one row for each run, for `final`, `mean`, `slope`, `markdown` and `plot_scaling`. Runs that never
+            fall to this loss, or begin below it, are NaN, and a warning says how many.
+
+        Example:
+            >>> sweep = Sweep(lambda c: {"loss": 1.0}, {"width": [16, 64]}, storage=getfixture("tmp_path") / "j")
+            >>> sweep.run(workers=0, progress=False).at(loss=0.5).final[0]["loss"]
+            nan
+        """
+        if not (isinstance(loss, int | float) and 0 < loss < math.inf):
+            raise ValueError(f"Expected argument `loss` to be a positive number but got {loss!r}.")
+        tag = self.tag("loss")
+        entries = [replace(entry, rows=[row_at_loss(entry.rows, loss, tag)]) for entry in self._entries]
+        missing = [entry.configuration for entry in entries if math.isnan(entry.rows[0][tag])]
+        if missing:
+            warnings.warn(
+                f"{len(missing)} of {len(entries)} runs never fall to {tag} = {loss:g}, or begin below it, and are NaN, for "
+                f"example {missing[0]}.",
+                stacklevel=2,
+            )
+        return Results(entries)
 
     def where(self, values: Mapping[str, Any]) -> "Results":
         """The results of the configurations with these values, at least one."""
@@ -220,6 +297,36 @@ class Results:
             "| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) + " |"
             for line in lines
         )
+
+    def report(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        x: str | None = None,
+        over: str | None = None,
+        loss: float | None = None,
+        title: str = "Lazy or rich?",
+    ) -> Path:
+        """Writes one self-contained HTML page: configurations with verdicts, at equal steps and at equal loss.
+
+        Needs matplotlib, and results of a `LinearizationMonitor`.
+
+        Args:
+            path: The file to write. Its folder is made.
+            x: The parameter over which to draw the distance. Default: the one of positive numbers with the most values.
+            over: The parameter whose values are repetitions. Default: one that is called a seed.
+            loss: The loss at which to compare. Default: the smallest that all runs reach, but for those that do not halve theirs.
+            title: The heading.
+
+        Returns:
+            The path.
+        """
+        from lightning_ntk.sweep.page import write_sweep_report  # matplotlib, which tables do without
+
+        for argument, name in (("x", x), ("over", over)):
+            if name is not None:
+                _require(argument, name, self.parameters)
+        return write_sweep_report(os.fspath(path), self, x=x, over=over, loss=loss, title=title)
 
     def to_csv(self, path: str | os.PathLike[str]) -> None:
         """Writes the whole table to a CSV file."""

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning_ntk.sweep.liveness import Identity, Observer, heartbeat, worker_identity
-from lightning_ntk.sweep.objective import Objective, headline, rows_of
+from lightning_ntk.sweep.objective import Objective, headline, rows_of, verdict_of
 from lightning_ntk.sweep.queue import Queue, Task
 from lightning_ntk.sweep.storage import open_storage
 
@@ -66,12 +66,13 @@ def _run(queue: Queue, objective: Objective, task: Task, beat_every: float) -> N
     with stop_signals() as stopped:
         try:
             with heartbeat(lambda now: queue.beat(task, now), beat_every):
-                rows = rows_of(objective(dict(task.configuration)))
+                result = objective(dict(task.configuration))
+                rows, verdict = rows_of(result), verdict_of(result)
             clash = sorted({tag for row in rows for tag in row} & set(task.configuration))
             if clash:
                 raise ValueError(f"Expected scalars with other names than the parameters but both have {clash}.")
             if not stopped:
-                queue.complete(task, rows, headline(rows))
+                queue.complete(task, rows, headline(rows), verdict)
         except BaseException as error:
             # Also sys.exit, into which Lightning turns an interrupt, and an interrupt that the objective raised by itself.
             if not stopped:

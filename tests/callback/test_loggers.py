@@ -110,6 +110,9 @@ def test_tensorboard_has_scalars_and_every_figure_once(tmp_path: Path) -> None:
         values = [(event.step, event.value) for event in written.Scalars(f"ntk/{key}")]
         expected = [(int(row["step"]), numpy.float32(row[key])) for row in watching.history if key in row]
         assert values == expected, key
+    (text,) = written.Tensors("ntk/verdict/text_summary")
+    assert text.step == 12
+    assert watching.summary().splitlines()[-1] in text.tensor_proto.string_val[0].decode()
     assert set(written.Tags()["images"]) == FIGURES
     for tag in FIGURES:
         (image,) = written.Images(tag)
@@ -280,6 +283,32 @@ def test_charts_and_hparams_that_fail_cost_nothing_either(tmp_path: Path, monkey
     assert len(events(logger.log_dir).Scalars("ntk/weight_distance")) == len(watching.history) == 4
 
 
+def test_a_verdict_and_a_page_that_fail_cost_nothing_either(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("mlflow")
+    from lightning.pytorch.loggers import MLFlowLogger
+
+    def fail(*arguments: object, **options: object) -> None:
+        raise OSError("no network")
+
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    logger, board, watching = (
+        MLFlowLogger("test", tracking_uri=f"file:{tmp_path}"),
+        TensorBoardLogger(tmp_path),
+        monitor(figures=True),
+    )
+    for method in ("set_tag", "log_text"):
+        monkeypatch.setattr(logger.experiment, method, fail)
+    monkeypatch.setattr(board.experiment, "add_text", fail)
+    with (
+        pytest.warns(UserWarning, match="writes no verdict to MLFlowLogger of this run. OSError: no network"),
+        pytest.warns(UserWarning, match="writes no verdict to TensorBoardLogger"),
+        pytest.warns(UserWarning, match="writes no page to MLFlowLogger"),
+    ):
+        trainer = fit(watching, logger=[logger, board])
+    assert trainer.state.finished
+    assert set(events(board.log_dir).Tags()["images"]) == FIGURES
+
+
 def test_figures_of_a_run_stopped_early_and_of_the_twin(tmp_path: Path) -> None:
     logger = TensorBoardLogger(tmp_path)
     stop = EarlyStopping("train_loss", patience=0, stopping_threshold=1e9, check_on_train_epoch_end=True)
@@ -330,7 +359,10 @@ def test_weights_and_biases_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setenv("WANDB_SILENT", "true")
     watching = monitor(figures=True)
     fit(watching, logger=WandbLogger(project="test", offline=True, save_dir=str(tmp_path)))
+    assert wandb.run.summary["ntk/verdict"] == watching.verdict.word
     wandb.finish()
+    (page,) = tmp_path.rglob("*.html")
+    assert page.read_text() == watching.report(tmp_path / "page").read_text()
     pictures = {path.relative_to(next(tmp_path.rglob("images"))).as_posix() for path in tmp_path.rglob("*.png")}
     assert {picture.rsplit("_", 2)[0] for picture in pictures} == FIGURES
     log, records, deadline = next(tmp_path.rglob("*.wandb")), [], time.monotonic() + 30
@@ -356,6 +388,8 @@ def test_mlflow_in_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     logger = MLFlowLogger("test", tracking_uri=f"file:{tmp_path}")
     fit(watching, logger=logger)
     assert {f"ntk/figure/{path.stem}" for path in tmp_path.rglob("ntk/figure/*.png")} == FIGURES
+    assert next(tmp_path.rglob("ntk/report.html")).read_text() == watching.report(tmp_path / "page").read_text()
+    assert logger.experiment.get_run(logger.run_id).data.tags["ntk/verdict"] == watching.verdict.word
     history = logger.experiment.get_metric_history(logger.run_id, "ntk/weight_distance")
     assert [(m.step, m.value) for m in history] == [(int(r["step"]), r["weight_distance"]) for r in watching.history]
 

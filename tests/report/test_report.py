@@ -67,6 +67,14 @@ def test_the_page_stands_alone(tmp_path) -> None:
     assert page == write_report(path, history(), judge(history()), **options).read_text()
 
 
+def test_the_page_of_a_long_run_is_small(tmp_path) -> None:
+    scalars = (*SCALARS[:-2], *(f"parameter/{number}.weight" for number in range(40)))
+    rows = [{"step": float(step), **dict.fromkeys(scalars, 0.9 / (1 + step))} for step in range(3000)]
+    page = write_report(tmp_path / "run.html", rows, judge(rows)).read_text()
+    assert len(page) < 500_000
+    assert "<td>2999</td>" in page
+
+
 @pytest.mark.parametrize("scalars", [("relative_weight_distance",), ("loss", "linearized_loss")])
 def test_what_was_not_measured_has_no_figure(tmp_path, scalars) -> None:
     page = write_report(tmp_path / "run.html", history(scalars), judge(history(scalars))).read_text()

@@ -335,6 +335,42 @@ def test_unknown_commands_are_refused(capsys: pytest.CaptureFixture[str]) -> Non
     assert options(["sweep", "plot", "--help"]) == 0
 
 
+RUN = """
+import math
+
+class Monitor:
+    name = "ntk"
+    def __init__(self, width):
+        self.history = [
+            {"step": float(t), "relative_weight_distance": t * width**0.5 / 1e4, "loss": math.exp(-width * t / 1e3)}
+            for t in (0, 1, 10, 100)
+        ]
+
+def objective(config):
+    return Monitor(config["width"])
+"""
+
+
+def test_a_sweep_at_equal_loss_and_its_page(file: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    (tmp_path / "train.py").write_text(RUN)
+    sweep(capsys, "run", file, "--quiet")
+    axes = ["--x", "width", "--y", "ntk/relative_weight_distance", "--output", tmp_path / "f.png"]
+    assert "slope 0.50" in sweep(capsys, "plot", file, *axes, "--step", "10", "--group", "seed")
+    assert "slope -0.50" in sweep(capsys, "plot", file, *axes, "--at", "loss=0.9995", "--group", "seed")
+    table = sweep(capsys, "table", file, "--at", "loss=0.5", "--columns", "width", "step")
+    assert table.splitlines()[2].split("|")[2].strip() == "43.322"  # 1000 log(2) / 16
+    page = tmp_path / "page.html"
+    assert sweep(capsys, "report", file, "--at", "loss=0.9995", "--output", page) == f"Page: {page}\n"
+    assert "9 runs:" in page.read_text()
+    assert "Lazy or rich? widths" in page.read_text()
+
+
+@pytest.mark.parametrize("wrong", ["loss", "loss=-1", "step=3", "loss=x"])
+def test_only_a_positive_loss_is_a_place_to_compare(file: Path, wrong: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert options(["sweep", "plot", str(file), "--x", "width", "--y", "loss", "--at", wrong]) == 2
+    assert f"expected loss=VALUE, such as loss=0.5, but got {wrong!r}" in capsys.readouterr().err
+
+
 def test_report_writes_a_page_beside_the_log(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     lines = [
         "step,train_loss,ntk/relative_weight_distance,ntk/loss",

@@ -13,6 +13,7 @@ from lightning_ntk.sweep.objective import (
     objective_identity,
     require_for_processes,
     rows_of,
+    verdict_of,
 )
 from tests.sweep.objectives import power
 
@@ -24,6 +25,11 @@ def test_a_monitor_gives_its_history_under_the_tags_that_it_logs() -> None:
         {"step": 0.0, "lazy/loss": 2.0, "lazy/parameter/a.weight": 0.0},
         {"step": 3.0, "lazy/loss": 1.0},
     ]
+
+
+def test_a_monitor_gives_its_verdict_and_scalars_have_none() -> None:
+    assert verdict_of(LinearizationMonitor()) == ("undecided", "nothing was measured")
+    assert verdict_of({"loss": 1.0}) is None
 
 
 def test_scalars_of_any_library_become_floats() -> None:

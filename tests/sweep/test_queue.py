@@ -68,6 +68,16 @@ def test_optuna_sees_parameters_curves_and_values(queue: Queue, url: str) -> Non
     assert study.best_trial.intermediate_values == {0: 0.5, 7: 0.25}
 
 
+def test_a_verdict_is_kept_and_shown(queue: Queue, url: str) -> None:
+    queue.enqueue([{"width": 64}, {"width": 16}])
+    queue.complete(queue.claim(ME), [{"d": 0.5}], "d", ("rich", "the distance is at least 0.5"))
+    queue.complete(queue.claim(ME), [{"d": 0.5}], "d")
+    kept = [entry.verdict for entry in Queue(open_storage(url), "sweep").entries().values()]
+    assert kept == [("rich", "the distance is at least 0.5"), None]
+    trials = optuna.load_study(study_name="sweep", storage=open_storage(url)).trials
+    assert [trial.user_attrs.get("verdict") for trial in trials] == ["rich", None]
+
+
 def test_a_value_that_is_not_a_number_is_complete_all_the_same(queue: Queue, url: str) -> None:
     queue.enqueue([{"lr": 5.0}])
     assert queue.complete(queue.claim(ME), [{"d": math.nan}], "d")
