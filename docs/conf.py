@@ -1,5 +1,6 @@
 """Sphinx configuration: `python -m sphinx -W docs build/docs` builds the documentation without a warning."""
 
+import logging
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,16 +19,57 @@ author = "The lightning_ntk developers"
 copyright = author
 release = version = __version__
 
-extensions = ["sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.mathjax", "sphinx.ext.viewcode", "myst_parser"]
+extensions = [
+    "sphinx.ext.autodoc",
+    "sphinx.ext.napoleon",
+    "sphinx.ext.viewcode",
+    "sphinx.ext.intersphinx",
+    "sphinxcontrib.katex",
+    "sphinx_copybutton",
+    "myst_nb",
+]
 # The navigation of index.md has these pages where they exist.
 OPTIONAL_PAGES = {"sweep", "gallery", "gallery/index"}
-exclude_patterns = ["build"]
+exclude_patterns = ["build", "_setup.md"]
 
 html_theme = "furo"
 html_title = f"lightning_ntk {release}"
 html_static_path = ["_static"]
 html_css_files = ["wrap.css"]
 html_theme_options = {"navigation_with_keys": True}
+
+html_search_scorer = str(HERE / "_static" / "scorer.js")
+html_show_sourcelink = False
+
+# The tutorials run while the documentation is built, and a cell that raises ends the build. Their messages stay in the notebooks.
+nb_execution_mode = "force"
+nb_execution_raise_on_error = True
+nb_execution_timeout = 300
+nb_output_stderr = "remove"
+
+# KaTeX is part of the package, and MathML needs neither style sheets nor fonts of its own: formulas show without a network.
+katex_css_path = "katex-math.css"
+katex_options = "output: 'mathml'"
+
+copybutton_prompt_text = r">>> |\.\.\. |\$ "
+copybutton_prompt_is_regexp = True
+
+intersphinx_mapping = {
+    "python": ("https://docs.python.org/3", None),
+    "torch": ("https://docs.pytorch.org/docs/stable", None),
+    "lightning": ("https://lightning.ai/docs/pytorch/stable", None),
+    "torchmetrics": ("https://lightning.ai/docs/torchmetrics/stable", None),
+    "matplotlib": ("https://matplotlib.org/stable", None),
+}
+intersphinx_timeout = 5
+
+
+def reached(record: logging.LogRecord) -> bool:
+    """Whether a message is another one than that an inventory cannot be reached: without a network names link nowhere."""
+    return "failed to reach" not in str(record.msg)
+
+
+logging.getLogger("sphinx.sphinx.ext.intersphinx").addFilter(reached)
 
 myst_enable_extensions = ["dollarmath", "amsmath", "deflist"]
 myst_heading_anchors = 3

@@ -7,13 +7,12 @@ on the kernel, AdamW needs the twin in weight space. The callback chooses, and s
     python examples/optimizers.py
     python examples/optimizers.py --width 1024
 
-How to read the figure: over time the three runs look different, but a run that learns faster also leaves its tangent space
-sooner, so that runs should be compared where they have fitted the data equally well. Over the training loss (time runs to the
-right) the curves lie nearly on each other: what a run has learned decides how far it is from its linearization, more than the
-optimizer with which it got there. Two differences remain. Down to a loss of 0.2 plain SGD is farthest, 0.64 against 0.56 with
-momentum and 0.54 with AdamW at about 0.25: its first steps, at ten times the learning rate, are the boldest. And AdamW's
-displacement is half as large again as SGD's at the end, 13.7 against 9.1, in a network that is linearized no better or worse
-for it.
+How to read the figure: over time the three runs look different. But a run that learns faster also leaves its tangent space
+sooner. Compare runs where they have fitted the data equally well. Over the training loss (time runs to the right) the curves lie
+nearly on each other: what a run has learned decides how far it is from its linearization, more than the optimizer does. Two
+differences remain. Down to a loss of 0.2 plain SGD is farthest: at a loss of about 0.25 its distance is 0.64, against 0.56 with
+momentum and 0.54 with AdamW. Its first steps, at ten times the learning rate, are the largest. And AdamW's displacement is half
+as large again as SGD's at the end: 13.7 against 9.1.
 """
 
 import argparse

@@ -2,6 +2,7 @@
 
 import ast
 import importlib
+import json
 import re
 import subprocess
 import sys
@@ -14,9 +15,9 @@ import torch
 from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.demos.boring_classes import BoringDataModule, BoringModel
 from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import TensorDataset
 
-from lightning_ntk import LinearizationMonitor
+from lightning_ntk import LinearizationMonitor, plots
 from lightning_ntk.kernel.rules.layers import RULES
 from tests.callback.test_monitor import digits, fit, make_module
 
@@ -24,21 +25,14 @@ ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
 SNIPPET = re.compile(r"^```python\n(.*?)^```\n(?:\n```text\n(.*?)^```\n)?", flags=re.DOTALL | re.MULTILINE)
 NUMBER = re.compile(r"(?<![\w.])-?\d+(?:\.\d+)?(?:e[+-]?\d+)?")
-PAGES = [page for page in sorted(DOCS.glob("*.md")) if SNIPPET.search(page.read_text())]
+CODE = re.compile(r"^```(?:python|\{code-cell\} ipython3)\n(.*?)^```", flags=re.DOTALL | re.MULTILINE)
+PAGES = [page for page in sorted(DOCS.glob("[!_]*.md")) if SNIPPET.search(page.read_text())]
+TUTORIALS = sorted(page.stem for page in (DOCS / "tutorials").glob("*.md"))
 
 
-def namespace() -> tuple[dict[str, Any], list[str]]:
-    """What snippets may use without defining it, and the lines that they print."""
-    lines: list[str] = []
-    inputs, targets = digits().tensors
-    names = {
-        "module": make_module(),
-        "inputs": inputs,
-        "targets": targets,
-        "train_loader": DataLoader(digits(), batch_size=11),
-        "print": lambda *values: lines.extend(" ".join(map(str, values)).splitlines()),
-    }
-    return names, lines
+def text(page: Path) -> str:
+    """A page with the setup that it includes."""
+    return page.read_text().replace("```{include} _setup.md\n```\n", (DOCS / "_setup.md").read_text())
 
 
 def same(printed: str, shown: str) -> bool:
@@ -54,10 +48,11 @@ def same(printed: str, shown: str) -> bool:
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_snippets_print_what_the_page_shows(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    names, lines = namespace()
+    lines: list[str] = []  # that the snippets print
+    names: dict[str, Any] = {"print": lambda *values: lines.extend(" ".join(map(str, values)).splitlines())}
     rules = dict(RULES)
     try:
-        for snippet, shown in SNIPPET.findall(page.read_text()):
+        for snippet, shown in SNIPPET.findall(text(page)):
             lines.clear()
             exec(snippet, names)
             printed = "\n".join(lines)
@@ -74,12 +69,19 @@ def test_outputs_are_compared_by_words_and_numbers() -> None:
     assert not same("", "0.06")
 
 
+@pytest.mark.parametrize("page", [ROOT / "README.md", *sorted(DOCS.rglob("*.md"))], ids=lambda page: page.stem)
+def test_code_fits_into_the_column_of_the_page(page: Path) -> None:
+    assert not [line for block in CODE.findall(page.read_text()) for line in block.splitlines() if len(line) > 84]
+
+
 def test_it_builds_without_a_warning_and_names_everything_public(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "sphinx", "-W", "-q", "docs", str(tmp_path)]
+    site = tmp_path / "site"
+    command = [sys.executable, "-m", "sphinx", "-W", "-q", "docs", str(site)]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     assert not list(ROOT.glob("docs/**/*.html"))  # nothing is written beside the sources
-    packed = (tmp_path / "objects.inv").read_bytes().split(b"\n", 4)[4]
+    require_executed(site)
+    packed = (site / "objects.inv").read_bytes().split(b"\n", 4)[4]
     documented = {line.split()[0].split(".")[-1] for line in zlib.decompress(packed).decode().splitlines()}
     for package in (
         "lightning_ntk",
@@ -91,9 +93,21 @@ def test_it_builds_without_a_warning_and_names_everything_public(tmp_path: Path)
         "lightning_ntk.sweep",
     ):
         assert set(importlib.import_module(package).__all__) <= documented
-    table = (tmp_path / "tested.html").read_text()
+    table = (site / "tested.html").read_text()
     assert "●" in table
     assert "<!-- matrix -->" not in table
+
+
+def require_executed(site: Path) -> None:
+    """Every tutorial was run, and its notebook with outputs can be downloaded; every plot of the reference has a picture."""
+    for name in TUTORIALS:
+        (notebook,) = site.glob(f"_downloads/*/{name}.ipynb")
+        cells = [cell for cell in json.loads(notebook.read_text())["cells"] if cell["cell_type"] == "code"]
+        assert all(cell["execution_count"] for cell in cells)
+        assert any(output["output_type"] != "error" for cell in cells for output in cell["outputs"])
+    page = (site / "api" / "plots.html").read_text()
+    drawn = [name for name in plots.__all__ if name.startswith("plot_")]
+    assert page.count("<img alt=") == len(drawn)
 
 
 def test_the_yaml_of_the_callback_is_what_the_command_line_takes(tmp_path: Path) -> None:
