@@ -96,7 +96,7 @@ def against_neural_tangents(python: str, implementations: list[str], samples: in
 
     Args:
         python: An interpreter that has peers/requirements.txt.
-        implementations: Of neural-tangents, by name.
+        implementations: Implementations of neural-tangents, by name.
         samples: N.
     """
     allowed = os.sched_getaffinity(0)

@@ -73,7 +73,9 @@ def main() -> None:
     parser.add_argument("--sections", nargs="*", choices=SECTIONS, default=SECTIONS)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--neural-tangents", metavar="PYTHON", help="an interpreter that has peers/requirements.txt")
-    parser.add_argument("--implementations", nargs="+", default=["structured derivatives"], help="of neural-tangents")
+    parser.add_argument(
+        "--implementations", nargs="+", default=["structured derivatives"], help="those of neural-tangents"
+    )
     parser.add_argument("--output", type=Path, default=RESULTS)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)

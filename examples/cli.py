@@ -24,7 +24,7 @@ class Network(LightningModule):
     Args:
         width: Units in each hidden layer.
         output_scale: Factor on the outputs; large means lazier.
-        loss: Of scores and targets.
+        loss: The loss, a function of scores and targets.
     """
 
     def __init__(self, width: int = 64, output_scale: float = 1.0, loss: nn.Module | None = None) -> None:

@@ -94,7 +94,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--width", type=int, default=256, help="units in each hidden layer")
     parser.add_argument("--steps", type=int, default=600, help="optimizer steps")
     parser.add_argument("--samples", type=int, default=1000, help="training images, up to 1497")
-    parser.add_argument("--seed", type=int, default=0, help="of the initial weights and the minibatches")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the initial weights and the minibatches")
     parser.add_argument("--output", type=Path, default=Path("runs/optimizers.png"), help="where the figure goes")
     return parser.parse_args()
 

@@ -6,7 +6,7 @@ kernel Theta, the initial residual r = f0 - Y and eta the learning rate times 2 
     continuous    w_lin(t) = w0 - J^T Theta^-1 (I - exp(-eta t Theta)) r
     discrete      w_lin(t) = w0 - J^T Theta^-1 (I - (I - eta Theta)^t) r
 
-Here they are written down as they stand: float32, `torch.linalg.inv`, `torch.matrix_exp` and `torch.linalg.matrix_power`. The
+Here they are computed as they stand, in float32, with `torch.linalg.inv`, `torch.matrix_exp` and `torch.linalg.matrix_power`. The
 judge of both is float64 without inverse or power: every single step for the discrete regime, and for the continuous one the
 action of an exponential on a vector.
 
@@ -225,7 +225,9 @@ def main() -> None:
     """Runs, prints the tables, draws the figure."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--width", type=int, default=1024)
-    parser.add_argument("--steps", type=int, default=2000, help="of gradient descent, the last time of both formulas")
+    parser.add_argument(
+        "--steps", type=int, default=2000, help="steps of gradient descent: the last time of both formulas"
+    )
     parser.add_argument("--samples", type=int, default=1000, help="images")
     parser.add_argument("--fraction", type=float, default=0.5, help="learning rate over the largest stable one")
     parser.add_argument(
@@ -233,7 +235,7 @@ def main() -> None:
         type=float,
         nargs="+",
         default=[2**0.5, 3**-0.5, 0.2],
-        help="of the weights, times the root of the fan-in",
+        help="scales of the initial weights, times the root of the fan-in",
     )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, default=Path("reproductions"), help="directory of the figure")

@@ -1,9 +1,9 @@
 """When the kernel settles: kernels through training, and linearizations captured late (Fort et al., 2020).
 
 A ReLU network in standard parametrization is trained on digits by minibatch SGD with the cross-entropy. The kernel of a few
-test images is kept at many steps: the distances between all pairs of them show when it turns, its velocity how fast. Meanwhile
-the network is linearized not only at the start but also at later steps, and each of these linearized networks is trained on, on
-the same minibatches, to the end: how far does it get from the run, and how many test images does it recognize?
+test images is computed at many steps. The distances between these kernels show when it turns, its velocity shows how fast. The
+network is linearized at the start and at later steps, and each linearized network trains on the same minibatches to the end. How
+far does it get from the run, and how many test images does it recognize?
 
     python examples/reproductions/late_kernels.py
     python examples/reproductions/late_kernels.py --seeds 0 --width 8 --steps 20 --captures 0 4 --samples 40    # seconds
@@ -37,7 +37,7 @@ class Classifier(LightningModule):
     """A ReLU network with three hidden layers, trained by SGD on the cross-entropy.
 
     Args:
-        width: Of the hidden layers.
+        width: Units in each hidden layer.
         lr: Learning rate.
     """
 
@@ -90,7 +90,7 @@ class Run:
     """What one run left behind.
 
     Args:
-        seed: Of the run.
+        seed: Seed of the run.
         kernels: By step.
         monitors: By the step of their capture.
     """
@@ -239,7 +239,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--width", type=int, default=128)
     parser.add_argument("--lr", type=float, default=0.1)
-    parser.add_argument("--steps", type=int, default=640, help="of SGD")
+    parser.add_argument("--steps", type=int, default=640, help="steps of SGD")
     parser.add_argument(
         "--captures", type=int, nargs="+", default=[0, 4, 8, 16, 32, 64, 128], help="steps at which to linearize"
     )

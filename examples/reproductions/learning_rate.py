@@ -151,7 +151,7 @@ def main() -> None:
     )
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--width", type=int, default=1024)
-    parser.add_argument("--steps", type=int, default=150, help="of gradient descent")
+    parser.add_argument("--steps", type=int, default=150, help="steps of gradient descent")
     parser.add_argument("--samples", type=int, default=128, help="images")
     parser.add_argument("--workers", type=int, default=2, help="processes; 0: this one")
     parser.add_argument(

@@ -80,9 +80,9 @@ def mlp(
     Args:
         sizes: Inputs, width of each hidden layer, outputs.
         activation: Between two layers.
-        parametrization: Of every layer.
-        sigma_w: Of every layer.
-        sigma_b: Of every layer.
+        parametrization: The parametrization of every layer.
+        sigma_w: Scale of the weights of every layer.
+        sigma_b: Scale of the biases of every layer.
 
     Raises:
         ValueError: If there are no two sizes.

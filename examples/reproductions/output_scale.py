@@ -129,7 +129,7 @@ def main() -> None:
     parser.add_argument("--scales", type=float, nargs="+", default=[1, 3, 10, 30, 100, 300, 1000], help="alpha")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--width", type=int, default=256)
-    parser.add_argument("--steps", type=int, default=100, help="of gradient descent")
+    parser.add_argument("--steps", type=int, default=100, help="steps of gradient descent")
     parser.add_argument("--samples", type=int, default=128, help="images")
     parser.add_argument("--fraction", type=float, default=0.5, help="learning rate over the largest stable one")
     parser.add_argument("--workers", type=int, default=2, help="processes; 0: this one")

@@ -167,7 +167,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--widths", type=int, nargs="+", default=[64, 128, 256, 512, 1024, 2048])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--steps", type=int, default=50, help="of gradient descent")
+    parser.add_argument("--steps", type=int, default=50, help="steps of gradient descent")
     parser.add_argument("--samples", type=int, default=128, help="images")
     parser.add_argument("--fraction", type=float, default=0.5, help="learning rate over the largest stable one")
     parser.add_argument("--workers", type=int, default=2, help="processes; 0: this one")
