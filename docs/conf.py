@@ -11,7 +11,6 @@ HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]
 
 from lightning_ntk import __version__  # noqa: E402
-
 from make_matrix import PLACEHOLDER, matrix_page  # noqa: E402
 
 project = "lightning_ntk"
@@ -87,17 +86,13 @@ napoleon_use_ivar = True
 
 def plain_text(lines: list[str]) -> Iterator[str]:
     """Escapes what reStructuredText would take for markup: norms |w| for substitutions, and `a/<b>` for a title with a target."""
-    block: int | None = (
-        None  # indentation of the directive or example inside of which nothing is escaped
-    )
+    block: int | None = None  # indentation of the directive or example inside of which nothing is escaped
     for line in lines:
         indentation = len(line) - len(line.lstrip())
         if line.strip() and block is not None and indentation <= block:
             block = None
         if line.lstrip().startswith((".. math::", ".. code-block::", ">>>")):
-            block = (
-                indentation if line.lstrip().startswith("..") else indentation - 1
-            )
+            block = indentation if line.lstrip().startswith("..") else indentation - 1
         spans = line.split("`")
         for i, span in enumerate(spans):
             if i % 2 == 0:
@@ -110,31 +105,16 @@ def plain_text(lines: list[str]) -> Iterator[str]:
 def setup(app: Sphinx) -> None:
     """Escapes docstrings, leaves missing pages out of the navigation, and writes the matrix into its page."""
 
-    def process(
-        app: Sphinx,
-        what: str,
-        name: str,
-        obj: object,
-        options: object,
-        lines: list[str],
-    ) -> None:
+    def process(app: Sphinx, what: str, name: str, obj: object, options: object, lines: list[str]) -> None:
         # What Python says of the fields of a NamedTuple; their class describes them.
-        lines[:] = [
-            line
-            for line in plain_text(lines)
-            if not line.startswith("Alias for field number")
-        ]
+        lines[:] = [line for line in plain_text(lines) if not line.startswith("Alias for field number")]
 
     def read(app: Sphinx, docname: str, source: list[str]) -> None:
         if docname == "index":
             missing = OPTIONAL_PAGES - app.env.found_docs
-            source[0] = "\n".join(
-                line for line in source[0].splitlines() if line not in missing
-            )
+            source[0] = "\n".join(line for line in source[0].splitlines() if line not in missing)
         if PLACEHOLDER in source[0]:
-            source[0] = source[0].replace(
-                PLACEHOLDER, matrix_page(HERE.parent / "tests")
-            )
+            source[0] = source[0].replace(PLACEHOLDER, matrix_page(HERE.parent / "tests"))
 
     app.connect("autodoc-process-docstring", process)
     app.connect("source-read", read)

@@ -47,11 +47,7 @@ def collect(tests: Path) -> list[Tested]:
     Raises:
         ValueError: If a marker has other arguments than a setting and some of the dynamics.
     """
-    return [
-        tested
-        for path in sorted(tests.rglob("test_*.py"))
-        for tested in _of_file(path, tests.parent)
-    ]
+    return [tested for path in sorted(tests.rglob("test_*.py")) for tested in _of_file(path, tests.parent)]
 
 
 def matrix_page(tests: Path) -> str:
@@ -63,27 +59,15 @@ def matrix_page(tests: Path) -> str:
     rows: defaultdict[str, list[Tested]] = defaultdict(list)
     for tested in collect(tests):
         rows[tested.setting].append(tested)
-    lines = [
-        "| | " + " | ".join(COLUMNS.values()) + " |",
-        "|---|" + ":-:|" * len(COLUMNS),
-    ]
+    lines = ["| | " + " | ".join(COLUMNS.values()) + " |", "|---|" + ":-:|" * len(COLUMNS)]
     details = []
     for setting in sorted(rows, key=str.lower):
-        cells = [
-            [
-                tested.by_trainer
-                for tested in rows[setting]
-                if column in tested.columns
-            ]
-            for column in COLUMNS
-        ]
+        cells = [[tested.by_trainer for tested in rows[setting] if column in tested.columns] for column in COLUMNS]
         circles = ["●" if any(cell) else "○" if cell else "" for cell in cells]
         lines.append(f"| {setting} | " + " | ".join(circles) + " |")
         details += ["", setting]
         for tested in rows[setting]:
-            details += [
-                f": `{tested.test}` ({', '.join(COLUMNS[column] for column in tested.columns)})"
-            ]
+            details += [f": `{tested.test}` ({', '.join(COLUMNS[column] for column in tested.columns)})"]
     return "\n".join([*lines, "", "## The tests", *details])
 
 
@@ -93,28 +77,13 @@ def _of_file(path: Path, root: Path) -> Iterator[Tested]:
     owners: dict[ast.AST, str] = {}
     for node in ast.walk(tree):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
-            owners |= {
-                inner: f"::{node.name}"
-                for decorator in node.decorator_list
-                for inner in ast.walk(decorator)
-            }
+            owners |= {inner: f"::{node.name}" for decorator in node.decorator_list for inner in ast.walk(decorator)}
     for node in ast.walk(tree):
-        if (
-            isinstance(node, ast.Call)
-            and ast.unparse(node.func) == "pytest.mark.tested"
-        ):
-            values = [
-                argument.value if isinstance(argument, ast.Constant) else None
-                for argument in node.args
-            ]
+        if isinstance(node, ast.Call) and ast.unparse(node.func) == "pytest.mark.tested":
+            values = [argument.value if isinstance(argument, ast.Constant) else None for argument in node.args]
             names = [value for value in values if isinstance(value, str)]
             unknown = set(names[1:]) - COLUMNS.keys()
-            if (
-                len(names) != len(values)
-                or len(names) < 2
-                or unknown
-                or node.keywords
-            ):
+            if len(names) != len(values) or len(names) < 2 or unknown or node.keywords:
                 raise ValueError(
                     f"{place}:{node.lineno}: expected `pytest.mark.tested(setting, dynamics, ...)` with dynamics among "
                     f"{', '.join(COLUMNS)} but got `{ast.unparse(node)}`."
