@@ -42,6 +42,7 @@ html_show_sourcelink = False
 
 # The tutorials run while the documentation is built, and a cell that raises ends the build. Their messages stay in the notebooks.
 nb_execution_mode = "force"
+nb_execution_in_temp = True
 nb_execution_raise_on_error = True
 nb_execution_timeout = 300
 nb_output_stderr = "remove"
