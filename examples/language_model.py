@@ -10,8 +10,9 @@ The last tenth is held out. One line of the run is about linearization: the call
     tensorboard --logdir runs
 
 The figure has the perplexity per character on held-out text: that of the trained network; of the linearized one, trained
-beside it on the same batches by a copy of the optimizer; and of the Taylor expansion of the trained network after the fact. Below
-is the distance between the weights of the first two, and how it is spread over the network.
+beside it on the same batches by a copy of the optimizer; and of the Taylor expansion of the trained network after the fact.
+Dotted lines are what counts of single characters, pairs and triples give. The other panels have the distance between the weights
+of the first two networks, over steps and by layer.
 """
 
 import argparse
@@ -163,6 +164,17 @@ def load_text() -> tuple[Tensor, Tensor, int]:
     return numbers[:-held_out], numbers[-held_out:], len(alphabet)
 
 
+def ngram_perplexity(length: int) -> float:
+    """The perplexity on held-out text of counting what follows each `length - 1` characters, with 0.01 added to each count."""
+    training, held_out, characters = load_text()
+    powers = characters ** torch.arange(length)
+    codes = [text.unfold(0, length, 1) @ powers for text in (training, held_out)]
+    # The next character, with the highest power, is the first dimension.
+    counts = torch.bincount(codes[0], minlength=characters**length).double().view(characters, -1) + 0.01
+    shares = counts / counts.sum(0)
+    return math.exp(-float(shares.flatten()[codes[1]].log().mean()))
+
+
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     """The options of the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -231,9 +243,12 @@ def plot(history: list[dict[str, float]]) -> Figure:
     for (name, color), key, marker in zip(COLORS.items(), ("", "linearized_", "taylor_"), "os^", strict=True):
         values = [row[f"evaluation/{key}perplexity"] for row in rows]
         perplexity.plot(steps, values, color=color, marker=marker, markersize=4, label=name)
-    start = history[0]["evaluation/perplexity"]
-    perplexity.axhline(start, color="#999999", linestyle=":", label="before training")
-    perplexity.set(title="held-out text", ylabel="perplexity per character", yscale="log", ylim=(1, 4 * start))
+    for length, name in ((1, "characters"), (2, "pairs"), (3, "triples")):
+        perplexity.axhline(ngram_perplexity(length), color="#999999", linestyle=":", linewidth=1)
+        perplexity.text(1, ngram_perplexity(length), f"counts of {name}", color="#666666", fontsize=8, va="bottom")
+    perplexity.set(title="held-out text", ylabel="perplexity per character", yscale="log")
+    perplexity.set_yticks([5, 10, 20, 50, 100], ["5", "10", "20", "50", "100"])
+    perplexity.set_yticks([], minor=True)
     distances = {
         "relative_weight_distance": (r"weights, $\|w_t - w_\mathrm{lin}(t)\| / \|w_t - w_0\|$", "#000000", "o"),
         "evaluation/taylor_gap": ("Taylor gap of the logits, held-out text", COLORS["Taylor expansion"], "^"),
@@ -280,6 +295,8 @@ def main() -> None:
     print_table(monitor.history)
     for layer, parts in by_layer(monitor.history).items():
         print(f"{layer:>10}: " + ", ".join(f"{part} {value:.2f}" for part, value in parts.items()))
+    counts = ", ".join(f"{ngram_perplexity(length):.2f}" for length in (1, 2, 3))
+    print(f"perplexity by counts of single characters, pairs and triples: {counts}")
     plot(monitor.history).savefig(directory / "language_model.png", dpi=110)
     print(f"fit: {elapsed:.1f} s, of which {len(monitor.history)} measurements {monitor.seconds['measurements']:.1f} s")
     print(f"Figure: {directory / 'language_model.png'}\nLogs:   tensorboard --logdir {arguments.output}")
