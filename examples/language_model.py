@@ -11,7 +11,7 @@ The last tenth is held out. One line of the run is about linearization: the call
 
 The figure has the perplexity per character on held-out text: that of the trained network; of the linearized one, trained
 beside it on the same batches by a copy of the optimizer; and of the Taylor expansion of the trained network after the fact.
-Dotted lines are what counts of single characters, pairs and triples give. The other panels have the distance between the weights
+Dotted lines are what counts of unigrams, bigrams and trigrams give. The other panels have the distance between the weights
 of the first two networks, over steps and by layer.
 """
 
@@ -243,9 +243,9 @@ def plot(history: list[dict[str, float]]) -> Figure:
     for (name, color), key, marker in zip(COLORS.items(), ("", "linearized_", "taylor_"), "os^", strict=True):
         values = [row[f"evaluation/{key}perplexity"] for row in rows]
         perplexity.plot(steps, values, color=color, marker=marker, markersize=4, label=name)
-    for length, name in ((1, "characters"), (2, "pairs"), (3, "triples")):
+    for length, name in ((1, "unigrams"), (2, "bigrams"), (3, "trigrams")):
         perplexity.axhline(ngram_perplexity(length), color="#999999", linestyle=":", linewidth=1)
-        perplexity.text(1, ngram_perplexity(length), f"counts of {name}", color="#666666", fontsize=8, va="bottom")
+        perplexity.text(1, ngram_perplexity(length), name, color="#666666", fontsize=8, va="bottom")
     perplexity.set(title="held-out text", ylabel="perplexity per character", yscale="log")
     perplexity.set_yticks([5, 10, 20, 50, 100], ["5", "10", "20", "50", "100"])
     perplexity.set_yticks([], minor=True)
@@ -296,7 +296,7 @@ def main() -> None:
     for layer, parts in by_layer(monitor.history).items():
         print(f"{layer:>10}: " + ", ".join(f"{part} {value:.2f}" for part, value in parts.items()))
     counts = ", ".join(f"{ngram_perplexity(length):.2f}" for length in (1, 2, 3))
-    print(f"perplexity by counts of single characters, pairs and triples: {counts}")
+    print(f"perplexity of unigrams, bigrams and trigrams: {counts}")
     plot(monitor.history).savefig(directory / "language_model.png", dpi=110)
     print(f"fit: {elapsed:.1f} s, of which {len(monitor.history)} measurements {monitor.seconds['measurements']:.1f} s")
     print(f"Figure: {directory / 'language_model.png'}\nLogs:   tensorboard --logdir {arguments.output}")
