@@ -1,6 +1,6 @@
 """Every comparison of speed, in one run and one table.
 
-    python benchmarks/run.py [--sections modes kernel passes steps training_step low_rank processes] [--threads 1]
+    python benchmarks/run.py [--sections modes kernel passes steps training_step low_rank gpt processes] [--threads 1]
         [--output benchmarks/results/run.json]
 
 Float32, K = 10, scikit-learn's digits; an MLP 64-512-512-10, a convolutional network and a transformer (models.py). Each
@@ -30,7 +30,7 @@ import training_step
 from timing import Comparison, header, line, machine
 
 RESULTS = Path(__file__).parent / "results" / "run.json"
-SECTIONS = ("modes", "kernel", "language_models", "passes", "steps", "training_step", "low_rank", "processes")
+SECTIONS = ("modes", "kernel", "language_models", "passes", "steps", "training_step", "low_rank", "gpt", "processes")
 
 
 def comparisons(arguments: argparse.Namespace) -> Iterator[tuple[str, Comparison]]:
@@ -59,6 +59,9 @@ def comparisons(arguments: argparse.Namespace) -> Iterator[tuple[str, Comparison
     if "low_rank" in arguments.sections:
         yield from (("low_rank", row) for row in low_rank.per_step())
         yield from (("low_rank", row) for row in low_rank.memory())
+    if "gpt" in arguments.sections:
+        yield "gpt", training_step.language_model()
+        yield "gpt", training_step.memory("GPT")
     if "processes" in arguments.sections:
         yield from (("processes", row) for row in ddp.two_processes())
         yield "processes", sweep_workers.two_workers()

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,13 +18,16 @@ from lightning.pytorch import Callback, LightningModule, Trainer, seed_everythin
 from models import STEP_MODELS, digits
 from timing import Comparison, interleaved
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from lightning_ntk import LinearizationMonitor
 from lightning_ntk.linearization import StepLinearization
 from lightning_ntk.linearization.parameters import trainable_parameters
 from lightning_ntk.training.base import StepSettings
 from lightning_ntk.training.twin import Twin
+
+sys.path.append(str(Path(__file__).parents[1] / "examples"))
+from language_model import BATCH_SIZE, GPT, LanguageModel, Windows, load_text
 
 # Of a network whose weights and activations are larger than what Python and its libraries take anyway.
 _MEMORY_WIDTH, _MEMORY_STEPS = 2048, 6
@@ -57,38 +60,72 @@ def per_step(batch_size: int = 256, repeats: int = 30) -> Iterator[Comparison]:
         torch.manual_seed(0)
         module = Classifier(make())
         inputs, one_hot = digits(name, batch_size)
-        batch = inputs, one_hot.argmax(1)
-        live = trainable_parameters(module)
         # So small a rate that the repeats see the same weights.
-        optimizer = torch.optim.AdamW(live.values(), lr=1e-6)
-        shadow = copy.deepcopy(module)
-        step = StepLinearization(shadow, partial(shadow.training_step, batch_idx=0))
-        twin = Twin(step, optimizer, live)
-        tangent = {key: 1e-3 * torch.randn_like(value) for key, value in live.items()}
-
-        def plain(
-            module: Classifier = module, batch: Any = batch, optimizer: torch.optim.Optimizer = optimizer
-        ) -> None:
-            optimizer.zero_grad()
-            module.training_step(batch, 0).backward()  # type: ignore[no-untyped-call]
-            optimizer.step()
-
-        def followed(batch: Any = batch, optimizer: torch.optim.Optimizer = optimizer, twin: Twin = twin) -> None:
-            twin.accumulate(batch)
-            plain()
-            twin.step(StepSettings(optimizer.param_groups))
-
-        def gradient(step: StepLinearization = step, batch: Any = batch, tangent: Any = tangent) -> None:
-            step.gradient(batch, tangent)
-
-        times = interleaved({"plain": plain, "followed": followed, "gradient": gradient}, repeats)
-        floor = times["plain"]
-        notes = {
-            "time over the floor": times["followed"] / floor,
-            "twin's gradient over the floor": times["gradient"] / floor,
-        }
+        optimizer = torch.optim.AdamW(module.parameters(), lr=1e-6)
         case = f"training step with its twin, {name}, batch {batch_size}"
-        yield Comparison(case, times["followed"], "floor: the plain training step", floor, notes)
+        yield _beside_twin(case, module, (inputs, one_hot.argmax(1)), optimizer, repeats)
+
+
+def language_model(repeats: int = 30) -> Comparison:
+    """A step of examples/language_model.py, its clipping included, together with that of its twin."""
+    module, data = _language_model()
+    module.lr = 1e-6
+    batch = next(iter(DataLoader(data, BATCH_SIZE, shuffle=True)))
+    case = f"training step with its twin, GPT of 4 layers, batch {BATCH_SIZE} x 64"
+    return _beside_twin(case, module, batch, module.configure_optimizers()["optimizer"], repeats, clip=1.0)
+
+
+def _language_model() -> tuple[LanguageModel, Windows]:
+    """The network and the text of examples/language_model.py."""
+    seed_everything(0, verbose=False)
+    text, _, characters = load_text()
+    module = LanguageModel(GPT(characters, 64, 4, 4, 128), 2000)
+    module.log = _ignore  # type: ignore[method-assign]  # there is no Trainer
+    return module, Windows(text, 64, 1)
+
+
+def _ignore(*_: Any, **__: Any) -> None:
+    """A log that keeps nothing."""
+
+
+def _beside_twin(
+    case: str,
+    module: LightningModule,
+    batch: Any,
+    optimizer: torch.optim.Optimizer,
+    repeats: int,
+    clip: float | None = None,
+) -> Comparison:
+    live = trainable_parameters(module)
+    shadow = copy.deepcopy(module)
+    training_step: Callable[..., Any] = shadow.training_step
+    step = StepLinearization(shadow, partial(training_step, batch_idx=0))
+    twin = Twin(step, optimizer, live)
+    tangent = {key: 1e-3 * torch.randn_like(value) for key, value in live.items()}
+
+    def plain() -> None:
+        optimizer.zero_grad()
+        loss: Any = module.training_step(batch, 0)
+        loss.backward()
+        if clip is not None:
+            nn.utils.clip_grad_norm_(live.values(), clip)
+        optimizer.step()
+
+    def followed() -> None:
+        twin.accumulate(batch)
+        plain()
+        twin.step(StepSettings(optimizer.param_groups, clip_norm=clip))
+
+    def gradient() -> None:
+        step.gradient(batch, tangent)
+
+    times = interleaved({"plain": plain, "followed": followed, "gradient": gradient}, repeats)
+    floor = times["plain"]
+    notes = {
+        "time over the floor": times["followed"] / floor,
+        "twin's gradient over the floor": times["gradient"] / floor,
+    }
+    return Comparison(case, times["followed"], "floor: the plain training step", floor, notes)
 
 
 def whole_runs(steps: tuple[int, ...] = (100, 500), samples: int = 1797) -> Iterator[Comparison]:
@@ -107,13 +144,17 @@ def _run_seconds(kind: str, steps: int, samples: int) -> float:
         "weights only": [LinearizationMonitor(reference=None)],
     }[kind]
     started = time.perf_counter()
-    _fit(Classifier(STEP_MODELS["BatchNorm CNN"]()), digits("BatchNorm CNN", samples), list(callbacks), steps, 64)
+    data = _labelled(digits("BatchNorm CNN", samples))
+    _fit(Classifier(STEP_MODELS["BatchNorm CNN"]()), data, list(callbacks), steps, 64)
     return time.perf_counter() - started
 
 
-def _fit(
-    module: LightningModule, data: tuple[Tensor, Tensor], callbacks: list[Callback], steps: int, batch: int
-) -> None:
+def _labelled(data: tuple[Tensor, Tensor]) -> TensorDataset:
+    """Inputs with class labels in the place of one-hot rows."""
+    return TensorDataset(data[0], data[1].argmax(1))
+
+
+def _fit(module: LightningModule, data: Dataset[Any], callbacks: list[Callback], steps: int, batch: int) -> None:
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     seed_everything(0, verbose=False)
     trainer = Trainer(
@@ -122,41 +163,48 @@ def _fit(
     )  # fmt: skip
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        trainer.fit(module, DataLoader(TensorDataset(data[0], data[1].argmax(1)), batch, shuffle=True))
+        trainer.fit(module, DataLoader(data, batch, shuffle=True))
 
 
-def memory() -> Comparison:
+def memory(name: str = "MLP") -> Comparison:
     """The peak memory of a monitored run above what is there before it, next to that of the plain run."""
     # Tensors that are freed go back to the system at once, or the peak would be that of the allocator's history.
     environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": str(2**18)}
 
     def peak(kind: str) -> float:
-        command = [sys.executable, __file__, kind]
+        command = [sys.executable, __file__, name, kind]
         done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
         return float(done.stdout.split()[-1])
 
+    described = {"MLP": "MLP of 8.5 million weights, Adam", "GPT": f"GPT of 4 layers, AdamW, batch {BATCH_SIZE} x 64"}
     plain, monitored = peak("plain"), peak("monitored")
     notes = {"peak over the plain run": monitored / plain, "MiB": monitored, "plain MiB": plain}
     return Comparison(
-        "peak memory of a run with its twin, MLP of 8.5 million weights, Adam", monitored, "the plain run", plain, notes
+        f"peak memory of a run with its twin, {described[name]}", monitored, "the plain run", plain, notes
     )
 
 
-def _peak(kind: str) -> float:
+def _peak(name: str, kind: str) -> float:
     """MiB that a run takes above what the process had before."""
-    width = _MEMORY_WIDTH
-    network = nn.Sequential(
-        nn.Linear(64, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU(),
-        nn.Linear(width, 10),
-    )  # fmt: skip
-    data = digits("MLP", 512)
-    _fit(Classifier(nn.Linear(64, 10)), data, [], 1, 256)  # imports and thread pools
+    module: LightningModule
+    data: Dataset[Any]
+    if name == "GPT":
+        module, data = _language_model()
+        batch = BATCH_SIZE
+    else:
+        width = _MEMORY_WIDTH
+        module = Classifier(nn.Sequential(
+            nn.Linear(64, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU(),
+            nn.Linear(width, 10),
+        ))  # fmt: skip
+        data, batch = _labelled(digits("MLP", 512)), 256
+    _fit(Classifier(nn.Linear(64, 10)), _labelled(digits("MLP", 512)), [], 1, 256)  # imports and thread pools
     before = _high_water()
-    weights = sum(p.numel() * p.element_size() for p in network.parameters()) / 2**10
+    weights = sum(p.numel() * p.element_size() for p in module.parameters()) / 2**10
     callbacks: list[Callback] = (
         [LinearizationMonitor(reference=None, steps=[_MEMORY_STEPS + 1])] if kind == "monitored" else []
     )
-    _fit(Classifier(network), data, callbacks, _MEMORY_STEPS, 256)
+    _fit(module, data, callbacks, _MEMORY_STEPS, batch)
     # The weights were there before.
     return (_high_water() - before + weights) / 2**10
 
@@ -167,5 +215,4 @@ def _high_water() -> int:
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).parent))
-    print(_peak(sys.argv[1]))
+    print(_peak(*sys.argv[1:]))

@@ -1,5 +1,6 @@
 """The examples run, and say what they claim."""
 
+import csv
 import math
 import runpy
 import sys
@@ -11,6 +12,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from lightning_ntk import empirical_ntk
+from lightning_ntk.plots import read_history
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
@@ -101,3 +103,33 @@ def test_the_kernel_of_the_ntk_parametrization_does_not_grow_with_width() -> Non
             found.append(empirical_ntk(network, inputs).trace().item())
     assert traces["ntk"][1] / traces["ntk"][0] == pytest.approx(1, abs=0.1)
     assert traces["standard"][1] / traces["standard"][0] == pytest.approx(4, abs=0.4)
+
+
+def test_language_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    size = ["--layers", "2", "--heads", "2", "--width", "8", "--block", "9", "--samples", "20"]
+    monkeypatch.setattr(sys, "argv", ["language_model.py", *size, "--steps", "12", "--output", str(tmp_path)])
+    runpy.run_path(str(EXAMPLES / "language_model.py"), run_name="__main__")
+    printed = capsys.readouterr().out
+    assert "layer 2: norm 1" in printed
+    (figure,) = tmp_path.rglob("*.png")
+    assert figure.stat().st_size > 10_000
+    history = read_history(figure.parent)
+    last = history[-1]
+    assert last["step"] == 12
+    assert last["evaluation/perplexity"] < history[0]["evaluation/perplexity"]  # and it has learned something
+    assert 0 < last["relative_weight_distance"] < 1
+
+
+def test_fine_tuning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    size = ["--samples", "4", "6", "--epochs", "2", "1", "--seeds", "0", "1", "--test", "10", "--length", "5"]
+    monkeypatch.setattr(sys, "argv", ["fine_tuning.py", "--tiny", *size, "--output", str(tmp_path)])
+    for _ in range(2):  # the second time from the storage
+        runpy.run_path(str(EXAMPLES / "fine_tuning.py"), run_name="__main__")
+        printed = capsys.readouterr().out
+        assert "| LoRA | 6 | " in printed
+    assert (tmp_path / "fine_tuning.png").stat().st_size > 10_000
+    rows = list(csv.DictReader((tmp_path / "fine_tuning.csv").open()))
+    (probe,) = (row for row in rows if row["method"] == "linear probe" and row["samples"] == "4" and row["seed"] == "0")
+    # A linear network is its own linearization.
+    assert float(probe["relative_weight_distance"]) < 1e-5
+    assert probe["accuracy"] == probe["linearized_accuracy"] == probe["taylor_accuracy"]

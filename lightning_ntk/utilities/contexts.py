@@ -13,6 +13,8 @@ from torch.nn import functional as F  # noqa: N812
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
+from lightning_ntk.utilities.attention import dual_attention
+
 # Every switch that lets a float32 product run in TF32 or bfloat16, through PyTorch's newer interface where there is one:
 # PyTorch raises when `allow_tf32` is mixed in.
 _HAS_PRECISION_NAMES = hasattr(torch.backends.cudnn, "conv")  # since PyTorch 2.9
@@ -86,7 +88,7 @@ def without_library_kernels() -> Iterator[None]:
 
 @contextmanager
 def forward_mode() -> Iterator[None]:
-    """Runs attention in the one way that has a forward-mode derivative, and gives this mode the derivatives of reverse mode.
+    """Runs attention in a way that has a forward-mode derivative, and gives this mode the derivatives of reverse mode.
 
     Gradients must be enabled outside of the network, so that it shows where the network disables them.
     """
@@ -102,6 +104,8 @@ class _AsInReverseMode(TorchFunctionMode):
         if not torch.is_grad_enabled():
             with _set_fwd_grad_enabled(False):
                 return func(*args, **kwargs)
+        if func is F.scaled_dot_product_attention and (attended := dual_attention(*args, **kwargs)) is not None:
+            return attended
         result = func(*args, **kwargs)
         padding = kwargs.get("padding_idx") if func is F.embedding else None
         if padding is None:
