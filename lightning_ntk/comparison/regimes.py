@@ -171,8 +171,11 @@ class RegimePanel:
             layer = plain_name(name).rpartition(".")[0] or name
             layers[layer] = layers.get(layer, 0) + own
         for layer, own in layers.items():
-            estimate = _alignment(own[-2, -2], square, vectors.moments(own[:-2, :-2]).square)
-            scalars |= estimate.scalars(f"regime/layer/{layer}/alignment")
+            moments, around = vectors.moments(own[:-2, :-2]), vectors.centered_moments(own[:-2, :-2])
+            prefix = f"regime/layer/{layer}"
+            scalars |= _alignment(own[-2, -2], square, moments.square).scalars(f"{prefix}/alignment")
+            estimate = _alignment(own[-1, -1], centered_square, around.square)
+            scalars |= estimate.scalars(f"{prefix}/centered_alignment")
         return scalars
 
     def _feature_scalars(self, network: Linearization) -> dict[str, float]:

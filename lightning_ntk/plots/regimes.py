@@ -17,7 +17,11 @@ _PANELS: Mapping[str, Mapping[str, str]] = {
     "Largest curvature": {"curvature": ""},
     "Low-rank measure of the features": {"low_rank": ""},
 }
-_BY_LAYER = {"alignment": "Alignment by layer", "activation_change": "Change of activations by layer"}
+_BY_LAYER = {
+    "alignment": "Alignment by layer",
+    "centered_alignment": "Centered alignment by layer",
+    "activation_change": "Change of activations by layer",
+}
 _MOST_LAYERS = len(PALETTE)
 
 

@@ -13,7 +13,8 @@ from tests.callback.trainer_runs import Task, Wobbly, assert_trains_alike, digit
 from tests.problems import mlp
 
 QUANTITIES = {"alignment", "centered_alignment", "curvature", "edge", "effective_rank", "trace"}
-LAYERS = {f"layer/body.{number}/{quantity}" for number in (0, 2) for quantity in ("alignment", "activation_change")}
+BY_LAYER = ("alignment", "centered_alignment", "activation_change")
+LAYERS = {f"layer/body.{number}/{quantity}" for number in (0, 2) for quantity in BY_LAYER}
 
 
 @pytest.mark.parametrize("dynamics", ["gradient_descent", "twin"])
@@ -23,7 +24,7 @@ def test_scalars_are_those_of_the_weights_at_each_step(dynamics: str) -> None:
     start = Linearization(make(mlp).double())
     train(module, loader(), [monitor], max_steps=6, max_epochs=-1)
     first, *_, last = monitor.history
-    estimated = QUANTITIES | {name for name in LAYERS if name.endswith("/alignment")}
+    estimated = QUANTITIES | {name for name in LAYERS if name.endswith("alignment")}
     expected = QUANTITIES | LAYERS | {"low_rank"} | {f"{name}_{end}" for name in estimated for end in ("low", "high")}
     assert {key.removeprefix("regime/") for key in last if key.startswith("regime/")} == expected
     assert all(first[f"regime/{name}"] == 0 for name in LAYERS if name.endswith("change"))

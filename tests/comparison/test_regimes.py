@@ -57,6 +57,9 @@ def test_a_complete_basis_gives_the_numbers_of_the_dense_kernel(network: str, ou
         own = own @ own.T
         aligned = targets.flatten() @ own @ targets.flatten() / own.norm() / targets.square().sum()
         expected[f"layer/{layer}/alignment"] = torch.nan_to_num(aligned)
+        own = centering @ own @ centering
+        aligned = around_targets @ own @ around_targets / own.norm() / around_targets.square().sum()
+        expected[f"layer/{layer}/centered_alignment"] = torch.nan_to_num(aligned)
     for name, value in expected.items():
         for suffix in ("", "_low", "_high"):
             assert scalars[f"regime/{name}{suffix}"] == pytest.approx(value.item(), rel=1e-9), name + suffix
