@@ -102,3 +102,35 @@ def test_kernels_before_and_after_training(tmp_path: Path, run: Run) -> None:
     for before, after in zip(first[1:], last[1:], strict=True):  # the kernels' errors and the networks'
         assert float(after) < float(before)
     require_figures(tmp_path, "after-kernel.png")
+
+
+def test_sharpness_of_the_panel_is_that_of_the_hessian(tmp_path: Path, run: Run) -> None:
+    printed = run("sharpening.py", "--lrs 0.5 --width 8 --steps 20 --samples 40")
+    rows = table(printed, "lr")
+    assert [row[1] for row in rows] == ["0", "3", "7", "20"]
+    for _, _, few, all_images, hessian, loss, _ in rows:
+        # On most of the images, and without the part of the Hessian that vanishes with the residual.
+        assert float(few) == pytest.approx(float(all_images), rel=0.1)
+        assert float(hessian) == pytest.approx(float(all_images), rel=2 * float(loss))
+    assert "lr = 0.5: the edge goes from" in printed
+    require_figures(tmp_path, "sharpening.png")
+
+
+def test_generalization_after_the_fit(tmp_path: Path, run: Run) -> None:
+    printed = run("grokking.py", "--alphas 1 4 --epsilon 0.25 --steps 150 --inputs 16 --width 40")
+    rows = {tuple(row[:2]): row for row in table(printed, "alpha")}
+    for alpha in ("1", "4"):
+        _, _, training, test, linearized, linearized_test, _ = rows[alpha, "0.5"]
+        assert 0 < int(training) <= int(linearized)
+        assert int(training) < int(test)
+        assert linearized_test == "> 150"
+    assert float(rows["4", "0.2"][-1]) < float(rows["1", "0.2"][-1])  # lazier
+    require_figures(tmp_path, "grokking.png")
+
+
+def test_alignment_by_layer(tmp_path: Path, run: Run) -> None:
+    printed = run("alignment.py", "--seeds 0 --depth 2 --width 16 --steps 60 --samples 256")
+    rows = table(printed, "kernel")
+    assert [row[0] for row in rows] == ["all", "layer 1", "layer 2", "layer 3"]
+    assert float(rows[0][3].split()[0]) > 1.1
+    require_figures(tmp_path, "alignment.png")

@@ -34,17 +34,18 @@ TEST = 500  # images after those of training
 
 
 class Classifier(LightningModule):
-    """A ReLU network with three hidden layers, trained by SGD on the cross-entropy.
+    """A ReLU network, trained by SGD on the cross-entropy.
 
     Args:
         width: Units in each hidden layer.
         lr: Learning rate.
+        depth: Number of hidden layers.
     """
 
-    def __init__(self, width: int, lr: float) -> None:
+    def __init__(self, width: int, lr: float, depth: int = 3) -> None:
         super().__init__()
         self.lr = lr
-        self.layers = mlp([64, width, width, width, CLASSES], nn.ReLU, "standard", sigma_w=math.sqrt(2))
+        self.layers = mlp([64, *[width] * depth, CLASSES], nn.ReLU, "standard", sigma_w=math.sqrt(2))
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits of the ten classes."""
