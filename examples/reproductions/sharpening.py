@@ -175,10 +175,10 @@ def draw(runs: list[Run], path: Path) -> None:
 def main() -> None:
     """Runs, prints the table, draws the figure."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--lrs", type=float, nargs="+", default=[0.2, 0.4, 0.6])
-    parser.add_argument("--width", type=int, default=100)
+    parser.add_argument("--lrs", type=float, nargs="+", default=[0.3, 0.4, 0.6])
+    parser.add_argument("--width", type=int, default=64)
     parser.add_argument("--steps", type=int, default=2000, help="of gradient descent")
-    parser.add_argument("--samples", type=int, default=500, help="training images")
+    parser.add_argument("--samples", type=int, default=250, help="training images")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, default=Path("reproductions"), help="directory of the figure")
     options = parser.parse_args()
