@@ -36,7 +36,8 @@ def sharpness(module: FullBatch, data: TensorDataset) -> float:
     """The largest eigenvalue of the Hessian of the loss on all of the data."""
     parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
     size = sum(parameter.numel() for parameter in parameters)
-    loss = module.training_step(data.tensors, 0)
+    images, targets = data.tensors
+    loss = module.training_step((images, targets), 0)
     gradients = torch.autograd.grad(loss, parameters, create_graph=True)
     gradient = torch.cat([g.flatten() for g in gradients])
 
