@@ -108,7 +108,7 @@ def run(options: argparse.Namespace, lr: float) -> Run:
     hidden = nn.Linear(64, width), nn.Tanh(), nn.Linear(width, width), nn.Tanh()
     module = FullBatch(nn.Sequential(*hidden, nn.Linear(width, CLASSES)), lr)
     steps = log_steps(options.steps, per_decade=8)
-    exact = Sharpness(data, [*steps[::-3]][::-1])
+    exact = Sharpness(data, steps[::-3][::-1])
     monitor = LinearizationMonitor(
         steps=steps, dynamics="gradient_descent", taylor=False, regime=True, progress=False, strict=True
     )  # fmt: skip
