@@ -23,7 +23,10 @@ FollowedDynamics = Literal["auto", "gradient_descent", "gradient_flow", "replay"
 
 
 def require_valid(monitor: "LinearizationMonitor") -> None:
-    """Raises a ValueError, or a ModuleNotFoundError, unless every argument has a value that it can have."""
+    """Raises an error unless every argument has a valid value.
+
+    The error is a ValueError, or a ModuleNotFoundError for a missing package.
+    """
     for name, data, also in (("reference", monitor.reference, '"train" '), ("evaluation", monitor.evaluation, "")):
         indexed = hasattr(data, "__getitem__") and not isinstance(data, str | bytes | dict | type)
         named = name == "reference" and isinstance(data, str) and data == "train"

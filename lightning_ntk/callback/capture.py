@@ -1,4 +1,4 @@
-"""From a run that is about to take a step to its comparison: the loss, the dynamics and the probe are built here."""
+"""Builds the comparison of a run: its loss, dynamics and probe."""
 
 from collections.abc import Mapping
 from functools import partial
@@ -41,20 +41,20 @@ class RunCapture:
     """A run at the weights where it is linearized.
 
     Args:
-        monitor: What is asked for.
+        monitor: The monitor, with its arguments.
         trainer: The Trainer, in the middle of a fit.
         module: The module that it trains.
         processes: The processes of the run, which capture together.
-        state: What `state_dict` returned in an earlier part of the run, to go on from.
-        batch: The batch that the run is about to train on. It is needed where the training step is the loss.
+        state: The `state_dict` of an earlier part of the run, to continue from.
+        batch: The batch that the run is about to train on. A capture of the training step needs it.
 
     Attributes:
         comparison: The comparison of this run.
-        reason: Why it follows these dynamics, and how a twin gets its products with the Jacobian; empty if the user has chosen
-            both.
-        differences: Phrases on what the run does and the linearized network does not.
-        judge: The gradient of the training step in the precision of the linearized passes, where the run computes in a lower one
-            and the loss was given: it tells a wrong loss from rounding.
+        reason: The reason for these dynamics, and how a twin gets its products with the Jacobian. It is empty if the
+            user has chosen both.
+        differences: Phrases for what the run does and the linearized network does not.
+        judge: The gradient of the training step in the precision of the linearized passes. It exists where the run
+            computes in a lower one and the loss was given, and distinguishes a wrong loss from rounding.
         stored: The loss along stored rows of the Jacobian; None where products are streamed.
 
     Raises:
@@ -106,7 +106,10 @@ class RunCapture:
 
     @property
     def shadow(self) -> ShadowStep | None:
-        """The training step as the linearized network takes it; None where the user has given the loss."""
+        """The training step as the linearized network takes it.
+
+        None where the user has given the loss.
+        """
         return self._run.shadow
 
     @property
@@ -116,12 +119,15 @@ class RunCapture:
 
     @property
     def accumulates_before(self) -> bool:
-        """Whether batches are to be told of before the run trains on them, with the random state that it will have."""
+        """Whether the comparison must see a batch before the run trains on it.
+
+        It then sees the batch with the random state that the run will have.
+        """
         return isinstance(self.comparison.online, Twin) and self.follows_step
 
     @property
     def follows_step(self) -> bool:
-        """Whether the loss is the training step itself, whose passes go through a copy of the module."""
+        """Whether the loss is the training step's own, run on a copy."""
         return self._run.step is not None and _through_passes(self.comparison.loss) is self._run.step
 
     def twin(self) -> Twin:
@@ -131,7 +137,10 @@ class RunCapture:
         return Twin(loss, run.optimizer, run.parameters, processes=run.processes)
 
     def loss_of_run(self, trainer: Trainer, batch: Any) -> str:
-        """A sentence on the loss function that the training step computes; empty where it is more than one."""
+        """A sentence on the loss function of the training step.
+
+        It is empty if the step computes more than one function of outputs and targets.
+        """
         shadow = ShadowStep(trainer, self._run.module, dtype=dtype_of(self._run.monitor))
         step = StepLinearization(shadow.module, shadow, batch_dtype=shadow.batch_dtype)
         try:

@@ -1,4 +1,4 @@
-"""What is read off a run where it is linearized: its loss, its data and its optimizer, and what is made of them."""
+"""Reads the loss, data and optimizer of a run when it is linearized."""
 
 from collections.abc import Mapping
 from functools import cache, partial
@@ -35,31 +35,31 @@ _COUNTED_STEPS = 20000  # at most, to know how often a run is measured
 
 
 class CapturedRun:
-    """A run at the weights where it is linearized, as far as a comparison needs to know it.
+    """What a comparison needs to know about a run when it is linearized.
 
     Args:
-        monitor: What is asked for.
+        monitor: The monitor, with its arguments.
         trainer: The Trainer, in the middle of a fit.
         module: The module that it trains.
         processes: The processes of the run, which capture together.
-        state: What an earlier part of the run has saved, to go on from.
-        batch: The batch that the run is about to train on. It is needed where the training step is the loss.
+        state: The state of an earlier part of the run, to continue from.
+        batch: The batch that the run is about to train on. A capture of the training step needs it.
 
     Attributes:
         shadow: The training step as the linearized network takes it; None where the user has given the loss.
         step: Its linearization.
-        pair: The loss as one of outputs and targets; None where it is none.
-        no_pair: Why it is none, a phrase.
-        eval_pair: The same of the network in eval mode, whether or not the run has another one.
+        pair: The loss as a function of outputs and targets; None if there is none.
+        no_pair: The reason why there is none, as a phrase.
+        eval_pair: The same for the network in eval mode, even if the run has no other.
         data: The reference data; None where there are none.
-        no_order: Why there are none, a phrase.
+        no_order: The reason why there are none, as a phrase.
         observed: The optimizer of the run.
-        horizon: The optimizer steps to come; None where that is open.
+        horizon: The number of optimizer steps to come; None if open.
         batches: The batches to come.
-        momentum: The momentum buffers that SGD has by now.
-        samples: On how many samples the twin compares functions; None for all.
+        momentum: The momentum buffers of SGD at the capture.
+        samples: The number of samples on which the twin compares functions; None for all.
         averages: Whether the run averages the losses of parts of a batch.
-        differing: Maps dynamics and the size of the data to phrases on what the run does and they do not describe.
+        differing: Maps dynamics and the size of the data to phrases for what the run does and they do not describe.
 
     Raises:
         ValueError: If data, network, loss or optimizer cannot be used.
@@ -113,7 +113,10 @@ class CapturedRun:
         return None if self.data is None else len(Reference(self.data))
 
     def on(self, data: Data, *, keep_size: bool = False, unpack: Unpack | None = None) -> Reference:
-        """Data read as training reads it; with `keep_size` in batches of the size that training has."""
+        """Wraps data so that they are read as training reads them.
+
+        With `keep_size`, batches have the size that they have in training.
+        """
         size = getattr(data, "batch_size", None) if keep_size else None
         return Reference(
             data, batch_size=size or self.monitor.batch_size, unpack=unpack or self.monitor.unpacked,
@@ -129,7 +132,7 @@ class CapturedRun:
         module: nn.Module | None = None,
         batch_size: int | None = None,
     ) -> LinearizedProblem:
-        """The network at w0 on a data set, with the loss of outputs and targets."""
+        """The network at w0 on a data set, with its loss."""
         monitor, pair = self.monitor, pair or self.pair
         assert pair is not None
         return LinearizedProblem(
@@ -161,7 +164,10 @@ class CapturedRun:
         return None if problem is None else OutputComparison(problem, taylor=self.monitor.taylor)
 
     def _affordable_samples(self, trainer: Trainer) -> int | None:
-        """The number of samples on which the twin compares functions: fewer than `reference_samples` in a short run."""
+        """The number of samples on which the twin compares functions.
+
+        A short run takes fewer than `reference_samples`.
+        """
         most, size = self.monitor.reference_samples, getattr(trainer.train_dataloader, "batch_size", None)
         if most is None or self.horizon is None or size is None:
             return most
@@ -175,7 +181,10 @@ class CapturedRun:
         return min(most, max(_LEAST_SAMPLES, int(_COMPARED_SHARE * seen / planned)))
 
     def _look_at_step(self, trainer: Trainer, batch: Any) -> tuple[Pair | None, str]:
-        """The loss that the training step computes from outputs and targets, or why it is none of these."""
+        """Finds the training step's loss of outputs and targets.
+
+        If there is none, it finds the reason.
+        """
         monitor = self.monitor
         self.shadow = ShadowStep(trainer, self.module, dtype=dtype_of(monitor))
         self.step = StepLinearization(

@@ -1,4 +1,4 @@
-"""What a checkpoint says of a monitor, and whether a run may resume from it."""
+"""What a checkpoint stores about a monitor, and whether a run may resume."""
 
 from collections.abc import Mapping
 from functools import partial
@@ -19,14 +19,20 @@ NO_STATE: dict[str, Any] = {
 
 
 def options_of(monitor: "LinearizationMonitor") -> dict[str, str]:
-    """The arguments that define what is compared, in words: a resumed run must have the same."""
+    """The arguments that define the comparison, as strings.
+
+    A resumed run must have the same.
+    """
     named = {name: _describe(getattr(monitor, name)) for name in ("loss", "predict", "unpack")}
     plain = {name: repr(getattr(monitor, name)) for name in ("network", "dtype", "capture_at")}
     return named | plain
 
 
 def arguments_of(monitor: "LinearizationMonitor") -> str:
-    """The arguments that decide what processes exchange, and when: they must have the same."""
+    """The arguments that decide what processes exchange, and when.
+
+    All processes must have the same.
+    """
     names = (
         "steps", "dynamics", "capture_at", "mismatch", "solver", "jacobian", "batch_size", "dtype", "per_parameter", "taylor",
         "closest", "modes", "kernel_probe", "kernels", "regime", "reference_samples", "network", "strict", "is_given_loss",
@@ -36,7 +42,7 @@ def arguments_of(monitor: "LinearizationMonitor") -> str:
 
 
 def require_resumable(monitor: "LinearizationMonitor", state: Mapping[str, Any], global_step: int) -> None:
-    """Refuses to go on from a state that does not fit the checkpoint that holds it, or the monitor."""
+    """Refuses a saved state that does not fit its checkpoint or the monitor."""
     missing = sorted(NO_STATE.keys() - state.keys())
     if missing:
         raise incomplete(monitor, ", ".join(map(repr, missing)))
@@ -80,7 +86,7 @@ def _require_same(monitor: "LinearizationMonitor", name: str, own: str | None, s
 
 
 def _describe(value: Any) -> str:
-    """A function or a loss by its name and what it holds, the same in another process."""
+    """Describes a function or a loss, in the same words in every process."""
     if value is None or isinstance(value, nn.Module):
         return repr(value)
     if isinstance(value, partial):

@@ -1,4 +1,4 @@
-"""What a run does that linearized dynamics do not describe, in words."""
+"""Describes what a run does that linearized dynamics cannot."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -21,7 +21,10 @@ _HALF = (torch.float16, torch.bfloat16)
 def run_differences(
     trainer: Trainer, module: LightningModule, optimizer: Optimizer, dynamics: str, reference_size: int | None
 ) -> list[str]:
-    """Phrases such as "its optimizer is Adam", for each respect in which a run is not optimized as the dynamics say."""
+    """Phrases for what the optimizer of a run does and the dynamics do not.
+
+    An example is "its optimizer is Adam".
+    """
     phrases = list(_of_training_step(trainer, module))
     if dynamics == "twin":
         return phrases
@@ -41,7 +44,7 @@ def run_differences(
 
 
 def forward_differences(trainer: Trainer, module: LightningModule, *, in_eval_mode: bool = True) -> list[str]:
-    """Phrases for what the forward passes of the run do and those of the linearized network do not."""
+    """Phrases for what the run's forward passes do and the linearized ones do not."""
     modes = {"batch statistics in BatchNorm": nn.modules.batchnorm._BatchNorm, "dropout": nn.modules.dropout._DropoutNd}
     half = {str(p.dtype).removeprefix("torch.") for p in module.parameters() if p.dtype in _HALF}
     phrases = [f"it keeps weights in {dtype}, where the linearized network has float32" for dtype in sorted(half)]

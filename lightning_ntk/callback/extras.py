@@ -1,4 +1,4 @@
-"""What a monitor measures beside the weights, on samples of the reference: the kernel, the regimes, kernel regression."""
+"""Optional measurements on reference samples: the kernel, the regimes and kernel regression."""
 
 from torch import nn
 
@@ -18,14 +18,14 @@ _REGRESSION_ROWS = 4096
 
 @preserved_rng()
 def kernel_probe(run: CapturedRun, loss: BatchLoss) -> KernelProbe | None:
-    """The samples whose kernel is followed; None where none are asked for."""
+    """The kernel of a few samples, to follow; None if not requested."""
     samples = run.monitor.kernel_probe
     return KernelProbe(*_samples_for(run, "kernel_probe", loss), samples=samples) if samples else None
 
 
 @preserved_rng()
 def regime_panel(run: CapturedRun, loss: BatchLoss) -> RegimePanel | None:
-    """The panel of regimes; None where it is not asked for."""
+    """The panel of regimes; None if not requested."""
     if not run.monitor.regime:
         return None
     linearization, reference = _samples_for(run, "regime", loss)
@@ -34,7 +34,7 @@ def regime_panel(run: CapturedRun, loss: BatchLoss) -> RegimePanel | None:
 
 
 def _samples_for(run: CapturedRun, argument: str, loss: BatchLoss) -> tuple[Linearization, Reference]:
-    """The network at w0 and the reference, for what an argument asks of a few samples."""
+    """The network at w0 and some reference samples, for an optional measurement."""
     if run.data is None or run.pair is None:
         why = run.no_pair if run.pair is None else "there is none"
         raise ValueError(
@@ -46,7 +46,10 @@ def _samples_for(run: CapturedRun, argument: str, loss: BatchLoss) -> tuple[Line
 
 
 def regression_comparison(run: CapturedRun) -> RegressionComparison | None:
-    """Kernel regression on some samples of the reference, with the squared loss of the run or the mean squared error."""
+    """Kernel regression on some samples of the reference.
+
+    It uses the squared loss of the run, or the mean squared error.
+    """
     monitor, pair = run.monitor, run.eval_pair
     if not monitor.kernels:
         return None

@@ -1,4 +1,4 @@
-"""The linearized network in lockstep with a run: batch by batch, gradient by gradient, step by step."""
+"""Advances the linearized network in lockstep with a run."""
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -34,16 +34,16 @@ if TYPE_CHECKING:
 class Lockstep:
     """Advances a linearized network with the run beside which it trains.
 
-    Methods are called in the order in which a run comes to them. What fails here loses the linearized network, in all
-    processes, and not the run.
+    The methods are called in the order of a run. A failure here loses the linearized network, in all processes, but not
+    the run.
 
     Args:
-        monitor: What is asked for.
+        monitor: The monitor, with its arguments.
         capture: The run where it was linearized.
         trainer: The Trainer, in the middle of a fit.
         module: The module that it trains.
         processes: The processes of the run.
-        status: Takes the reports, and whether the linearized network is lost.
+        status: Takes the reports, and knows whether the linearized network is lost.
         is_measured: Whether a step, counted from the capture, will be measured.
 
     Attributes:
@@ -84,7 +84,10 @@ class Lockstep:
         return self._capture.comparison
 
     def begin_batch(self, batch: Any, batch_idx: int) -> None:
-        """Before the batch: a twin trains on it as it is, with the random state that the run will have."""
+        """Called before the batch; a twin trains on it unchanged.
+
+        It does so with the random state that the run will have.
+        """
         self._batch, self._had_backward, self.had_step = batch, False, False
         is_first = self._monitor.is_given_loss and self.comparison.steps_taken == 0
         self._gradient.keep_first(copy_batch(batch) if is_first else None)
@@ -107,7 +110,7 @@ class Lockstep:
             self._gradient.tell_judge(batch, scale)
 
     def begin_backward(self) -> None:
-        """Before a backward pass: looks at the gradients that are there."""
+        """Called before a backward pass; checks the gradients so far."""
         try:
             scale = view.loss_scale(self._trainer) or 1.0
             self._watch.begin_backward(self._gradients(), scale, self._status.mark, self.step)
@@ -115,7 +118,7 @@ class Lockstep:
             self._error = error
 
     def end_backward(self) -> None:
-        """After a backward pass: tells of the batch, and notes the gradients as they are."""
+        """Called after a backward pass; accumulates the batch and records the gradients."""
         again, self._had_backward = self._had_backward, True
         clips_values = self._trainer.gradient_clip_algorithm == "value"
         try:
@@ -136,7 +139,7 @@ class Lockstep:
             self._error = error
 
     def before_clipping(self, optimizer: Optimizer) -> None:
-        """Before gradients are clipped: compares them with those of the loss that is linearized."""
+        """Called before gradients are clipped; compares them with the linearized loss's."""
         with self._followed():
             linearized = self._live()
             self._loss_scale = view.loss_scale(self._trainer)
@@ -157,7 +160,7 @@ class Lockstep:
                 )
 
     def _before_step(self, optimizer: Optimizer) -> None:
-        """When the optimizer has its final gradients: reads what the step depends on."""
+        """Called with the final gradients; reads what the step depends on."""
         if self._status.lost:
             return
         comparison, step = self.comparison, self.step + 1
@@ -183,7 +186,10 @@ class Lockstep:
                 )
 
     def _after_step(self, optimizer: Optimizer) -> None:
-        """When the optimizer has new weights: advances the linearized network, so that no checkpoint comes between."""
+        """Called with the new weights; advances the linearized network.
+
+        It does so at once, so that no checkpoint comes between.
+        """
         if self._status.lost or self._settings is None:
             self.is_stepping = False
             return
@@ -206,7 +212,7 @@ class Lockstep:
         self._gradient.finish_step()
 
     def end_batch(self) -> bool:
-        """After a (micro-)batch: whether the run has counted a step in it."""
+        """Called after a (micro-)batch; returns whether the run has counted a step."""
         counted, self.step = self._trainer.global_step > self.step, self._trainer.global_step
         self._retract_unless_backward()
         if counted and not self.had_step:  # as a GradScaler leaves a step out
@@ -224,17 +230,23 @@ class Lockstep:
         return scalars | {"exact": float(self._status.exact)}
 
     def detach(self) -> None:
-        """Lets go of the optimizer."""
+        """Removes the hooks from the optimizer."""
         self._hooks.detach()
 
     def _undisturbed_pass(self) -> AbstractContextManager[None]:
-        """Puts back what the module keeps of its own, where a pass goes through it and not through a copy."""
+        """Restores the module's own state after a pass through it.
+
+        Passes through a copy need no restoring.
+        """
         apart = self._capture.follows_step
         passes = isinstance(self.comparison.online, Twin) or self._is_compared
         return nullcontext() if apart or not passes else preserved_objects(self._module, skip=view.NOT_DATA)
 
     def _require_known_samples(self) -> None:
-        """Before the first step of a replay, or along stored rows that the user wants, finds the samples of its batches."""
+        """Finds the samples of the first step's batches in the data set.
+
+        A replay needs them, and so do stored rows that the user has requested.
+        """
         online, stored = self.comparison.online, self._capture.stored
         wanted = stored if self._monitor.jacobian == "stored" else None
         found = online if isinstance(online, Replay) else wanted
@@ -253,7 +265,7 @@ class Lockstep:
             self._take_over(str(error))
 
     def _say_unknown_samples(self) -> None:
-        """Says of the first batch without stored rows that it took a pass."""
+        """Reports the first batch without stored rows, which took a pass."""
         stored = self._capture.stored
         if stored is not None and stored.unknown:
             self._status.report_once(
@@ -263,14 +275,14 @@ class Lockstep:
             )
 
     def _take_over(self, why: str) -> None:
-        """Replaces dynamics that were chosen here, and that do not fit, by the twin."""
+        """Switches to the twin if automatically chosen dynamics do not fit."""
         self.comparison.follow_with(self._capture.twin())
         self._capture.reason = f"Linearized twin in lockstep. {why}"
         self._status.report_once("dynamics", f"LinearizationMonitor follows the run with the linearized twin. {why}")
         self._say_missing_modes()
 
     def _say_missing_modes(self) -> None:
-        """Says that scalars that were asked for are not logged."""
+        """Reports that requested scalars are not logged."""
         if (self._monitor.closest or self._monitor.modes) and self.comparison.training is None:
             self._status.report_once(
                 "modes",
@@ -293,7 +305,7 @@ class Lockstep:
             self._gradient.retract()
 
     def _discard(self) -> None:
-        """The step was counted, and not taken."""
+        """Discards a step that was counted but not taken."""
         self.comparison.discard()
         self._watch.discard()
         self._gradient.discard()
@@ -315,7 +327,7 @@ class Lockstep:
             )
 
     def _raise_earlier(self) -> None:
-        """Raises what failed where the processes do not meet."""
+        """Raises an earlier failure from a place where the processes did not meet."""
         error, self._error = self._error, None
         if error is not None:
             raise error

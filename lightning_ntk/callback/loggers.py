@@ -1,4 +1,4 @@
-"""What a monitor writes to loggers besides its scalars: its verdict and page, figures, charts and HParams."""
+"""Writes verdicts, pages, figures, charts and HParams to loggers."""
 
 import io
 import os
@@ -65,7 +65,9 @@ _UNSMOOTHED = "http://localhost:6006/#custom_scalars&_smoothingWeight=0"
 
 @rank_zero_only
 def log_charts(loggers: Sequence[Logger], histories: Mapping[str, History]) -> None:
-    """Lays out TensorBoard's Custom Scalars tab: a category for each monitor, with charts of what it measured last.
+    """Lays out TensorBoard's Custom Scalars tab with the measured scalars.
+
+    It has a category for each monitor.
 
     The last layout of a run counts: a layout that the user adds later replaces this one.
     """
@@ -85,7 +87,9 @@ def log_charts(loggers: Sequence[Logger], histories: Mapping[str, History]) -> N
 
 @rank_zero_only
 def log_hparams(loggers: Sequence[Logger], histories: Mapping[str, History], *, step: int) -> None:
-    """Adds a finished run to TensorBoard's HParams tab, with the distances at its last step as metrics.
+    """Adds a finished run to TensorBoard's HParams tab.
+
+    Its metrics are the distances at the last step.
 
     The first description of a run counts, and loggers with `default_hp_metric=True` have already given theirs.
     """
@@ -108,7 +112,9 @@ def figures_of(
     kernel_time: float | None,
     outputs: tuple[Tensor, Tensor] | None,
 ) -> dict[str, Draw]:
-    """Functions that draw the figures of a finished run, by name, with arguments as `plot_spectrum` and others take them.
+    """Functions that draw the figures of a finished run, by name.
+
+    They take the arguments of `plot_spectrum` and the like.
 
     Each has one panel, because cards of loggers are small.
     """
@@ -149,7 +155,10 @@ def log_figures(loggers: Sequence[Logger], figures: Mapping[str, Draw], *, name:
 
 
 def unsmoothed(loggers: Sequence[Logger]) -> str:
-    """How to look at the curves of a run in TensorBoard, a sentence; empty without a TensorBoardLogger."""
+    """Says how to view a run's curves in TensorBoard without smoothing.
+
+    It is empty without a TensorBoardLogger.
+    """
     folders = [
         os.path.relpath(logger.root_dir) for logger in _tensorboard_among(loggers) if "://" not in logger.root_dir
     ]
@@ -160,7 +169,10 @@ def unsmoothed(loggers: Sequence[Logger]) -> str:
 
 @rank_zero_only
 def log_verdict(loggers: Sequence[Logger], verdict: Verdict, summary: str, *, name: str, step: int) -> None:
-    """Logs the verdict of a finished run: a text with the table in TensorBoard, a word in W&B's summary and MLflow's tags."""
+    """Logs the verdict of a finished run.
+
+    TensorBoard gets a text with the table, W&B a word in its summary and MLflow one in its tags.
+    """
     for logger in loggers:
         with _harmless(f"verdict to {type(logger).__name__}"):
             if isinstance(logger, TensorBoardLogger):
@@ -175,7 +187,10 @@ def log_verdict(loggers: Sequence[Logger], verdict: Verdict, summary: str, *, na
 
 @rank_zero_only
 def log_page(loggers: Sequence[Logger], page: Callable[[], str], *, name: str, step: int) -> None:
-    """Logs the page of a finished run as an HTML file to Weights & Biases and MLflow, as `name/report`."""
+    """Logs the HTML page of a finished run as `name/report`.
+
+    Weights & Biases and MLflow get it.
+    """
     loggers = [logger for logger in loggers if isinstance(logger, WandbLogger | MLFlowLogger)]
     if not loggers:
         return
@@ -194,7 +209,7 @@ def log_page(loggers: Sequence[Logger], page: Callable[[], str], *, name: str, s
 
 @contextmanager
 def _harmless(what: str) -> Iterator[None]:
-    """Turns an error into a warning: what is only looked at must never end a run."""
+    """Turns an error into a warning, so that it cannot end a run."""
     try:
         yield
     except Exception as error:
@@ -211,7 +226,10 @@ def _log_figure(logger: Logger, tag: str, figure: "Figure", step: int) -> None:
 
 
 def _rendered(figure: "Figure") -> Any:
-    """The pixels, `(height, width, 3)`. The loggers' own way would import pyplot, and with it a backend."""
+    """The pixels of a figure, `(height, width, 3)`.
+
+    The loggers' own way would import pyplot, and with it a backend.
+    """
     import numpy
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 

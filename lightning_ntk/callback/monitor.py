@@ -66,75 +66,79 @@ class LinearizationMonitor(RunResults):
     ones below.
 
     The loss is that of the module's own `training_step`, run on a copy of the module, in train mode and with the random
-    numbers of the run. The linearized network trains as the run trains its own, with the learning rates, momentum, decay and
-    clipping of each step. A warning names what the dynamics do not describe. The gradients of the run are compared with those
-    of the loss that is linearized, in the first step and in every step that is measured: `gradient_mismatch`.
+    numbers of the run. The linearized network trains with the learning rates, momentum, decay and clipping of each step
+    of the run. A warning names whatever the dynamics do not describe. In the first step and in every measured step, the
+    gradient of the run is compared with that of the linearized loss, as `gradient_mismatch`.
 
-    A run resumed with `ckpt_path` goes on as if it had not been interrupted. With DDP the processes share captures and
-    measurements, and the linearized network trains on the batches of all of them.
+    A run resumed with `ckpt_path` continues as if it had not been interrupted. With DDP the processes share captures
+    and measurements, and the linearized network trains on the batches of all of them.
 
     Several optimizers and strategies that divide the network itself, such as FSDP, are not supported. They raise a
     `MisconfigurationException` before training starts.
 
     Args:
-        reference: The training set in a fixed order: a map-style Dataset, or a DataLoader, whose data set and collate function
-            are used but not its sampler. "train" takes the Trainer's own training set, as far as training sees it. None
-            compares weights only, which the twin can do.
+        reference: The training set in a fixed order, for closed forms and for comparing outputs: a map-style Dataset or
+            a DataLoader, whose data set and collate function are used but not its sampler. "train" takes the part of
+            the Trainer's training set that training sees. None compares weights only, which requires the twin.
         steps: An integer n to measure every n optimizer steps, a list of steps, or "log" for roughly logarithmic steps.
             The first (0) and the last step are always measured.
         dynamics: "gradient_descent" is full-batch `torch.optim.SGD` with the settings of the run. "gradient_flow" is
-            continuous time, the sum of the learning rates. "replay" is SGD on the run's own minibatches with any loss, on the
-            kernel. "twin" trains the linearized network in lockstep with any optimizer and loss, without a kernel. "auto"
-            takes the first that is exact for the run and affordable, and says which and why.
-        loss: A loss to follow instead of that of `training_step`, a function of outputs and targets. If only `predict` or
-            `unpack` is given: `nn.MSELoss()`. A squared loss turns class labels into one-hot rows.
+            its continuous-time limit, over the sum of the learning rates. "replay" is SGD on the run's own minibatches,
+            on the kernel, with any loss. "twin" trains the linearized network in lockstep, with any optimizer and loss
+            and without a kernel. "auto" picks the first of these that is exact for the run and affordable, and reports
+            its choice.
+        loss: The loss to follow instead of `training_step`'s, as a function of outputs and targets. If only `predict`
+            or `unpack` is given, it is `nn.MSELoss()`. A squared loss turns class labels into one-hot rows.
         predict: Maps `(module, inputs)` to outputs `(B, K)`, in eval mode. Default: the LightningModule's `forward`.
-        unpack: Maps a batch of the data to `(inputs, target)`. Default: batches that are such pairs.
+        unpack: Maps a batch of the data to `(inputs, target)`. Default: batches already are such pairs.
         network: The name of a submodule, or several, whose outputs in `training_step` are linearized. Default: the last
             places where a parameter meets data, see `linearized_outputs`.
-        evaluation: Data on which functions are compared too, such as a validation set.
-        reference_samples: On at most how many samples of a data set, evenly spaced, the twin compares functions. Short runs take
-            fewer, 256 at least, so that comparing costs no more than training. None for all.
-        capture_at: The optimizer step at whose weights to linearize. Studies of fine-tuning take a later one than 0: the
-            linearized network starts there, with the optimizer's state.
-        mismatch: What happens where the gradient of the run's first step is not that of the loss that is linearized: "refuse"
-            the run before that step, or "log" how large the mismatch is.
-        solver: How to find the modes of the kernel: "eigh" (all of them), "lanczos" (those that matter for the length of
-            the run, with or without forming the kernel), or "auto" for the cheapest that fits into memory.
-        jacobian: "stored" keeps the Jacobian of the reference in memory, N K P numbers for N samples, K outputs and P trainable
-            parameters: the twin of a run on fixed samples, without dropout or batch statistics, then takes no pass through the
-            network. "streamed" takes passes. "auto" stores it for a twin where it takes at most a quarter of the free memory
-            and saves more passes over the length of the run than it costs, and says so in `reason`.
+        evaluation: Further data on which functions are compared, such as a validation set.
+        reference_samples: Number of samples per data set, evenly spaced, on which the twin compares functions. Short
+            runs take fewer, at least 256, so that comparing costs no more than training. None for all.
+        capture_at: The optimizer step at which to linearize. In studies of fine-tuning it is later than 0. The
+            linearized network then starts with the weights and the optimizer state of that step.
+        mismatch: What to do if the first gradient of the run is not that of the linearized loss: "refuse" the run
+            before that step, or "log" the size of the mismatch.
+        solver: How to find the modes of the kernel. "eigh" finds all of them. "lanczos" finds those that matter for the
+            length of the run, with or without forming the kernel. "auto" takes the cheapest that fits into memory.
+        jacobian: "stored" keeps the Jacobian of the reference in memory: N K P numbers for N samples, K outputs and P
+            trainable parameters. A twin then takes no pass through the network, if the run has fixed samples and
+            neither dropout nor batch statistics. "streamed" takes passes. "auto" stores it for a twin where it takes at
+            most a quarter of the free memory and saves more passes over the run than it costs; `reason` says so.
         batch_size: Samples in one pass.
-        dtype: Type of the passes, "float32" or "float64", or the `torch.dtype`. Default: that of the parameters, float32 for
-            those in half precision.
-        device: Where the kernel, its modes and vectors are kept, such as "cpu" where a GPU has no room for them. Passes
-            run on the device of the module. Default: there too.
+        dtype: Type of the passes: "float32", "float64" or a `torch.dtype`. Default: the type of the parameters, or
+            float32 for parameters in half precision.
+        device: Where the kernel, its modes and vectors are kept, such as "cpu" if a GPU has no room for them. Passes
+            run on the module's device, which is also the default.
         name: Prefix of the logged tags. Several monitors of one Trainer need a name each.
         per_parameter: Whether to log the distance of every parameter tensor, `parameter/<name>`.
-        taylor: Whether to expand the trained network after the fact, at the cost of a forward-mode pass, for `taylor_gap`.
+        taylor: Whether to log `taylor_gap`, from an expansion of the trained network around the initial weights. It
+            costs a forward-mode pass.
         closest: Whether to log `closest_time`, the number of steps after which the linearized network is closest to the
-            trained weights, `closest_distance` at that time, and `distance_floor`, the lower bound at any time. It needs
-            gradient descent or flow and takes two more passes.
-        modes: Number of leading eigenvectors of the kernel for which to log `mode/<i>/residual` and
+            trained weights; `closest_distance`, the distance at that time; and `distance_floor`, a lower bound at any
+            time. It needs gradient descent or flow and takes two more passes.
+        modes: Number of leading kernel eigenvectors along which to log the residuals, `mode/<i>/residual` and
             `mode/<i>/linearized_residual`. It needs gradient descent or flow.
-        kernel_probe: Number of evenly spaced samples of the reference whose kernel to follow, for `kernel_distance`,
-            `kernel_change` and `kernel_velocity`. Each measurement computes the kernel of these samples. 0 for none.
-        kernels: With which kernels to do kernel regression beside the network, `kernel_regression/...`: "before" training, at w0,
-            and "after" it, at the weights and buffers of the last step. On at most `reference_samples` samples of the reference
-            and 4096 rows (samples times outputs), each costs as much as a capture of such a kernel with its modes.
-        regime: Whether to log the panel of regimes, `regime/...`: alignment, trace and rank of the kernel, the edge of
-            stability, rank and change of features, on a few samples of the reference.
-        figures: Whether to draw figures when training ends, for TensorBoard, Weights & Biases and MLflow, and for the last two
-            the page of `report`. Needs matplotlib.
+        kernel_probe: Number of samples, evenly spaced in the reference, on which to track the kernel (0: off). It logs
+            `kernel_distance`, `kernel_change` and `kernel_velocity`. Each measurement computes the kernel of these
+            samples.
+        kernels: Kernels for kernel regression beside the network, logged as `kernel_regression/...`: "before" training,
+            at w0, and "after" it, at the weights and buffers of the last step. Each uses at most `reference_samples`
+            samples of the reference and 4096 rows (samples times outputs), and costs as much as capturing such a kernel
+            with its modes.
+        regime: Whether to log the panel of regimes, `regime/...`, on a few samples of the reference: alignment, trace
+            and rank of the kernel, the edge of stability, rank and change of features.
+        figures: Whether to draw figures for TensorBoard, Weights & Biases and MLflow when training ends. The last two
+            also get the page of `report`. It needs matplotlib.
         prog_bar: Whether the Trainer's progress bar shows `relative_weight_distance`.
-        save_state: Whether checkpoints hold what a resumed run needs to go on with its measurements: the initial weights and
-            the state of the linearized network. Without it a resumed run is refused.
-        strict: Whether a failing measurement ends the run. Default: it is reported once and training goes on.
+        save_state: Whether checkpoints hold what a resumed run needs to continue measuring: the initial weights and the
+            state of the linearized network. Without it a resumed run is refused.
+        strict: Whether a failing measurement ends the run. Default: it is reported once and training continues.
         progress: Whether captures and measurements show a progress bar below the Trainer's own, TQDM or Rich.
 
     Raises:
-        ValueError: If an argument has a value that it cannot have.
+        ValueError: If an argument has an invalid value.
 
     Example:
         >>> from lightning.pytorch import Trainer
@@ -227,7 +231,10 @@ class LinearizationMonitor(RunResults):
         self._loaded_step: int | None = None  # at which it was saved
 
     def should_measure(self, step: int) -> bool:
-        """Whether to measure `step` optimizer steps after the capture. Override it for a schedule of your own."""
+        """Whether to measure `step` optimizer steps after the capture.
+
+        Override it for a schedule of your own.
+        """
         return is_scheduled(self.steps, step)
 
     @property
@@ -238,7 +245,7 @@ class LinearizationMonitor(RunResults):
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Called before any data is read. Refuses what cannot be supported."""
+        """Called before any data are read. Refuses what is not supported."""
         if stage != "fit":
             return
         self._reset()  # before tuners save and restore what an earlier fit left
@@ -247,7 +254,10 @@ class LinearizationMonitor(RunResults):
 
     @override
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Called when a run resumes, before training starts. Keeps the state or refuses to resume without it."""
+        """Called when a run resumes. Keeps the saved state.
+
+        Refuses to resume without one.
+        """
         if trainer.state.fn != TrainerFn.FITTING or checkpoint["global_step"] == 0:
             return
         state = checkpoint["callbacks"].get(self.state_key, {})
@@ -259,7 +269,10 @@ class LinearizationMonitor(RunResults):
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Called when weights and counters are final. Captures the problem, unless that is to come later, and measures."""
+        """Called when weights and counters are final. Captures the run and measures.
+
+        A capture at a later step waits for that step.
+        """
         loaded = self._loaded
         self._reset()
         self._started = True
@@ -285,7 +298,10 @@ class LinearizationMonitor(RunResults):
 
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Called before the batch. Captures a training step, and lets the linearized network train on the batch as it is."""
+        """Called before each batch. Captures if it is time, and trains a twin.
+
+        A capture of a training step needs the batch. The twin trains on the batch before the run can change it.
+        """
         if self._status.lost or view.has_averaged_weights(trainer):
             self._detach()
             return
@@ -296,19 +312,19 @@ class LinearizationMonitor(RunResults):
 
     @override
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
-        """Called before every backward pass. Looks at the gradients that are there."""
+        """Called before every backward pass. Checks the gradients so far."""
         if self._following is not None:
             self._following.begin_backward()
 
     @override
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Called after every backward pass. Tells of the batch, and notes the gradients as they are."""
+        """Called after every backward pass. Accumulates the batch and records the gradients."""
         if self._following is not None:
             self._following.end_backward()
 
     @override
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
-        """Called before gradients are clipped. Compares them with those of the loss that is linearized."""
+        """Called before gradients are clipped. Compares them with the linearized loss's."""
         if self._following is not None:
             self._following.before_clipping(optimizer)
 
@@ -336,7 +352,10 @@ class LinearizationMonitor(RunResults):
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Called when training ends. Measures the last step of a run that another callback stopped, and draws figures."""
+        """Called when training ends. Measures the last step and draws figures.
+
+        The last step is missing only if another callback stopped the run.
+        """
         averaged = view.ends_with_averaged_weights(trainer, self) or view.has_averaged_weights(trainer)
         if self.history and self.history[-1]["step"] != self._step and not averaged and not self._status.lost:
             self._measure(trainer, pl_module)
@@ -367,13 +386,16 @@ class LinearizationMonitor(RunResults):
 
     @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Called when everything has ended, also by an exception. Lets go of the run."""
+        """Called at the end, even after an exception. Releases the run."""
         self._detach()
         self._lockstep = None
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        """What a resumed run goes on from; before training starts, only that it has not."""
+        """The state that a resumed run continues from.
+
+        Before training starts it only says that training has not started.
+        """
         if not self._started:
             return {"started": False}
         capture, step = self._resumed, self._start + self.capture_at  # until the first batch of a resumed run
@@ -401,7 +423,7 @@ class LinearizationMonitor(RunResults):
         }
 
     def _undisturbed(self, trainer: Trainer, module: LightningModule) -> AbstractContextManager[None]:
-        """Puts back what data sets, hooks and modules keep of their own."""
+        """Restores the state of data sets, hooks and modules."""
         own = [*view.data_parts(self.reference), *view.data_parts(self.evaluation)]
         return preserved_objects(*view.bystanders(trainer, module), *own, skip=view.NOT_DATA)
 
@@ -414,7 +436,10 @@ class LinearizationMonitor(RunResults):
         return self._step - self._start == self.capture_at and not self._status.lost
 
     def _begin(self, trainer: Trainer, module: LightningModule, batch: Any = None) -> None:
-        """Captures and measures; what fails before training ends the run, what fails later ends the measurements."""
+        """Captures and measures.
+
+        An error before training ends the run; a later one ends the measurements.
+        """
         resumed, self._resumed = self._resumed, None
         try:
             with self._processes.agreement(), self._undisturbed(trainer, module):
@@ -531,7 +556,10 @@ class LinearizationMonitor(RunResults):
         trainer.callback_metrics.update({tag: torch.tensor(value) for tag, value in tagged.items()})
 
     def _say_cost(self, trainer: Trainer, took: float) -> None:
-        """Says what the measurements to come will take, once their duration and that of a step are known."""
+        """Reports what the measurements to come will cost.
+
+        This needs the duration of a measurement and of a training step.
+        """
         assert self._capture is not None
         steps, end = self._capture.comparison.steps, view.horizon(trainer)
         own = type(self).should_measure is not LinearizationMonitor.should_measure  # which may not foresee anything

@@ -44,7 +44,10 @@ def nested_bars(trainer: Trainer) -> Iterator[None]:
 
 @contextmanager
 def _rich_display(bar: RichProgressBar) -> Iterator["Progress"]:
-    """The Trainer's display, or one of its own before training has begun and before a second fit."""
+    """The Trainer's Rich display, or a new one.
+
+    The Trainer has none before training has begun and before a second fit.
+    """
     if bar.progress is not None and bar.progress.live.is_started:
         yield bar.progress
         return
@@ -60,7 +63,7 @@ def _rich_display(bar: RichProgressBar) -> Iterator["Progress"]:
 
 @contextmanager
 def cleared_bars() -> Iterator[None]:
-    """Takes bars away for a message, which would begin at their end, and draws them again below it."""
+    """Clears the bars for a message, then draws them again below it."""
     # Rich does so for what is written to sys.stderr, but Lightning's logger has kept the one from before.
     replaced = getattr(sys.stderr, "rich_proxied_file", None)
     handlers = [h for h in logging.getLogger("lightning.pytorch").handlers if isinstance(h, logging.StreamHandler)]
@@ -77,7 +80,7 @@ def cleared_bars() -> Iterator[None]:
 
 
 class RichBar:
-    """One task of a Rich display, shown only if the work takes long enough.
+    """One task of a Rich display, shown only if the work takes long.
 
     The display keeps one task for each depth, hidden until it is needed again. Removing a task would shift the others, and
     `RichProgressBar.train_progress_bar` finds the Trainer's by their place.

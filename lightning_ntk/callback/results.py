@@ -1,4 +1,4 @@
-"""What a monitor has found: scalars, the verdict, figures and a page."""
+"""The results of a monitor: scalars, the verdict, figures and a page."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 class RunResults(Callback):
-    """The readable side of a monitor, during a run and after it."""
+    """The results of a monitor, during a run and after it."""
 
     history: list[dict[str, float]]
     """One row for each measurement: "step" and every logged scalar, without the prefix."""
@@ -39,12 +39,18 @@ class RunResults(Callback):
 
     @property
     def is_given_loss(self) -> bool:
-        """Whether the user has said what is linearized, by `loss`, `predict` or `unpack`; else it is the training step."""
+        """Whether `loss`, `predict` or `unpack` was given.
+
+        Otherwise the training step itself is linearized.
+        """
         return not (self.loss is None and self.predict is None and self.unpack is None)
 
     @property
     def linearized_outputs(self) -> list[tuple[str, tuple[int, ...]]]:
-        """The modules whose outputs in the training step are linearized, with shapes; empty where the loss was given."""
+        """The modules whose outputs in the training step are linearized, with shapes.
+
+        It is empty if the loss was given.
+        """
         return [] if self._capture is None or self._capture.step is None else self._capture.step.linearized_outputs
 
     @property
@@ -54,7 +60,10 @@ class RunResults(Callback):
 
     @property
     def training(self) -> LinearizedTraining | None:
-        """The linearized training of gradient descent or flow; None before the capture, for a replay and the twin."""
+        """The linearized training of gradient descent or flow.
+
+        None before the capture, and with replay or the twin.
+        """
         return None if self.comparison is None else self.comparison.training
 
     @property
@@ -64,7 +73,10 @@ class RunResults(Callback):
 
     @property
     def reason(self) -> str:
-        """Why these dynamics, in a sentence; empty before the capture and where the user has chosen them."""
+        """The reason for these dynamics, in a sentence.
+
+        It is empty before the capture and if the user chose the dynamics.
+        """
         return "" if self._capture is None else self._capture.reason
 
     @property

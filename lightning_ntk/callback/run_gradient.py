@@ -1,4 +1,4 @@
-"""The gradient of a run beside that of the loss that is linearized."""
+"""Compares the gradient of a run with that of the linearized loss."""
 
 from collections.abc import Callable
 from contextlib import suppress
@@ -21,10 +21,12 @@ Gradients = dict[str, Tensor | None]
 
 
 class RunGradient:
-    """Compares the gradient of the first step, and of measured ones, with that of the linearized loss.
+    """Compares gradients of the run with those of the linearized loss.
+
+    It does so at the first step and at every measured step.
 
     Args:
-        monitor: What to do about a mismatch.
+        monitor: The monitor, which says what to do about a mismatch.
         capture: The run where it was linearized.
         trainer: The Trainer of the run.
         module: The module that it trains.
@@ -62,13 +64,13 @@ class RunGradient:
         self._first_batch = batch
 
     def accumulate(self, batch: Any, scale: float) -> None:
-        """Adds the gradient that the linearized loss has on a batch at the trained weights."""
+        """Adds the linearized loss's gradient on a batch, at the trained weights."""
         expected = self._capture.comparison.expected_gradient
         if self.is_due and expected is not None:
             expected.accumulate(batch, view.tensors_of(self._module), scale)
 
     def tell_judge(self, batch: Any, scale: float) -> None:
-        """Before the first step, tells of a batch the gradient that tells a wrong loss from rounding."""
+        """Passes a batch of the first step to the judge of rounding errors."""
         if self._capture.judge is None:
             return
         try:
@@ -83,7 +85,7 @@ class RunGradient:
             )
 
     def retract(self) -> None:
-        """Takes the present batch back, which `training_step` left out."""
+        """Retracts the present batch, which `training_step` has skipped."""
         for expected in (self._capture.comparison.expected_gradient, self._capture.judge):
             if expected is not None:
                 expected.retract()
@@ -110,8 +112,8 @@ class RunGradient:
             The relative mismatch; None where there is nothing to compare.
 
         Raises:
-            MisconfigurationException: If the run does not follow the loss in its first step, unless mismatches are logged;
-                a ValueError after a late capture, whose run goes on.
+            MisconfigurationException: If the run does not follow the loss in its first step, unless mismatches are
+                logged; a ValueError after a late capture, whose run continues.
         """
         comparison, judge = self._capture.comparison, self._capture.judge
         if all(gradient is None for gradient in gradients.values()):

@@ -1,4 +1,4 @@
-"""How well a run is followed, and what the user has been told about it."""
+"""Tracks how well a run is followed, and what the user has been told."""
 
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 
@@ -8,7 +8,10 @@ from lightning_ntk.utilities.user_warnings import warn_user
 
 @rank_zero_only
 def say(message: str, name: str = "ntk") -> None:
-    """Tells the user something about the run, on a line of its own, with the name of a monitor that has been given one."""
+    """Prints a message on a line of its own.
+
+    It begins with the name of the monitor, if the user has given it one.
+    """
     with cleared_bars():
         rank_zero_info(f"LinearizationMonitor{'' if name == 'ntk' else f' {name!r}'}: {message}")
 
@@ -45,12 +48,12 @@ class RunStatus:
             warn(message)
 
     def mark(self, kind: str, message: str) -> None:
-        """Reports what the linearized network does not follow, and marks all rows to come."""
+        """Reports what the linearized network does not follow, and marks later rows."""
         self.exact = False
         self.report_once(kind, message)
 
     def fail(self, error: Exception, sentence: str, kind: str = "failure") -> None:
-        """Reports a failure of the measurement, or raises it where the user asked for strictness."""
+        """Reports a failed measurement, or raises it if the monitor is strict."""
         if self._strict:
             raise error
         self.report_once(kind, f"{sentence} {type(error).__name__}: {error}")

@@ -1,4 +1,4 @@
-"""Hooks around the step of an optimizer: with the gradients that it uses, and with the weights that it leaves."""
+"""Hooks right before and right after the step of an optimizer."""
 
 from collections.abc import Callable
 from typing import Any
@@ -10,7 +10,9 @@ Called = Callable[[Optimizer], None]
 
 
 class StepHooks:
-    """Calls functions right before an optimizer changes weights, after all other hooks, and right after, before all others.
+    """Calls functions right before and right after an optimizer changes weights.
+
+    The first comes after all other hooks on the step, the second before all others.
 
     Lightning hands its backward pass to the optimizer as a closure, so that hooks on a step come before the gradients are there.
     The closure is wrapped here.
@@ -25,7 +27,7 @@ class StepHooks:
         self._handles: tuple[RemovableHandle, ...] = ()
 
     def attach(self, optimizer: Optimizer) -> None:
-        """Hooks into an optimizer behind all hooks that it has by now, and into no other."""
+        """Attaches to an optimizer behind all its present hooks, and detaches from any other."""
         self.detach()
         before = optimizer.register_step_pre_hook(self._about_to_step)
         after = optimizer.register_step_post_hook(self._stepped)

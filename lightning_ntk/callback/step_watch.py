@@ -1,4 +1,4 @@
-"""What a run does with gradients and weights besides its backward passes and optimizer steps."""
+"""Detects changes of gradients and weights outside of backward passes and steps."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -16,7 +16,7 @@ Gradients = Mapping[str, Tensor | None]
 
 
 class _Sums(NamedTuple):
-    """What tells a gradient from another, or from a multiple of it, at little cost."""
+    """A few sums that distinguish gradients, or detect multiples, at little cost."""
 
     names: tuple[str, ...]
     norms: Tensor  # of each tensor
@@ -43,7 +43,10 @@ class _Sums(NamedTuple):
         return float(self.norms.norm())
 
     def factor_to(self, other: "_Sums", tolerance: float) -> float | None:
-        """The c for which the other gradient is c times this one, as far as norms and sums tell; None without one."""
+        """The c for which the other gradient is c times this one, or None.
+
+        Norms and sums decide this.
+        """
         if self.names != other.names or self.total == 0:
             return 1.0 if self.names == other.names and other.total == 0 else None
         size = float(self.norms @ other.norms) / self.total**2
@@ -56,7 +59,7 @@ class _Sums(NamedTuple):
 
 
 class StepWatch:
-    """Compares what the run does around a step with what its backward passes and its optimizer alone would do.
+    """Detects what changes gradients and weights around an optimizer step.
 
     Attributes:
         mismatch: The relative difference between the gradient of the last step and the expected one; None where it was not
@@ -74,12 +77,15 @@ class StepWatch:
         self._versions: dict[str, tuple[int, int]] = {}
 
     def begin_batch(self, module: LightningModule, report: Report, step: int) -> None:
-        """Looks for weights that have changed since the last step."""
+        """Checks whether weights have changed since the last step."""
         self.check_weights(module, report, step)
         self._versions = _versions(module)
 
     def begin_backward(self, gradients: Gradients, scale: float, report: Report, step: int) -> None:
-        """Looks for gradients that have changed since the last backward pass of a step, or that an earlier step has left."""
+        """Checks whether gradients have changed since the last backward pass.
+
+        In the first pass of a step it checks for gradients that an earlier step has left.
+        """
         if self._gradient is None:
             if _Sums.of(gradients, scale=scale).total > 0:
                 report(
@@ -99,7 +105,7 @@ class StepWatch:
             )
 
     def end_backward(self, gradients: Gradients, scale: float, clip_value: float | None) -> None:
-        """Notes gradients as a backward pass leaves them, multiplied by the scale of a GradScaler."""
+        """Records the gradients after a backward pass, times a GradScaler's scale."""
         self._clip_value = clip_value
         self._gradient = _Sums.of(gradients, scale=scale, clip_value=clip_value)
 
@@ -112,7 +118,7 @@ class StepWatch:
         report: Report,
         step: int,
     ) -> None:
-        """Compares the gradients that the optimizer is about to use with those of the last backward pass."""
+        """Compares the optimizer's gradients with those of the last backward pass."""
         written = [n for n, version in _versions(module).items() if self._versions.get(n, version) != version]
         if written:
             self._report_written(written[0], "before", step, report)
@@ -139,15 +145,15 @@ class StepWatch:
             )
 
     def after_step(self, module: LightningModule) -> None:
-        """Keeps what tells the weights at the end of a step."""
+        """Records what identifies the weights at the end of a step."""
         self._weights = _norms(module)
 
     def discard(self) -> None:
-        """Forgets the gradients: the step was not taken."""
+        """Forgets the gradients of a step that was not taken."""
         self.mismatch, self._gradient = None, None
 
     def check_weights(self, module: LightningModule, report: Report, step: int) -> None:
-        """Looks for weights that have changed since the end of the last step."""
+        """Checks whether weights have changed since the end of the last step."""
         if not self._weights:
             return
         now = _norms(module)

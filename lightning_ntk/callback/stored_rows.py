@@ -1,4 +1,4 @@
-"""The loss of a twin along stored rows of the Jacobian, where a run allows it and it pays."""
+"""The twin's loss along stored rows of the Jacobian, where it pays."""
 
 import warnings
 
@@ -14,7 +14,10 @@ from lightning_ntk.utilities.preserved_objects import preserved_objects
 
 
 def stored_loss(run: CapturedRun, streamed: BatchLoss) -> tuple[StoredLoss | None, str]:
-    """The loss along stored rows of the Jacobian, or None where they are not stored; and a sentence on it."""
+    """The loss along stored rows of the Jacobian, and a sentence on it.
+
+    The loss is None where the rows are not stored.
+    """
     required = run.monitor.jacobian == "stored"
     try:
         with run.processes.agreement(), warnings.catch_warnings():

@@ -1,4 +1,4 @@
-"""What the callback reads off a Trainer and its optimizer."""
+"""Reads what the callback needs from a Trainer and its optimizer."""
 
 import math
 from collections.abc import Iterable, Mapping
@@ -39,7 +39,10 @@ def require_supported_strategy(trainer: Trainer) -> None:
 
 
 def processes_of(trainer: Trainer) -> Processes:
-    """The processes of the run; all of them must ask, once training is set up."""
+    """The processes of the run.
+
+    All of them must ask, once training is set up.
+    """
     if trainer.world_size == 1:
         return ALONE
     return Processes.of_process_group(trainer.strategy.root_device)
@@ -67,7 +70,7 @@ def require_available(device: str | None) -> None:
 
 
 def step_settings(trainer: Trainer, optimizer: Optimizer, parameters: Mapping[str, Tensor]) -> StepSettings:
-    """What the coming optimizer step depends on, of the live parameters that were linearized."""
+    """The settings of the coming step, for the linearized parameters."""
     clip = float(trainer.gradient_clip_val or 0) or None  # the Trainer takes 0 for none, too
     by_value = trainer.gradient_clip_algorithm == "value"
     return StepSettings.of(
@@ -76,7 +79,10 @@ def step_settings(trainer: Trainer, optimizer: Optimizer, parameters: Mapping[st
 
 
 def momentum_buffers(module: LightningModule, optimizer: Optimizer) -> dict[str, Tensor] | None:
-    """Clones of the momentum buffers that SGD has by now, zero where a parameter has none; None if none has."""
+    """Clones of SGD's momentum buffers; None if there are none.
+
+    A parameter without a buffer gets zeros.
+    """
     parameters = trainable_parameters(module)
     # `optimizer.state` makes an entry for whatever is looked up.
     found = {n: optimizer.state[p].get("momentum_buffer") for n, p in parameters.items() if p in optimizer.state}
@@ -93,18 +99,24 @@ def loss_scale(trainer: Trainer) -> float | None:
 
 
 def overflowed(optimizer: Optimizer) -> bool:
-    """Whether a fused optimizer, in its step, leaves the weights alone because a GradScaler has found an overflow."""
+    """Whether a fused optimizer skips its step because a GradScaler found an overflow."""
     verdict = getattr(optimizer, "found_inf", None)
     return verdict is not None and bool(verdict)
 
 
 def scale_of_gradients(optimizer: Optimizer, scale: float | None) -> float:
-    """The factor of a GradScaler that gradients still have right before the step: fused optimizers take it out themselves."""
+    """The GradScaler factor that gradients still carry right before the step.
+
+    Fused optimizers remove it themselves.
+    """
     return scale if scale is not None and any(group.get("fused") for group in optimizer.param_groups) else 1.0
 
 
 def gradients(optimizer: Optimizer, parameters: Mapping[str, Tensor], scale: float | None) -> dict[str, Tensor | None]:
-    """The gradients of the coming step, None where there is none, without the factor of a GradScaler."""
+    """The gradients of the coming step, without a GradScaler's factor.
+
+    They are None for parameters without one.
+    """
     factor = scale_of_gradients(optimizer, scale)
 
     def unscaled(gradient: Tensor) -> Tensor:
@@ -132,7 +144,10 @@ def tensors_of(module: LightningModule) -> dict[str, Tensor]:
 
 
 def training_batch(trainer: Trainer, module: LightningModule, batch: Any) -> Any:
-    """A batch of the data set as `training_step` gets it: in the precision of the run, through the hooks, on its device."""
+    """Converts a batch to what `training_step` gets.
+
+    This applies the precision and the hooks of the run and moves the batch to its device.
+    """
     batch = trainer.precision_plugin.convert_input(batch)
     data = getattr(trainer, "datamodule", None)
     source = module if data is None or not is_overridden("on_before_batch_transfer", data) else data
@@ -141,12 +156,12 @@ def training_batch(trainer: Trainer, module: LightningModule, batch: Any) -> Any
 
 
 def bystanders(trainer: Trainer, module: LightningModule) -> list[Any]:
-    """Objects of the run, outside of its network, that reading data and passes may change."""
+    """Objects outside the network that reading data and passes may change."""
     return [*data_parts(trainer.train_dataloader), getattr(trainer, "datamodule", None), module]
 
 
 def data_parts(data: Any) -> list[Any]:
-    """What is called where data are read in the main process."""
+    """The objects that are called to read data in the main process."""
     return [data.dataset, data.collate_fn] if isinstance(data, DataLoader) else [data]
 
 
@@ -168,7 +183,7 @@ def is_last_step(trainer: Trainer) -> bool:
 
 
 def has_averaged_weights(trainer: Trainer) -> bool:
-    """Whether the present epoch only shows BatchNorm the weights that StochasticWeightAveraging has averaged."""
+    """Whether this epoch only updates BatchNorm for StochasticWeightAveraging."""
     return any(trainer.current_epoch > averaging.swa_end for averaging in _averaging(trainer))
 
 
@@ -185,7 +200,10 @@ def _averaging(trainer: Trainer) -> list[StochasticWeightAveraging]:
 
 
 def training_data(trainer: Trainer) -> DataLoader[Any]:
-    """The samples that training sees: those of its DataLoader, or the first of them where it sees no others."""
+    """The samples that training sees.
+
+    These are the samples of its DataLoader, or the first of them if it sees no others.
+    """
     loader = trainer.train_dataloader
     if not isinstance(loader, DataLoader):
         got = f"{len(loader)} of them" if isinstance(loader, list | tuple | dict) else f"a {type(loader).__name__}"

@@ -1,4 +1,4 @@
-"""A shadow of a LightningModule: it repeats training steps at the captured weights, and leaves no trace in the run."""
+"""A copy of a LightningModule that repeats training steps without side effects."""
 
 import copy
 from typing import Any
@@ -49,7 +49,9 @@ def require_followable_step(module: LightningModule) -> None:
 
 
 class ShadowStep:
-    """The training step of a copy of a LightningModule, called as Lightning calls the run's own.
+    """The training step of a copy of a LightningModule.
+
+    It is called as Lightning calls the run's own.
 
     The copy has the weights and buffers that the module has now. It shares the Trainer for reading; what it logs goes nowhere.
 
@@ -105,13 +107,16 @@ class ShadowStep:
         return loss.reshape(()) if loss.dim() else loss
 
     def follow(self, batch_index: int) -> None:
-        """Takes over what the run is at: the index of the batch, and which modules are in train mode."""
+        """Copies the batch index and the train or eval mode of every module."""
         self.batch_index = batch_index
         for own, live in zip(self.module.modules(), self._live.modules(), strict=False):
             own.training = live.training
 
     def _take_over_attributes(self) -> None:
-        """Takes over numbers, flags and random states that a run may change on its modules, or the step in an earlier pass."""
+        """Copies numbers, flags and random states of the run's modules.
+
+        The run may have changed them, or an earlier pass of the step.
+        """
         for own, live in zip(self.module.modules(), self._live.modules(), strict=False):
             now = {name: value for name, value in vars(live).items() if _is_followed(name, value)}
             for name in [name for name, value in vars(own).items() if _is_followed(name, value) and name not in now]:
@@ -163,7 +168,7 @@ def _shadow_of(module: LightningModule) -> LightningModule:
 
 
 class _Muted(LightningModule):
-    """What a shadow must not do."""
+    """Blocks what a shadow must not do."""
 
     def log(self, *args: Any, **kwargs: Any) -> None: ...
 

@@ -1,4 +1,4 @@
-"""Which dynamics to compare a run with, where the user leaves the choice."""
+"""Chooses the dynamics with which to compare a run."""
 
 from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple

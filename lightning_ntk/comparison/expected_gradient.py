@@ -1,4 +1,7 @@
-"""The gradient that a run's step must have if the run trains on the loss that is linearized."""
+"""The gradient of the linearized loss at the weights of a run.
+
+A run that trains on this loss has the same gradient.
+"""
 
 from collections.abc import Mapping
 from typing import Any
@@ -14,7 +17,7 @@ from lightning_ntk.utilities.distributed import ALONE, Processes, mean_over
 
 
 class ExpectedGradient:
-    """The gradient of the loss at the weights of the run, summed over the batches of one step.
+    """The loss gradient at the run's weights, summed over one step's batches.
 
     Args:
         loss: The loss that is linearized.
@@ -29,7 +32,10 @@ class ExpectedGradient:
 
     @preserved_rng()
     def accumulate(self, batch: Any, weights: Mapping[str, Tensor], scale: float = 1.0) -> None:
-        """Adds the gradient of one batch, whose loss is multiplied by `scale`, at weights and buffers by name."""
+        """Adds the gradient of one batch, at weights and buffers by name.
+
+        The loss is multiplied by `scale`.
+        """
         self._fold()
         self._latest = self._loss.gradient_at(batch, weights) or {}
         if scale != 1 and self._latest:
@@ -71,7 +77,7 @@ class ExpectedGradient:
         return mean_over(self._processes, own)
 
     def _fold(self) -> None:
-        """Adds the last batch to the sum, from which it can no longer be taken back."""
+        """Adds the last batch to the sum, for good."""
         for name, value in self._latest.items():
             if name in self._sum:
                 self._sum[name] += value

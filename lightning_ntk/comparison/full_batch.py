@@ -1,4 +1,7 @@
-"""Whether a run's steps are those of full-batch gradient descent, judged by the samples of every batch."""
+"""Checks whether a run's steps are full-batch gradient descent.
+
+The samples of every batch decide this.
+"""
 
 from typing import Any
 
@@ -13,7 +16,7 @@ _ROUNDING = 1e-6
 
 
 class FullBatchCheck:
-    r"""Adds up with which weight every sample enters the gradient of a step.
+    r"""Sums the weights with which samples enter the gradient of a step.
 
     A batch of a squared loss, multiplied by a scale s, gives each of its samples the weight s c, where c is the factor of this
     loss for as many samples (2/(b K) for `nn.MSELoss()`, 2 for `reduction="sum"`). In gradient descent it is the factor for all
@@ -34,7 +37,7 @@ class FullBatchCheck:
 
     @preserved_rng()
     def accumulate(self, batch: Any, scale: float = 1.0) -> None:
-        """Notes the samples of one batch, which are found by their content."""
+        """Records the samples of one batch, which are found by their content."""
         try:
             rows = self._problem.samples.rows(*self._problem.reference.unpack(batch))
         except UnknownSamplesError:
@@ -48,7 +51,10 @@ class FullBatchCheck:
         self._unknown = False
 
     def difference(self) -> str | None:
-        """How the batches of a step differ from one of all samples, as a phrase, over all processes; then forgets them."""
+        """Says how a step's batches differ from one of all samples.
+
+        The phrase covers all processes. Then the batches are forgotten.
+        """
         processes = self._problem.processes
         unknown, seen = processes.any(self._unknown), processes.sum_(self._seen) / processes.size
         self.discard()

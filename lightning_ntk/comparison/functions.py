@@ -1,4 +1,7 @@
-"""Functions compared on a data set: losses, outputs and accuracies of the trained, linearized and expanded networks."""
+"""Compares the trained, linearized and expanded networks on a data set.
+
+The results are losses, outputs and accuracies.
+"""
 
 from collections.abc import Mapping
 from typing import Protocol
@@ -17,11 +20,14 @@ class FunctionComparison(Protocol):
 
     @property
     def outputs(self) -> tuple[Tensor, Tensor] | None:
-        """Outputs of the trained and the linearized network at the last comparison, `(N, K)` each; None if they are not kept."""
+        """Outputs of the trained and the linearized network, `(N, K)` each.
+
+        They are those of the last comparison; None if they are not kept.
+        """
 
     @property
     def fingerprint(self) -> str:
-        """What tells this data set from others."""
+        """A string that identifies this data set."""
 
     def compare(
         self,
@@ -41,7 +47,9 @@ class FunctionComparison(Protocol):
 
 
 class OutputComparison:
-    """Functions compared by their outputs `(N, K)` on a data set, in eval mode and with the buffers of the capture.
+    """Compares functions by their outputs `(N, K)` on a data set.
+
+    Passes are in eval mode and with the buffers of the capture.
 
     Args:
         problem: The network on the data set.

@@ -1,4 +1,4 @@
-"""Whether a run trains on the loss that is linearized, judged by its first gradient."""
+"""Checks by its first gradient whether a run trains on the linearized loss."""
 
 import math
 from collections.abc import Mapping
@@ -13,7 +13,9 @@ _EXPECTED = "the loss that is linearized"
 
 
 class GradientMismatch(NamedTuple):
-    r"""How the gradient g of a run's step differs from the expected one, :math:`\bar g = J^T \partial L / \partial f`.
+    r"""The difference between a run's gradient g and the expected one.
+
+    The expected gradient is :math:`\bar g = J^T \partial L / \partial f`.
 
     Attributes:
         relative: :math:`|g - \bar g| / |\bar g|`; infinite if only :math:`\bar g` is zero.
@@ -36,7 +38,7 @@ class GradientMismatch(NamedTuple):
         return self.factor != 0 and self.remainder <= self.tolerance
 
     def describe(self) -> str:
-        """Says in one or two sentences how large the mismatch is and what it looks like."""
+        """Describes the mismatch and its likely form in one or two sentences."""
         if not math.isfinite(self.factor):
             return f"The gradient of the run's step, or that of {_EXPECTED}, holds NaN or infinity."
         if math.isinf(self.relative):

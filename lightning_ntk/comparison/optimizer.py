@@ -1,4 +1,4 @@
-"""The optimizer of a run as linearized dynamics see it: its settings at capture, and what changes of them later."""
+"""The optimizer of a run as linearized dynamics see it."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeAlias
@@ -63,21 +63,30 @@ class ObservedOptimizer:
 
     @property
     def lr_scales(self) -> dict[str, float]:
-        """By parameter, the learning rate in units of the first group's, and 0 for those that the optimizer leaves out."""
+        """Learning rates by parameter, relative to the first group's.
+
+        They are 0 for parameters that the optimizer leaves out.
+        """
         first = self.settings[0].lr
         rates = {name: own.lr / first if first else 1.0 for name, own in self._own.items()}
         return {name: rates.get(name, 0.0) for name in self._parameters}
 
     @property
     def sgd_settings(self) -> SGDSettings | None:
-        """The settings that all parameters which were linearized share now; None without one, and for others than SGD."""
+        """The present SGD settings that all linearized parameters share.
+
+        None if they share none, or with another optimizer.
+        """
         groups = _group_numbers(self.optimizer.param_groups, self._parameters)
         own = {SGDSettings.of(self.optimizer.param_groups[number]) for number in groups.values()}
         followed = type(self.optimizer) is SGD and groups.keys() == self._parameters.keys() and len(own) == 1
         return own.pop() if followed and not _maximizes(self.optimizer.param_groups) else None
 
     def replace(self, optimizer: Optimizer) -> bool:
-        """Goes on with another optimizer of the run. Returns whether it begins anew, without a state."""
+        """Continues with another optimizer of the run.
+
+        Returns whether it starts without a state.
+        """
         self.optimizer, self._state = optimizer, None
         return not self.has_state
 
@@ -87,11 +96,14 @@ class ObservedOptimizer:
         return any(_stamp(self.optimizer.state[p]) for p in self._held())
 
     def note_state(self) -> None:
-        """Keeps what tells the state of the optimizer at the end of its step."""
+        """Records what identifies the optimizer's state at the end of its step."""
         self._state = {id(p): _stamp(self.optimizer.state[p]) for p in self._held()}
 
     def state_changes(self) -> tuple[list[str], list[str]]:
-        """The parameters whose state was removed since the last step, and those whose state was written."""
+        """The parameters whose state was removed, and those whose state was written.
+
+        Both count from the last step.
+        """
         if self._state is None:
             return [], []
         now = {id(p): _stamp(self.optimizer.state[p]) for p in self._held()}
@@ -99,7 +111,9 @@ class ObservedOptimizer:
         return [n for n, stamp in changed.items() if not stamp], [n for n, stamp in changed.items() if stamp]
 
     def changes(self, step: StepSettings, *, full_batch: bool) -> Iterator[Change]:
-        """What a step has otherwise than the capture and dynamics with one learning rate and one momentum cannot follow.
+        """Changes since the capture that the dynamics cannot follow.
+
+        The dynamics have one learning rate and one momentum.
 
         Args:
             step: The settings of the step.
@@ -150,7 +164,7 @@ _Stamp: TypeAlias = tuple[Any, ...]
 
 
 def _stamp(state: Mapping[str, Any]) -> _Stamp:
-    """What tells the tensors of a parameter's state from others, and from themselves before they are written."""
+    """Identifies the tensors of a parameter's state and their versions."""
     return tuple((name, id(v), v._version) for name, v in state.items() if isinstance(v, Tensor))
 
 

@@ -1,4 +1,4 @@
-"""The panel of regimes: what kernel and features of a few samples tell about a network at one time of its training."""
+"""The panel of regimes: the kernel and features of a few samples."""
 
 from collections.abc import Callable, Mapping
 
@@ -32,12 +32,14 @@ _RANDOM_PART = 0.3
 
 
 class RegimePanel:
-    r"""Alignment, trace and rank of the kernel, the edge of stability, and rank and change of features at the weights w_t.
+    r"""Measures the kernel, the curvature and the features at weights w_t.
+
+    The scalars are alignment, trace and rank of the kernel, the edge of stability, and rank and change of features.
 
     The kernel is that of a few evenly spaced samples of the reference, probed with products alone, in eval mode and with the
     buffers of w_t. Lanczos finds :math:`\lambda_\text{max}(J^\top H J)`; its images span the space on which trace and norm are
     exact, and random vectors estimate the rest, see `lightning_ntk.functional.trace`. Their signs are the same at every
-    measurement and in every process. Features are looked at on more samples, since they take only a forward pass.
+    measurement and in every process. Features are measured on more samples, since they take only a forward pass.
 
     Args:
         linearization: The network at its initial weights.
@@ -132,7 +134,10 @@ class RegimePanel:
     def _curvature(
         self, network: Linearization, jacobian: StreamedJacobian, outputs: Tensor, generator: torch.Generator
     ) -> tuple[Estimate, Tensor]:
-        r""":math:`\lambda_\text{max}(J^\top H J)` by Lanczos in the space of the weights, and the images J v of its vectors."""
+        r"""Computes :math:`\lambda_\text{max}(J^\top H J)` by Lanczos in weight space.
+
+        Also returns the images J v of its vectors.
+        """
         shapes = {name: p.shape for name, p in network.params.items()}
         targets = self._objective.targets.to(outputs.device)
 
@@ -198,7 +203,10 @@ class RegimePanel:
         return scalars
 
     def _looks_like_mean(self, outputs: Tensor) -> bool:
-        """Whether the loss is a mean over samples, of which a few tell the curvature of all."""
+        """Whether the loss looks like a mean over samples.
+
+        A few samples then determine the curvature of all.
+        """
         targets = self._objective.targets
         try:
             self._objective.hessian_product(outputs, targets, torch.ones_like(outputs))
@@ -224,7 +232,9 @@ class RegimePanel:
 def _start(
     jacobian: StreamedJacobian, hessian: Callable[[Tensor], Tensor], block: Tensor, generator: torch.Generator
 ) -> Tensor:
-    r"""A vector from which Lanczos finds the largest eigenvalue of :math:`J^\top H J` in few products.
+    r"""Makes a starting vector with which Lanczos needs few products.
+
+    The matrix is :math:`J^\top H J`.
 
     With a block B of vectors, the eigenvector of :math:`B^\top H J J^\top H B\, b = \lambda B^\top H B\, b` gives the best start
     :math:`J^\top H B b`, without a forward-mode pass. A random part makes sure that nothing is missed.
@@ -254,7 +264,7 @@ def _summed(grams: Mapping[str, Tensor]) -> Tensor:
 
 
 def _alignment(product: Tensor, target_square: Tensor, kernel_square: Tensor) -> Estimate:
-    """The alignment from exact numerators and estimates of the squared norm of the kernel, `(1 + m,)`."""
+    """Computes the alignment from numerators and estimated squared norms, `(1 + m,)`."""
     return interval(torch.nan_to_num(product / (target_square * kernel_square.sqrt())))
 
 

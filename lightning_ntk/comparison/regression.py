@@ -1,4 +1,4 @@
-"""Kernel regression with the kernels before and after training, beside the network that was trained."""
+"""Compares a trained network with kernel regression before and after training."""
 
 from collections.abc import Collection, Mapping
 from typing import Literal
@@ -13,7 +13,7 @@ Kernel = Literal["before", "after"]
 
 
 class RegressionComparison:
-    r"""What the kernel alone makes of the targets, at the initial weights and at those of a run.
+    r"""Kernel regression on the targets, at initial and at trained weights.
 
     Ridge regression from zero, :math:`f(x) = \Theta(x, X)\,(\Theta + \rho I)^{-1} Y`, with the ridge of the least leave-one-out
     error. With the outputs of a trained network in it, it would begin where training has ended.
@@ -34,7 +34,10 @@ class RegressionComparison:
         self.before = self._scalars("before", problem) if "before" in kernels else {}
 
     def after(self, tensors: Mapping[str, Tensor]) -> dict[str, float]:
-        """The scalars of the kernel at trained weights and buffers, by name; none unless "after" is asked for."""
+        """The scalars of the kernel at trained weights and buffers, by name.
+
+        There are none unless "after" was requested.
+        """
         return self._scalars("after", self._problem.at(tensors)) if "after" in self._kernels else {}
 
     def _scalars(self, kernel: Kernel, problem: LinearizedProblem) -> dict[str, float]:

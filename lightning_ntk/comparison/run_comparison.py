@@ -1,4 +1,4 @@
-"""A run beside its linearized network: told of every batch and step, asked for scalars."""
+"""A run beside its linearized network."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -27,8 +27,8 @@ from lightning_ntk.utilities.contexts import preserved_rng
 class RunComparison:
     """A linearized network that trains beside a run, and the scalars that compare both.
 
-    Everything is made outside and handed in. In a training loop of your own, call `accumulate` for every batch, `step` right
-    before the optimizer steps, and `measure` whenever you like.
+    All parts are made outside and passed in. In a training loop of your own, call `accumulate` for every batch, `step`
+    right before the optimizer steps, and `measure` whenever you like.
 
     Args:
         loss: The loss that is linearized, with the network at w0.
@@ -37,8 +37,8 @@ class RunComparison:
         reference: The training set, on which functions are compared; None to compare weights only.
         evaluation: Another data set on which functions are compared.
         probe: The samples whose kernel is followed.
-        panel: The panel of regimes to measure beside.
-        optimizer: The optimizer of the run at capture; None not to look for changes of its settings.
+        panel: The panel of regimes to measure as well.
+        optimizer: The optimizer of the run at capture. None does not look for changes of its settings.
         training: The closed form of `online`, for the modes, the closest time and the edge of stability.
         expected_gradient: The gradient that the run's steps must have, where it is to be compared.
         full_batch: The samples that the run's steps must have, where `online` is full-batch gradient descent.
@@ -122,16 +122,22 @@ class RunComparison:
 
     @property
     def kernel_time(self) -> float | None:
-        r"""The time :math:`\eta t` that has passed for the kernel's modes; None where no one number tells it."""
+        r"""The time :math:`\eta t` for the kernel's modes; None if undefined.
+
+        It is undefined where no single number describes it.
+        """
         return self.online.kernel_time if isinstance(self.online, ModalRun) else None
 
     @property
     def outputs(self) -> tuple[Tensor, Tensor] | None:
-        """Outputs of the trained and of the linearized network on the reference at the last measurement, `(N, K)` each."""
+        """Outputs of the trained and the linearized network, `(N, K)` each.
+
+        They are on the reference, at the last measurement.
+        """
         return None if self.reference is None else self.reference.outputs
 
     def accumulate(self, batch: Any, scale: float = 1.0) -> None:
-        """Tells of one batch, whose loss the run multiplied by `scale` before its backward pass."""
+        """Adds one batch, whose loss the run multiplied by `scale`."""
         if self.steps_taken == 0:
             self._batches.append((batch, scale))
         if self._full_batch is not None:
@@ -168,7 +174,7 @@ class RunComparison:
             yield "samples", difference
 
     def step(self, settings: StepSettings | Optimizer) -> None:
-        """Tells of one optimizer step along the batches since the last one.
+        """Follows one optimizer step along the batches since the last one.
 
         Args:
             settings: What the step depends on; or the optimizer itself, before it steps.
@@ -185,13 +191,19 @@ class RunComparison:
         self.steps_taken += 1
 
     def discard(self) -> None:
-        """Tells of one optimizer step that was counted and not taken, as without a gradient."""
+        """Discards one optimizer step that was counted and not taken.
+
+        A step without gradients is an example.
+        """
         self.online.discard()
         self._forget()
         self.steps += 1
 
     def follow_with(self, online: OnlineTraining) -> None:
-        """Replaces the linearized network before the first step, without losing the batches that came for it."""
+        """Replaces the linearized network before the first step.
+
+        The batches so far are not lost.
+        """
         self.online, self.training, self._full_batch = online, None, None
         for batch, scale in self._batches:
             online.accumulate(batch, scale=scale)
@@ -204,7 +216,7 @@ class RunComparison:
             self.expected_gradient.discard()
 
     def note_state(self) -> None:
-        """Keeps what tells the optimizer's state, right after it has stepped."""
+        """Records what identifies the optimizer's state, right after it has stepped."""
         if self._optimizer is not None:
             self._optimizer.note_state()
 
@@ -242,13 +254,15 @@ class RunComparison:
 
     @preserved_rng()
     def regress(self, weights: Mapping[str, Tensor] | None = None) -> dict[str, float]:
-        """Kernel regression with the kernel after training: as much work as a capture of the kernel and its modes.
+        """Does kernel regression with the kernel after training.
+
+        It costs as much as a capture of the kernel and its modes.
 
         Args:
             weights: The trained weights w_t, and buffers, by name. Default: those that the module has now.
 
         Returns:
-            The scalars by name; none unless they are asked for.
+            The scalars by name; none unless requested.
         """
         return {} if self._regression is None else self._regression.after(self._live if weights is None else weights)
 
@@ -257,7 +271,9 @@ class RunComparison:
         return {**dict(self._module.named_parameters()), **dict(self._module.named_buffers())}
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything that the measurements to come depend on, as tensors, numbers, strings, dicts and lists.
+        """The state that later measurements depend on.
+
+        It consists of tensors, numbers, strings, dicts and lists.
 
         The kernel and its modes are not in it: they follow from the rest.
         """
@@ -273,7 +289,9 @@ class RunComparison:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continues from what `state_dict` returned, for a comparison made from the same "start", "dynamics" and "settings".
+        """Continues from what `state_dict` returned.
+
+        The comparison must have the same "start", "dynamics" and "settings".
 
         Raises:
             ValueError: If a data set is another one.

@@ -37,7 +37,9 @@ def outputs_of(
     displacement: Mapping[str, Tensor],
     predictions: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Computes the outputs of the trained and the linearized network, `(N, K)` each in float64 on the CPU.
+    """Computes outputs of the trained and the linearized network, `(N, K)` each.
+
+    They are in float64 on the CPU.
 
     Args:
         data: The data set.

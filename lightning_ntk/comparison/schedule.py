@@ -9,7 +9,9 @@ _LOG_POINTS_PER_DECADE = 8
 
 
 def is_scheduled(steps: int | Sequence[int] | Literal["log"], step: int) -> bool:
-    """Whether to measure `step` optimizer steps after the capture: every n steps, at listed ones, or at logarithmic ones.
+    """Whether to measure `step` optimizer steps after the capture.
+
+    Measurements are every n steps, at listed steps, or at logarithmic ones.
 
     Example:
         >>> [step for step in range(100) if is_scheduled("log", step)]

@@ -1,4 +1,7 @@
-"""Functions compared through the training step: what it computes in eval mode, batch by batch, and nothing kept."""
+"""Compares functions by what the training step computes in eval mode.
+
+It goes batch by batch and stores no outputs.
+"""
 
 import hashlib
 from collections.abc import Callable, Mapping
@@ -19,7 +22,7 @@ from lightning_ntk.utilities.distributed import ALONE, Processes
 
 
 class StepComparison:
-    """Functions compared by what the training step computes of them in eval mode.
+    """Compares functions by what the training step computes in eval mode.
 
     The trained network has its own weights and buffers, the linearized one those of its passes in train mode. The expansion of
     the trained network is that of the run's function, with the run's buffers. Losses are means over batches with the number
@@ -62,7 +65,10 @@ class StepComparison:
 
     @property
     def fingerprint(self) -> str:
-        """A digest of the first batch and the number of samples; of the number alone where samples are drawn at random."""
+        """A digest of the first batch and the number of samples.
+
+        Where samples are drawn at random it is the number alone.
+        """
         if not self._fingerprint:
             with preserved_rng():  # around both, so that random samples differ
                 first, again = self._digest(), self._digest()
@@ -183,7 +189,10 @@ class _Scores(NamedTuple):
 
 
 class _Network(NamedTuple):
-    """What is kept of a network on a batch while others are evaluated, which take many times the memory of its outputs."""
+    """What is kept of a network on a batch while others are evaluated.
+
+    Their evaluation takes many times the memory of its outputs.
+    """
 
     loss: Tensor
     outputs: list[Tensor]

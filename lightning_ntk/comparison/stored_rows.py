@@ -1,4 +1,4 @@
-"""Whether a twin stores the Jacobian of its training set or takes passes through the network."""
+"""Decides whether a twin stores the Jacobian of its training set."""
 
 from typing import NamedTuple
 
@@ -42,14 +42,14 @@ class StoredSizes(NamedTuple):
 
     @classmethod
     def least(cls, loss: BatchLoss, samples: int) -> "StoredSizes":
-        """What is known without a pass: rows that are no larger than those of a single output."""
+        """A lower bound without a pass: the rows of a single output."""
         parameters = sum(value.numel() for value in loss.params.values())
         return cls(samples, 1, parameters, _dtype_of(loss).itemsize)
 
     @classmethod
     @preserved_rng()
     def of(cls, loss: BatchLoss, pair: Pair, reference: Reference) -> "StoredSizes":
-        """The sizes of a loss of outputs and targets, by one pass over the first batch."""
+        """Measures the sizes for a loss by one pass over the first batch."""
         linearization = Linearization(loss.module, predict=pair.predict, dtype=_dtype_of(loss))
         inputs = reference.read(0, reference.batch_size).inputs
         with FlopCounterMode(display=False) as counter:

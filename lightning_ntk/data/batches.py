@@ -9,7 +9,10 @@ from torch import Tensor
 
 
 def tensors_in(batch: Any) -> list[Tensor]:
-    """All tensors of a batch: in containers, mappings that are no dicts, and attributes of plain objects."""
+    """Finds all tensors of a batch.
+
+    It looks in containers, mappings that are not dicts, and attributes of plain objects.
+    """
     return list(_walk(batch, set()))
 
 

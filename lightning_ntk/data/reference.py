@@ -51,7 +51,10 @@ class Batch(NamedTuple):
 
 @dataclass(frozen=True)
 class _Tensors:
-    """Samples in tensors, read as slices: the default collate function would take thousands of Python calls for them."""
+    """Samples in tensors, read as slices.
+
+    The default collate function would take thousands of Python calls for them.
+    """
 
     tree: Any
     indices: Tensor | None = None
@@ -107,7 +110,9 @@ class _Samples:
 
 
 class Reference:
-    """Reads a data set in its own order, in batches of a fixed size; the last one may be smaller.
+    """Reads a data set in its own order, in batches.
+
+    They have a fixed size; the last one may be smaller.
 
     Args:
         data: A map-style `Dataset`; a `DataLoader`, whose sampler and batch size are ignored; a tuple `(inputs, target)`, where
@@ -144,7 +149,9 @@ class Reference:
         return len(self._source)
 
     def batches(self, *ranges: range) -> Iterator[Batch]:
-        """Batches of all samples in order, or of the rows in some ranges; no batch crosses the end of a range.
+        """Batches of all samples in order, or of some ranges of rows.
+
+        No batch crosses the end of a range.
 
         Reading leaves the global random state alone, unless the data set itself draws from it.
         """
@@ -170,7 +177,10 @@ class Reference:
         return other
 
     def whole(self) -> Iterator[tuple[slice, Any]]:
-        """Rows and batches of all samples in order, not unpacked, whatever they are made of."""
+        """Rows and batches of all samples in order, not unpacked.
+
+        Batches may be made of anything.
+        """
         size = self.batch_size
         parts = [range(len(self))[start : start + size] for start in range(0, len(self), size)]
         for part, batch in self._transferred(parts):
@@ -218,7 +228,9 @@ class Reference:
 
 
 def seen_samples(loader: DataLoader[Any], batches: float) -> int | None:
-    """How many samples of its data set a DataLoader gives in epochs of `batches` batches; None if its size is unknown.
+    """How many samples a DataLoader gives in epochs of `batches` batches.
+
+    None if the size of its data set is unknown.
 
     All of them, unless the order is fixed and the epoch ends early: `drop_last` and limits then leave out the same samples
     every time.
@@ -233,7 +245,10 @@ def seen_samples(loader: DataLoader[Any], batches: float) -> int | None:
 
 
 def evenly_spaced(data: Data, samples: int | None) -> Data:
-    """Some samples of a data set, evenly spaced and with the first one; the data set itself where it has no more."""
+    """Some samples of a data set, evenly spaced, with the first one.
+
+    A data set with no more samples is returned itself.
+    """
     total = len(_source_of(data))
     if samples is None or total <= samples:
         return data
@@ -302,7 +317,10 @@ def _source_of(data: Any) -> _Tensors | _Samples:
 
 
 def _tensors_of(dataset: Any) -> _Tensors | None:
-    """The tensors of a TensorDataset or of nested subsets of one; a subclass may read its samples in another way."""
+    """The tensors of a TensorDataset or of nested subsets of one.
+
+    A subclass may read its samples in another way.
+    """
     if type(dataset) is TensorDataset:
         return _Tensors(dataset.tensors)
     inner = _tensors_of(dataset.dataset) if type(dataset) is Subset else None

@@ -1,4 +1,4 @@
-"""The samples of a data set by their content, to find those of a training batch."""
+"""Finds the samples of a training batch in a data set by content."""
 
 import hashlib
 import math
@@ -23,14 +23,16 @@ class UnknownSamplesError(ValueError):
 
 
 class SampleIndex:
-    """Finds samples of a data set by the values of their inputs and targets, in any order.
+    """Finds samples of a data set by their inputs and targets.
+
+    Their order does not matter.
 
     A sample is known by a 128-bit BLAKE2b digest of its tensors; two of a million different samples share theirs with a
-    probability below 1e-26. Equal values are equal samples: -0.0 is 0.0, and floating-point values of another type than the
-    data set's are converted if that loses nothing (`precision="64-true"` makes such batches). What holds no tensors is not
-    compared. A sample that repeats an earlier one is found as that one, whose kernel rows are the same.
+    probability below 1e-26. Equal values are equal samples: -0.0 is 0.0, and floating-point values of another type than
+    the data set's are converted if that loses nothing (`precision="64-true"` makes such batches). Parts without tensors
+    are not compared. A sample that repeats an earlier one is found as that one, whose kernel rows are the same.
 
-    Where inputs have an integer `attention_mask` `(b, T)`, tokens that it leaves out are padding, and no content: collate
+    Where inputs have an integer `attention_mask` `(b, T)`, tokens that it leaves out are padding, not content: collate
     functions that pad to the longest sample of a batch give a sample another padding each time.
 
     Example:
@@ -61,7 +63,9 @@ class SampleIndex:
         return hashlib.blake2b(self._digests, digest_size=_DIGEST_BYTES).hexdigest()
 
     def rows(self, inputs: Any, target: Tensor | None) -> Tensor:
-        """The row of each sample of a batch in the data set, `(b,)`, int64 on the CPU, from tensors on any device.
+        """Finds each sample's row in the data set, `(b,)`.
+
+        Rows are int64 on the CPU; the tensors may be on any device.
 
         Raises:
             UnknownSamplesError: If samples are not in the data set.
@@ -138,7 +142,10 @@ def _layout(leaves: dict[str, Tensor]) -> Layout:
 
 
 def _padding(leaves: dict[str, Tensor]) -> tuple[list[str], Tensor]:
-    """The leaves that an attention mask `(b, T)` pads, and the positions that it keeps; none without a mask of this kind."""
+    """The leaves that an attention mask `(b, T)` pads, and the kept positions.
+
+    There are none without a mask of this kind.
+    """
     masks = [leaf for name, leaf in leaves.items() if name.endswith("['attention_mask']") and leaf.dim() == 2]
     if len(masks) != 1 or masks[0].is_floating_point() or masks[0].is_complex():
         return [], torch.empty(0)

@@ -11,9 +11,11 @@ _OFFSETS = (-0.3, 0.1, 0.4)
 
 
 def match_targets(targets: Tensor, outputs: Tensor, *, flat: bool) -> Tensor:
-    """Targets `(N, K)` in float64 from those of the data: the same, class labels `(N,)`, or `(N,)` if the network is `flat`.
+    """Converts the targets of the data to `(N, K)` in float64.
 
-    Other shapes than that of the outputs are refused: subtracting `(N,)` from `(N, 1)` would broadcast.
+    They may have this shape, be class labels `(N,)`, or be `(N,)` if the network is `flat`.
+
+    Shapes that differ from the outputs' are refused: subtracting `(N,)` from `(N, 1)` would broadcast.
     """
     count, classes = outputs.shape
     if targets.is_complex():
@@ -46,7 +48,7 @@ class Classes:
 
     @classmethod
     def of(cls, targets: Tensor, outputs: int, gradient: Callable[[Tensor, Tensor], Tensor]) -> "Classes | None":
-        r"""The classes that targets stand for, or None if they are no classes.
+        r"""The classes that targets stand for, or None if they are not classes.
 
         Classes are integer labels `(N,)`, one-hot rows for several outputs, and two target values :math:`y_0 < y_1` for a single
         one. There the threshold is the :math:`\theta` about which the loss is symmetric,

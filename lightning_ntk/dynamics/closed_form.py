@@ -95,7 +95,10 @@ class ClosedForm:
         return bound._replace(rounding=bound.rounding + hidden)
 
     def _pair(self, modes: Modes, t: float, scale: float | None = None) -> tuple[Tensor, Tensor]:
-        """The filter and its slope, of the residual or of a carried vector that has changed by `scale`."""
+        """The filter and its slope, of the residual or a carried vector.
+
+        The carried vector has changed by `scale`.
+        """
         eigenvalues = modes.eigenvalues.clamp_min(0)
         shifted = eigenvalues + self.ridge
         if self.rate == 0:

@@ -1,4 +1,6 @@
-r"""How far computed weights are from the linearized ones: the truncation of Lanczos, and rounding.
+r"""Bounds on the error of computed linearized weights.
+
+The errors are those of Lanczos's truncation and of rounding.
 
 Passes that compute :math:`J + \delta J` instead of :math:`J = U S V^\top` change the kernel by
 :math:`E = \delta J J^\top + J \delta J^\top`, and rounding of the kernel's entries by an E of its own. To first order, with
@@ -55,7 +57,9 @@ def error_bound(
     *,
     steps: int = 0,
 ) -> ErrorBound:
-    """The bound on the error of weights, as a sum over the residual and the carried vectors.
+    """Bounds the error of weights.
+
+    It sums over the residual and the carried vectors.
 
     The displacement is that of orthogonal parts: parts in different Krylov spaces cannot be added up by their Ritz values.
 
@@ -86,7 +90,10 @@ def error_bound(
 
 
 def _rounding_bound(modes: Modes, values: Tensor, slopes: Tensor, rounding: Rounding) -> float:
-    """The effect of rounding on one vector's part of the weights; `rounding.outputs` is the error of that vector."""
+    """Bounds the effect of rounding on one vector's part of the weights.
+
+    `rounding.outputs` is the error of that vector.
+    """
     eigenvalues = modes.eigenvalues.clamp_min(0)
     singular, driven = eigenvalues.sqrt(), modes.coordinates
     unit = torch.finfo(torch.float64).eps
@@ -128,7 +135,10 @@ def left_out(modes: Modes, cutoff: float, rounding: Rounding) -> float:
 
 
 def divided_differences(eigenvalues: Tensor, values: Tensor, slopes: Tensor, rows: Tensor) -> Tensor:
-    """|phi_i - phi_j| / |lambda_i - lambda_j| for i in `rows`, and the mean slope where the values are too close to subtract."""
+    """Computes |phi_i - phi_j| / |lambda_i - lambda_j| for i in `rows`.
+
+    It uses the mean slope where the values are too close to subtract.
+    """
     distance = (eigenvalues[rows].unsqueeze(1) - eigenvalues).abs()
     change = (values[rows].unsqueeze(1) - values).abs()
     mean = (slopes[rows].abs().unsqueeze(1) + slopes.abs()) / 2
@@ -137,7 +147,10 @@ def divided_differences(eigenvalues: Tensor, values: Tensor, slopes: Tensor, row
 
 
 def _logarithmic_ranks(count: int) -> Tensor:
-    """Indices into ascending eigenvalues: all of few, of many the largest densely and the smaller ones thinly."""
+    """Selects indices into ascending eigenvalues.
+
+    It takes all if there are few. Of many it takes the largest densely and the smaller ones sparsely.
+    """
     if count <= _ROWS:
         return torch.arange(count)
     ranks = sorted({round(count ** (i / (_ROWS - 1))) for i in range(_ROWS)})

@@ -27,7 +27,9 @@ class Start(NamedTuple):
 
 
 class Filters(NamedTuple):
-    r"""The linearized weights at one time, :math:`w_0 + \sum_j s_j e_j - J^\top U (\phi \tilde r + \sum_j \chi_j \tilde h_j)`.
+    r"""The linearized weights at one time, as filters on the modes.
+
+    The weights are :math:`w_0 + \sum_j s_j e_j - J^\top U (\phi \tilde r + \sum_j \chi_j \tilde h_j)`.
 
     Here :math:`h_j = J e_j` for the carried vectors :math:`e_j`, and a tilde marks coordinates in the modes U.
 
@@ -41,7 +43,9 @@ class Filters(NamedTuple):
 
 
 def gradient_descent_filter(eigenvalues: Tensor, rate: float, steps: float) -> Tensor:
-    r""":math:`\phi_t(\lambda) = (1 - (1 - \eta\lambda)^t) / \lambda`, with the limit :math:`\eta t` at zero.
+    r"""Computes :math:`\phi_t(\lambda) = (1 - (1 - \eta\lambda)^t) / \lambda`.
+
+    The limit at zero is :math:`\eta t`.
 
     Computed through `expm1` and `log1p`: the textbook form loses all digits where :math:`\eta\lambda` is small. Negative
     eigenvalues, which only rounding makes, count as zero.
@@ -75,7 +79,9 @@ def gradient_descent_filter(eigenvalues: Tensor, rate: float, steps: float) -> T
 
 
 def gradient_flow_filter(eigenvalues: Tensor, time: float) -> Tensor:
-    r""":math:`\phi_t(\lambda) = (1 - e^{-\eta t\lambda}) / \lambda`, with the limit :math:`\eta t` at zero.
+    r"""Computes :math:`\phi_t(\lambda) = (1 - e^{-\eta t\lambda}) / \lambda`.
+
+    The limit at zero is :math:`\eta t`.
 
     Args:
         eigenvalues: The kernel's eigenvalues, any shape, float64.

@@ -1,4 +1,6 @@
-r"""Kernel ridge regression on the modes of a kernel: its leave-one-out predictions for any number of ridges, without a refit.
+r"""Kernel ridge regression on the modes of a kernel.
+
+It gives leave-one-out predictions for any number of ridges, without a refit.
 
 Regression with the ridge :math:`\rho` leaves the residuals :math:`M r` with :math:`M = \rho\,(\Theta + \rho I)^{-1}`. That of
 sample n, were its K rows left out, is
@@ -22,7 +24,9 @@ _CHUNK = 2**24
 
 
 def ridge_grid(modes: Modes, dtype: torch.dtype) -> Tensor:
-    """Ridges from what counts as zero for passes in `dtype` to ten times the largest eigenvalue, four in a decade.
+    """Ridges up to ten times the largest eigenvalue, four per decade.
+
+    The smallest is what counts as zero for passes in `dtype`.
 
     Raises:
         ValueError: If the kernel is zero.
@@ -35,7 +39,9 @@ def ridge_grid(modes: Modes, dtype: torch.dtype) -> Tensor:
 
 
 def leave_one_out_residuals(modes: Modes, ridges: Tensor, outputs: int) -> Tensor:
-    r"""The residuals :math:`f^{(-n)}(x_n) - y_n` of regressions on all samples but one, with each sample left out once.
+    r"""Computes the leave-one-out residuals :math:`f^{(-n)}(x_n) - y_n`.
+
+    They are those of regressions on all samples but one, with each sample left out once.
 
     Takes about :math:`2 R K^3 N^2` operations beside the modes, and memory for 128 MiB or one sample's :math:`K^3 N` numbers.
 

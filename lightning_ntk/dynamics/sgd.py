@@ -1,4 +1,7 @@
-"""`torch.optim.SGD` on quantities that depend linearly on the weights: modes of the kernel, coefficients, predictions."""
+"""`torch.optim.SGD` on quantities that depend linearly on the weights.
+
+Examples are modes of the kernel, coefficients and predictions.
+"""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -37,13 +40,19 @@ class SGDSettings(NamedTuple):
 
     @classmethod
     def of(cls, group: Mapping[str, Any]) -> "SGDSettings":
-        """The settings in a parameter group of an optimizer; what it does not have keeps its default."""
+        """Reads the settings from a parameter group of an optimizer.
+
+        What the group lacks keeps its default.
+        """
         types = cls.__annotations__
         return cls(**{name: types[name](group[name]) for name in SGD_OPTIONS if name in group})
 
     @property
     def gain(self) -> float:
-        """The factor with which a gradient enters the step, from the second step on: dampening acts with momentum only."""
+        """The factor of a gradient in the step, from the second step on.
+
+        Dampening acts with momentum only.
+        """
         return 1 - self.dampening if self.momentum else 1.0
 
 
@@ -53,7 +62,7 @@ SGD_OPTIONS = SGDSettings._fields[:-1]
 
 @dataclass(frozen=True)
 class Hyperparameters:
-    """The settings of a whole run of SGD, constant but for the learning rate.
+    """The settings of a whole run of SGD, constant except for the learning rate.
 
     Attributes:
         lr: A constant, one value for each step, or a function of the step, which counts from 0.
@@ -94,7 +103,10 @@ class Hyperparameters:
 
     @property
     def steps(self) -> float:
-        """Steps for which there is a learning rate: infinitely many unless it is a sequence."""
+        """The number of steps for which there is a learning rate.
+
+        It is infinite unless the learning rate is a sequence.
+        """
         return len(self.lr) if isinstance(self.lr, Sequence) else math.inf
 
     @property
@@ -143,7 +155,10 @@ class LinearSGD:
         """The momentum buffers of the values, None before the first step with momentum."""
 
     def step(self, gradients: Sequence[Tensor], settings: SGDSettings) -> None:
-        """One step along gradients with the shapes of the values, which it may overwrite; it adds weight decay itself."""
+        """Takes one step along gradients with the shapes of the values.
+
+        It may overwrite the gradients, and adds weight decay itself.
+        """
         options = settings._asdict()
         if options.pop("decoupled_weight_decay"):
             torch._foreach_mul_(self.values, 1 - settings.lr * options.pop("weight_decay"))
@@ -153,7 +168,9 @@ class LinearSGD:
 
 
 class ModalSGD:
-    r"""Full-batch SGD on a squared loss, mode by mode, with the settings that each step used.
+    r"""Full-batch SGD on a squared loss, mode by mode.
+
+    It uses the settings of each step.
 
     The weights are :math:`w = \sum_j q_j e_j - J^\top U (\phi \tilde r + \sum_j \chi_j \tilde h_j)`, with carried vectors
     :math:`e_j` and :math:`h_j = J e_j`: the initial weights where they decay toward zero, and the momentum buffer that the
@@ -212,7 +229,10 @@ class ModalSGD:
 
     @property
     def slopes(self) -> list[Tensor]:
-        """The derivatives of the filters after the steps so far; later steps change these tensors in place."""
+        """The derivatives of the filters after the steps so far.
+
+        Later steps change these tensors in place.
+        """
         return self._sgd.values[len(self._starts) + len(self._eigenvalues) :]
 
 

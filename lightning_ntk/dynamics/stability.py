@@ -1,4 +1,7 @@
-"""Which learning rates of SGD are stable, where training ends, and how much unstable steps magnify a mode."""
+"""Stable learning rates of SGD, where training ends, and growth of modes.
+
+Unstable steps magnify a mode; this says by how much.
+"""
 
 import math
 
@@ -30,7 +33,9 @@ def max_learning_rate(settings: SGDSettings, curvature: float) -> float:
 
 
 def ridge(settings: SGDSettings, factor: float) -> float:
-    r"""The ridge :math:`\rho` of the regression on which training ends, :math:`a = -(\Theta + \rho I)^{-1} r`.
+    r"""Computes the ridge :math:`\rho` of the regression where training ends.
+
+    The regression is :math:`a = -(\Theta + \rho I)^{-1} r`.
 
     .. math:: \rho = \frac{\gamma}{c}, \qquad \rho = \frac{(1 - \mu)\,\gamma}{(1 - \tau)\,c}
 
@@ -48,7 +53,9 @@ def ridge(settings: SGDSettings, factor: float) -> float:
 
 
 def dominating_settings(settings: SGDSettings, curvature: float) -> tuple[SGDSettings, float]:
-    r"""A mode, and settings for it, whose response bounds that of every mode of curvature 0 to :math:`\kappa`.
+    r"""A mode, and settings for it, whose response bounds all others.
+
+    The others have curvature 0 to :math:`\kappa`.
 
     After an impulse, a mode of curvature :math:`p` moves like the Chebyshev polynomial :math:`\mu^{n/2} U_n(x)` with
     :math:`x = (1 + \mu - \eta p) / (2 \sqrt\mu)`, :math:`\eta` times 1 - dampening. That is largest where :math:`|x|` is, and
@@ -58,9 +65,9 @@ def dominating_settings(settings: SGDSettings, curvature: float) -> tuple[SGDSet
     .. math:: p = \min\Big(\gamma,\ \frac{2 (1 + \mu)}{\eta} - \gamma - \kappa,\ \frac{(1 - \sqrt\mu)^2}{\eta}\Big),
 
     below zero where the step is unstable: such a mode grows as the unstable ones swing. Decoupled decay damps all modes
-    alike, so that :math:`p` runs from 0 to :math:`\kappa`, and a mode grows below :math:`-(1 - \mu)\gamma` only. The response
-    of Nesterov's momentum is no such polynomial. Its sum over the steps was checked numerically: for decay up to a tenth
-    of :math:`\kappa` the bound holds within a third.
+    alike, so that :math:`p` runs from 0 to :math:`\kappa`, and a mode grows below :math:`-(1 - \mu)\gamma` only. The
+    response of Nesterov's momentum is not such a polynomial. Its sum over the steps was checked numerically: for decay
+    up to a tenth of :math:`\kappa` the bound holds within a third.
 
     Args:
         settings: The settings of a step.

@@ -47,7 +47,9 @@ def gradient_flow_truncation(modes: LanczosModes, time: float, ridge: float = 0.
 
 
 def gradient_descent_truncation(modes: LanczosModes, rate: float, steps: float, ridge: float = 0.0) -> float:
-    """The truncation error of gradient descent at any rate; it grows like the weights themselves where they diverge.
+    """Bounds the truncation error of gradient descent at any rate.
+
+    It grows like the weights themselves where they diverge.
 
     Args:
         modes: Ritz pairs.
@@ -68,7 +70,9 @@ def gradient_descent_truncation(modes: LanczosModes, rate: float, steps: float, 
 
 
 def ridge_truncation(modes: LanczosModes, ridge: float) -> float:
-    r"""The truncation error at t = infinity with decay, of kernel ridge regression :math:`a = -(\Theta + \rho I)^{-1} r`.
+    r"""Bounds the truncation error at t = infinity with decay.
+
+    The limit is kernel ridge regression :math:`a = -(\Theta + \rho I)^{-1} r`.
 
     The defect :math:`\beta_k |r| y_k v_{k+1}` reaches the weights through :math:`J^\top (\Theta + \rho I)^{-1}`, of norm at most
     :math:`1 / (2 \sqrt\rho)`, and :math:`\sqrt{\alpha_{k+1}} / \rho` on :math:`v_{k+1}`.
@@ -82,7 +86,9 @@ def ridge_truncation(modes: LanczosModes, ridge: float) -> float:
 
 
 def minimum_norm_truncation(modes: LanczosModes, cutoff: float) -> float:
-    r"""The truncation error at t = infinity, of the minimum-norm solution in the eigenvectors above the cutoff c.
+    r"""Bounds the truncation error at t = infinity without decay.
+
+    The limit is the minimum-norm solution in the eigenvectors above the cutoff c.
 
     A Ritz pair is an eigenpair up to its coupling :math:`\kappa_i`: on an eigenvector of eigenvalue :math:`\lambda`,
     :math:`|z_i| = |\kappa_i| |v_{k+1}| / |\lambda - \theta_i|`. Eigenvectors above the cutoff see the defect
@@ -107,13 +113,15 @@ def minimum_norm_truncation(modes: LanczosModes, cutoff: float) -> float:
 
 
 class RunningTruncation:
-    r"""The truncation error of SGD with settings that change from step to step, carried along with the filters.
+    r"""The truncation error of SGD whose settings change between steps.
+
+    It is carried along with the filters.
 
     The defect of a Krylov space acts on the weights as a gradient of its own, so that it drives the recurrence that drives
     the weights. The same optimizer on one number, whose response dominates that of all modes, driven by the defect's
     absolute value, is therefore a bound (`lightning_ntk.dynamics.stability.dominating_settings`): rigorous for constant settings,
     and for any learning rates without momentum. Learning rates that change while there is momentum make it an estimate,
-    because products of different steps are no polynomial of one kind. So does Nesterov's momentum.
+    because products of different steps are not polynomials of one kind. So does Nesterov's momentum.
 
     Args:
         modes: Ritz pairs of the residual and of every carried vector.
@@ -151,7 +159,9 @@ def _defect(modes: LanczosModes, accumulated: Tensor) -> float:
 
 
 def _accumulated_filter(eigenvalues: Tensor, filtered: Tensor, time: float, steps: float = math.inf) -> Tensor:
-    r""":math:`\Psi_t(\lambda) = (\eta t - \phi_t(\lambda)) / \lambda`, the sum or (steps = inf) integral of the filter.
+    r"""Computes :math:`\Psi_t(\lambda) = (\eta t - \phi_t(\lambda)) / \lambda`.
+
+    This is the sum or (steps = inf) integral of the filter.
 
     Where :math:`\eta t\lambda < 1` the difference cancels; there the binomial series
     :math:`\eta^2 \sum_j \binom{t}{j+2} (-\eta\lambda)^j` takes its place.

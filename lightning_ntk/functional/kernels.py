@@ -54,7 +54,7 @@ def kernel_change(initial: Tensor, kernel: Tensor) -> float:
 
 
 def kernel_target_alignment(kernel: Tensor, targets: Tensor) -> float:
-    r"""Computes the cosine between a kernel and the ideal kernel of the targets (Cristianini et al., 2001).
+    r"""Computes the cosine between the kernel and the targets' kernel (Cristianini et al., 2001).
 
     .. math:: \frac{y^\top \Theta y}{\|\Theta\| \, \|y\|^2}
 
@@ -77,7 +77,10 @@ def kernel_target_alignment(kernel: Tensor, targets: Tensor) -> float:
 
 
 class KernelSums(NamedTuple):
-    """Squared Frobenius norms of Theta_t - Theta_0, Theta_0 and Theta_t, which add up over blocks."""
+    """Squared Frobenius norms of Theta_t - Theta_0, Theta_0 and Theta_t.
+
+    They add up over blocks.
+    """
 
     difference: Tensor
     initial: Tensor
@@ -98,14 +101,20 @@ class KernelSums(NamedTuple):
 
 
 def kernel_sums(initial: Tensor, kernel: Tensor) -> KernelSums:
-    """Sums the squared entries of two kernels, or of the same block of both, in float64."""
+    """Sums the squared entries of two kernels, in float64.
+
+    Both may be the same block of their kernels.
+    """
     require_same_shape(initial=initial, kernel=kernel)
     initial, kernel = initial.double(), kernel.double()
     return KernelSums(*(x.square().sum() for x in (kernel - initial, initial, kernel)))
 
 
 def alignment_sums(kernel: Tensor, row_targets: Tensor, column_targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    r""":math:`y^\top \Theta z`, :math:`\|\Theta\|^2` and :math:`\|y z^\top\|^2` over one block of a kernel, in float64."""
+    r"""Sums what the alignment needs over one block, in float64.
+
+    The sums are :math:`y^\top \Theta z`, :math:`\|\Theta\|^2` and :math:`\|y z^\top\|^2`.
+    """
     rows, columns = (targets.double().flatten() for targets in (row_targets, column_targets))
     if kernel.shape != (len(rows), len(columns)):
         raise ValueError(

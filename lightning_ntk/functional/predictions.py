@@ -79,6 +79,9 @@ def taylor_sums(outputs: Tensor, taylor_outputs: Tensor, initial_outputs: Tensor
 
 
 def _parts(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """Parts of flattened tensors in float64: the outputs of language models are too large for copies of all of them."""
+    """Splits flattened tensors into parts in float64.
+
+    The outputs of language models are too large for whole copies.
+    """
     for parts in zip(*(torch.split(tensor.flatten(), _PART) for tensor in tensors), strict=True):
         yield tuple(part.double() for part in parts)

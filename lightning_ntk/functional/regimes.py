@@ -1,4 +1,7 @@
-"""What tells a lazy from a rich regime at one time: alignment and rank of the kernel, rank and change of the features."""
+"""What distinguishes a lazy from a rich regime at one time.
+
+The quantities are alignment and rank of the kernel, and rank and change of the features.
+"""
 
 import torch
 from torch import Tensor
@@ -9,7 +12,9 @@ from lightning_ntk.utilities.validation import require_same_shape
 
 
 def centered_kernel_target_alignment(kernel: Tensor, targets: Tensor) -> float:
-    r"""Computes the cosine between a kernel and that of the targets, both centered over the samples (Cortes et al., 2012).
+    r"""Computes the centered kernel-target alignment (Cortes et al., 2012).
+
+    This is the cosine between the kernel and that of the targets, both centered over the samples.
 
     .. math:: \frac{y^\top H \Theta H y}{\|H \Theta H\| \, \|H y\|^2}, \qquad H = I - \tfrac1N \mathbf 1 \mathbf 1^\top
 
@@ -60,7 +65,9 @@ def effective_rank(kernel: Tensor) -> float:
 
 
 def low_rank_measure(features: Tensor, outputs: Tensor) -> float:
-    r"""Computes how far features before the last layer are from the fewest that the outputs need (Nam et al., 2024).
+    r"""Computes how far features are from the fewest needed (Nam et al., 2024).
+
+    It compares the features before the last layer with the fewest that the outputs need.
 
     .. math:: D_\text{LR} = 1 - \operatorname{CKA}(\mathcal T, \mathcal T_\text{MP})
         = 1 - \frac{\langle H \Phi \Phi^\top H,\ H P H\rangle}{\|H \Phi \Phi^\top H\| \, \|H P H\|}

@@ -1,4 +1,6 @@
-r"""Trace and Frobenius norm of a kernel :math:`\Theta = J J^\top` from a few vectors, with 95 % intervals.
+r"""Trace and Frobenius norm of a kernel, estimated from a few vectors.
+
+The kernel is :math:`\Theta = J J^\top`; estimates have 95 % intervals.
 
 Hutch++ (Meyer, Musco, Musco & Woodruff, 2021) is exact on a space that holds the large eigenvalues and estimates the rest with
 random vectors. Here the vectors are pulled back once, :math:`g_i = J^\top v_i`, and their Gram matrix, of all parameters or of
@@ -20,7 +22,10 @@ _LEAST_VECTORS = 3
 
 
 class Estimate(NamedTuple):
-    """A number and its 95 % interval, which is the number itself where it is exact."""
+    """A number and its 95 % interval.
+
+    The interval of an exact number is the number itself.
+    """
 
     value: float
     low: float
@@ -32,7 +37,9 @@ class Estimate(NamedTuple):
 
 
 class KernelMoments(NamedTuple):
-    """Trace and squared Frobenius norm of a kernel, estimated from all random vectors and without each one of them.
+    """Estimates of a kernel's trace and squared Frobenius norm.
+
+    The first estimate uses all random vectors; each other one leaves out one vector.
 
     Attributes:
         trace: `(1 + m,)` in float64: from all m random vectors, then without the first, the second, ...
@@ -44,7 +51,9 @@ class KernelMoments(NamedTuple):
 
 
 class ProbeVectors(NamedTuple):
-    """Vectors on which a kernel is probed: an orthonormal basis of a small space, and random ones orthogonal to it.
+    """Vectors on which a kernel is probed.
+
+    They are an orthonormal basis of a small space, and random vectors orthogonal to it.
 
     Attributes:
         vectors: `(R, N, K)`, in this order: those of the space with mean zero over the samples, those of it that are constant
@@ -73,7 +82,10 @@ class ProbeVectors(NamedTuple):
         return kernel_moments(gram, known)
 
     def centered_moments(self, gram: Tensor) -> KernelMoments:
-        r"""Trace and norm of the kernel centered over the samples, :math:`H \Theta H` (Cortes et al., 2012)."""
+        r"""Estimates trace and norm of the centered kernel (Cortes et al., 2012).
+
+        The kernel :math:`H \Theta H` is centered over the samples.
+        """
         start = self.centered + self.constant
         kept = [*range(self.centered), *range(start, start + self.random)]
         return kernel_moments(gram[kept][:, kept], self.centered)
@@ -115,7 +127,9 @@ def probe_vectors(images: Tensor, random: int, generator: torch.Generator) -> Pr
 
 
 def kernel_moments(gram: Tensor, known: int) -> KernelMoments:
-    r"""Trace and squared Frobenius norm of a kernel from the Gram matrix of pulled-back vectors.
+    r"""Estimates a kernel's trace and squared norm from a Gram matrix.
+
+    The Gram matrix is that of pulled-back vectors. The norm is the Frobenius norm.
 
     With Q an orthonormal basis and z random vectors with :math:`E z z^\top = I - Q Q^\top`,
 
@@ -152,7 +166,9 @@ def kernel_moments(gram: Tensor, known: int) -> KernelMoments:
 
 
 def interval(values: Tensor) -> Estimate:
-    """The 95 % interval of a positive quantity, by the jackknife on its logarithm and Student's t.
+    """Computes a 95 % interval of a positive quantity by the jackknife.
+
+    It uses the logarithm of the quantity and Student's t.
 
     Args:
         values: `(1 + m,)`: the quantity from all m random vectors, then without each one of them; `(1,)` if it is exact.
@@ -167,7 +183,9 @@ def interval(values: Tensor) -> Estimate:
 
 
 def student_quantile(degrees: int) -> float:
-    """The 97.5 % quantile of Student's t for at least two degrees of freedom (Abramowitz & Stegun, 1964, 26.7.5).
+    """The 97.5 % quantile of Student's t, two degrees of freedom or more.
+
+    See Abramowitz & Stegun (1964, 26.7.5).
 
     Example:
         >>> round(student_quantile(15), 3)
@@ -184,7 +202,10 @@ def student_quantile(degrees: int) -> float:
 
 
 def gram_matrices(pulled: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The Gram matrix `(R, R)` of pulled-back vectors `(R, *shape)`, by parameter, in float64 on the CPU."""
+    """Computes the Gram matrices `(R, R)` of vectors `(R, *shape)`, by parameter.
+
+    They are in float64 on the CPU.
+    """
     flat = {name: values.flatten(1).double() for name, values in pulled.items()}
     return {name: (values @ values.T).cpu() for name, values in flat.items()}
 

@@ -1,4 +1,4 @@
-"""Whether a run was lazy or rich, said of its scalars."""
+"""Judges from its scalars whether a run was lazy or rich."""
 
 import math
 from collections.abc import Mapping, Sequence

@@ -66,7 +66,7 @@ def difference(
 ) -> Mapping[str, Tensor]:
     """Subtracts `second` from `first`, parameter by parameter.
 
-    Each tensor is computed when it is asked for and not kept, so that no second copy of all weights is held.
+    Each tensor is computed on request and not kept, so that no second copy of all weights is held.
 
     Args:
         first: Tensors by name.
@@ -123,7 +123,10 @@ def norm(weights: Mapping[str, Tensor]) -> float:
 
 
 class WeightSums(NamedTuple):
-    """|w_t - w_lin|^2, |w_t - w_0|^2, |w_lin - w_0|^2 and <w_t - w_0, w_lin - w_0>, which add up over parameters."""
+    """Squared norms and the inner product of weight displacements.
+
+    They are |w_t - w_lin|^2, |w_t - w_0|^2, |w_lin - w_0|^2 and <w_t - w_0, w_lin - w_0>, which add up over parameters.
+    """
 
     distance: Tensor
     displacement: Tensor

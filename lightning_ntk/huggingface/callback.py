@@ -1,4 +1,7 @@
-"""The callback for the Trainer of transformers: it sees the batches as the model does, right before the model's own pass."""
+"""The callback for the Trainer of transformers.
+
+It sees each batch as the model does, right before the model's own pass.
+"""
 
 import copy
 from collections.abc import Iterator, Mapping, Sequence, Sized
@@ -25,28 +28,30 @@ from lightning_ntk.utilities.validation import require_integer, require_steps
 
 
 class LinearizationCallback(TrainerCallback):
-    """Compares a run of the Trainer of transformers with its linearized network, as `LinearizationMonitor` does one of Lightning.
+    """Compares a run of the transformers Trainer with its linearized network.
 
-    The linearized network is trained in lockstep by a copy of the run's optimizer, on the loss that the model returns. The
-    weights of the run are bitwise those of a run without the callback. The scalars are in `history` and, with the prefix
-    `ntk/`, in `trainer.state.log_history`. The gradient of the run is compared with that of the linearized loss in the first
-    step and in every step that is measured, `gradient_mismatch`.
+    It is the counterpart of `LinearizationMonitor` for Lightning.
 
-    One process and one device are supported, in full precision and in bf16, and runs from their start.
+    The linearized network is trained in lockstep by a copy of the run's optimizer, on the loss that the model returns.
+    The weights of the run are bitwise those of a run without the callback. The scalars are in `history` and, with the
+    prefix `ntk/`, in `trainer.state.log_history`. In the first step and in every measured step, the gradient of the run
+    is compared with that of the linearized loss, as `gradient_mismatch`.
+
+    It supports one process and one device, in full precision and in bf16, for runs from their start.
 
     Args:
-        reference: The data on which functions are compared: the training set, another data set, collated as the training
-            set is, or a DataLoader. None compares weights only.
+        reference: Data on which functions are compared: the training set, another data set collated in the same way, or
+            a DataLoader. None compares weights only.
         steps: An integer n to measure every n optimizer steps, a list of steps, or "log" for roughly logarithmic steps.
             The first (0) and the last step are always measured.
-        evaluation: Data on which functions are compared too.
-        reference_samples: On at most how many samples of a data set, evenly spaced, to compare functions. None for all.
+        evaluation: Further data on which functions are compared.
+        reference_samples: Number of samples per data set, evenly spaced, on which to compare functions. None for all.
         per_parameter: Whether to log the distance of every parameter tensor, `parameter/<name>`.
-        taylor: Whether to expand the trained network after the fact, for `taylor_gap`.
+        taylor: Whether to log `taylor_gap`, from an expansion of the trained network around the initial weights.
         name: Prefix of the logged tags.
 
     Raises:
-        ValueError: If an argument has a value that it cannot have; when training starts, if the run cannot be followed.
+        ValueError: If an argument has an invalid value or, when training starts, if the run cannot be followed.
 
     Example:
         >>> callback = LinearizationCallback(steps=100)
@@ -106,7 +111,7 @@ class LinearizationCallback(TrainerCallback):
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Lets the linearized network take the step that the optimizer is about to take, with its learning rates."""
+        """Takes the linearized network's step, with the optimizer's learning rates."""
         if self.comparison is None or self._lost:
             return
         live = {name: p for name, p in self._model.named_parameters() if name in self.comparison.initial_weights}
@@ -125,7 +130,7 @@ class LinearizationCallback(TrainerCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Measures the last step of a run that was stopped, and takes back the hook."""
+        """Measures the last step of a stopped run, and removes the hook."""
         self._hook.remove()
         if self.history[-1]["step"] != state.global_step:
             self._measure()
@@ -155,7 +160,7 @@ class LinearizationCallback(TrainerCallback):
         return StepComparison(step, reference, taylor=self.taylor)
 
     def _before_forward(self, model: nn.Module, args: tuple[Any, ...], batch: dict[str, Any]) -> None:
-        """Lets the linearized network train on the batch, with the random numbers that the model will have."""
+        """Trains the linearized network on the batch, with the model's random numbers."""
         if self.comparison is None or self._lost or not (model.training and torch.is_grad_enabled()):
             return
         # The model itself divides by the number of labels in all batches of a step, where the Trainer tells it.
@@ -211,7 +216,7 @@ class LinearizationCallback(TrainerCallback):
 
     @contextmanager
     def _following(self, comparison: RunComparison) -> Iterator[None]:
-        """Ends the measurements, and not the run, where the linearized network is lost after the first step."""
+        """Ends the measurements, not the run, if following fails after the first step."""
         try:
             yield
         except Exception as error:

@@ -1,4 +1,7 @@
-"""The kernel assembled from factors, tile by tile, in as many passes as memory asks for."""
+"""Assembles the kernel from factors, tile by tile.
+
+Memory decides the number of passes.
+"""
 
 from itertools import accumulate, product
 from typing import NamedTuple
@@ -58,7 +61,9 @@ class Tile(NamedTuple):
 def assemble(
     plan: Plan, *, memory_limit: int, dtype: torch.dtype, device: torch.device, progress: bool, processes: Processes
 ) -> Tensor:
-    """The kernel `(N1 K, N2 K)` of a plan; that of one data set is computed above its diagonal and mirrored.
+    """Computes the kernel `(N1 K, N2 K)` of a plan.
+
+    That of one data set is computed above its diagonal and mirrored.
 
     Where the factors do not fit into `memory_limit`, those of two blocks of samples are held at a time and made again when
     they are needed again. The arguments are those of `PlannedKernel.compute`.
@@ -135,7 +140,10 @@ def assemble(
 
 
 def _tiles(plan: Plan, factor_bytes: int, dtype: torch.dtype) -> list[Tile]:
-    """The tiles, block by block of factors; for a symmetric kernel those on and right of the diagonal."""
+    """The tiles, block by block of factors.
+
+    A symmetric kernel has those on and right of the diagonal.
+    """
     symmetric = plan.columns is None
     rows, columns = len(plan.rows), len(plan.columns or plan.rows)
     each = plan.cost.factor_bytes * dtype.itemsize // plan.linearization.dtype.itemsize
@@ -154,7 +162,10 @@ def _tiles(plan: Plan, factor_bytes: int, dtype: torch.dtype) -> list[Tile]:
 
 
 def _owners(tiles: list[Tile], processes: Processes) -> list[int]:
-    """The process that computes each tile: consecutive ones, for few blocks of factors, of about equal areas."""
+    """Assigns each tile to a process.
+
+    Each process gets consecutive tiles, which need few blocks of factors, of about equal area.
+    """
     done = list(accumulate(tile.pairs for tile in tiles))
     return [(2 * end - tile.pairs) * processes.size // (2 * done[-1]) for tile, end in zip(tiles, done, strict=True)]
 

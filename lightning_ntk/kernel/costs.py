@@ -1,4 +1,4 @@
-"""What a part of the kernel costs, and which method computes it in the fewest operations."""
+"""Estimates operations, and chooses the cheapest method for a part."""
 
 from collections.abc import Sequence
 from dataclasses import astuple, dataclass
@@ -96,7 +96,10 @@ def cheapest_method(
 
 
 def _used_width(factor: Outer) -> int:
-    """Inputs that are not always zero: all of a table, but for rows that all samples look up alike."""
+    """The number of inputs that are not always zero.
+
+    For a table these are all rows, except those that all samples look up alike.
+    """
     alike = factor.one_hot and bool((factor.inputs == factor.inputs[:1]).all())
     return len(torch.unique(factor.inputs[:1])) if alike else factor.width
 
@@ -128,6 +131,9 @@ def forward_cost(factor: Factor) -> float:
 
 
 def same_for_all_samples(factor: Outer) -> bool:
-    """Whether all samples have one and the same tensor of gradients, as at the outputs of the network itself."""
+    """Whether all samples share one tensor of gradients.
+
+    This is so at the outputs of the network itself.
+    """
     samples, _, groups, positions, _ = factor.gradients.shape
     return groups == positions == 1 and (samples == 1 or factor.gradients.stride(0) == 0)

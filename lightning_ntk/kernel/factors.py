@@ -1,4 +1,4 @@
-"""The Jacobian of one parameter in factored form, and the kernel blocks that follow from the factors.
+"""Jacobians of parameters in factored form, and kernel blocks from them.
 
 A layer that multiplies its input by a weight, at T positions, has the per-sample Jacobian
 
@@ -32,7 +32,9 @@ PIECE_NUMBERS = 1 << 23
 
 @dataclass(frozen=True, eq=False)
 class Outer:
-    """A Jacobian `sum_t gradients (x) inputs`, for each of R rows (samples, or parts of samples) and K outputs.
+    """A Jacobian `sum_t gradients (x) inputs` for R rows and K outputs.
+
+    Rows are samples, or parts of samples.
 
     Attributes:
         inputs: `(R, G, T, I)` for G groups and T positions; or integers `(R, G, T)` that index one-hot inputs.
@@ -61,7 +63,9 @@ class Outer:
         return int(self.gradients[:, :, 0].any(1).sum(2).max())
 
     def by_columns(self) -> "Outer":
-        """The same Jacobian with the elements of the output gradients that are not zero as positions, for one group.
+        """The same Jacobian, for one group, without zero output gradients.
+
+        The elements of the output gradients that are not zero become positions.
 
         The inputs are one-hot then, as those of an embedding, and the gradients are products with the inputs.
         """
@@ -88,7 +92,10 @@ class Outer:
 
 @dataclass(frozen=True, eq=False)
 class Dense:
-    """A Jacobian as it is: `(R, K, *shape)` for each of R rows (samples, or parts of samples)."""
+    """A Jacobian `(R, K, *shape)` that is not factored.
+
+    The R rows are samples, or parts of samples.
+    """
 
     jacobian: Tensor
 
@@ -108,12 +115,18 @@ Use: TypeAlias = tuple[str, Factor]
 
 
 def gradients_of(factor: Factor) -> Tensor:
-    """The output gradients `(R, K, ...)`, or the Jacobian where they are not kept apart."""
+    """The output gradients `(R, K, ...)`.
+
+    Where they are not kept apart, it is the Jacobian.
+    """
     return factor.gradients if isinstance(factor, Outer) else factor.jacobian
 
 
 def scaled(factor: Factor, scale: float) -> Factor:
-    """The Jacobian times a number; its output gradients are kept where they may be shared with other factors."""
+    """Multiplies the Jacobian by a number.
+
+    Output gradients that may be shared with other factors are kept.
+    """
     if scale == 1:
         return factor
     if isinstance(factor, Dense):
@@ -125,7 +138,9 @@ def scaled(factor: Factor, scale: float) -> Factor:
 
 @dataclass(frozen=True, eq=False)
 class Gram:
-    """What a block of the kernel is made of, for parameters that share their output gradients (a weight and its bias).
+    """What makes a kernel block of parameters that share output gradients.
+
+    A weight and its bias are an example.
 
     Attributes:
         inputs: One tensor a parameter: `(N, G, T, I)`, or `(N, G, T)` for one-hot inputs.
@@ -142,9 +157,11 @@ class Gram:
         return Gram(tuple(x[start:stop] for x in self.inputs), gradients)
 
     def jacobian(self, start: int, stop: int, used: Sequence[Tensor | None]) -> Tensor:
-        """The elements `start` to `stop` of the output gradients times all inputs, `(N K, G * (stop - start) * I)`.
+        """Elements `start` to `stop` of the output gradients times all inputs.
 
-        Of one-hot inputs, only those in `used`, which are sorted.
+        The result is `(N K, G * (stop - start) * I)`.
+
+        With one-hot inputs, it has only those in `used`, which are sorted.
         """
         gradients = self.gradients[..., start:stop].permute(0, 1, 3, 4, 2).flatten(2, 3)
         parts = []
@@ -178,7 +195,10 @@ def gram_of(factors: Sequence[Outer], *, shared: bool) -> Gram:
 
 
 def cat_grams(grams: Sequence[Gram]) -> Gram:
-    """Consecutive samples as one; sequences of unequal length are padded with positions whose gradient is zero."""
+    """Concatenates consecutive samples.
+
+    Sequences of unequal length are padded with positions whose gradient is zero.
+    """
     if len(grams) == 1:
         return grams[0]
     positions = max(gram.inputs[0].shape[2] for gram in grams)
@@ -227,7 +247,10 @@ class Factors:
 
 
 def cat_factors(parts: list[Factors]) -> Factors:
-    """Consecutive blocks of samples as one; `parts` is emptied, so that only one factor at a time is in memory twice."""
+    """Concatenates consecutive blocks of samples.
+
+    `parts` is emptied, so that only one factor at a time is in memory twice.
+    """
     if len(parts) == 1:
         return parts.pop()
     jacobians = [list(blocks) for blocks in zip(*(part.jacobians for part in parts), strict=True)]
@@ -250,7 +273,10 @@ def _cat_once(cat: Callable[[list[_T]], _T], pieces: list[list[_T]]) -> Iterator
 
 
 def expand(first: Factors, second: Factors, numbers: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """The Jacobians `(N K, P)` that were not made yet, of two blocks of samples, in pieces of at most `numbers` numbers each."""
+    """Makes the missing Jacobians `(N K, P)` of two blocks of samples.
+
+    They come in pieces of at most `numbers` numbers each.
+    """
     for left, right in zip(first.unexpanded, second.unexpanded, strict=True):
         used = [
             None if parts[0].is_floating_point() else torch.unique(torch.cat([part.flatten() for part in parts]))
@@ -270,7 +296,10 @@ def expand(first: Factors, second: Factors, numbers: int) -> Iterator[tuple[Tens
 
 
 def add_block(tile: Tensor, first: Factors, second: Factors) -> None:
-    """Adds Theta of two blocks of samples to `tile`, `(N1, K, N2, K)` and contiguous, but for Jacobians that are to `expand`."""
+    """Adds Theta of two blocks of samples to `tile`.
+
+    The tile is `(N1, K, N2, K)` and contiguous. Jacobians that are left to `expand` are not added.
+    """
     if first.readout and second.readout:
         widths = [part.matrix.shape[1] for part in (first.readout, second.readout)]
         inner = tile.new_zeros(tile.shape[0], widths[0], tile.shape[2], widths[1])
@@ -303,7 +332,10 @@ def _add_gram_block(tile: Tensor, first: Gram, second: Gram) -> None:
 
 
 def _input_gram(first: Gram, second: Gram, group: int) -> Tensor:
-    """Inner products of inputs, `(N1, T, N2, S)`, summed over the parameters that share the gradients."""
+    """Inner products of inputs, `(N1, T, N2, S)`.
+
+    They are summed over the parameters that share the gradients.
+    """
     total: Tensor | None = None
     for left, right in zip(first.inputs, second.inputs, strict=True):
         left, right = left[:, group], right[:, group]

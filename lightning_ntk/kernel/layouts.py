@@ -1,4 +1,7 @@
-"""Which rows of a factor belong to which sample, found from the gradients of one sample's outputs at a time."""
+"""Finds which rows of a factor belong to which sample.
+
+It uses the gradients of one sample's outputs at a time.
+"""
 
 from collections.abc import Container, Iterable, Mapping, Sequence
 from typing import NamedTuple
@@ -13,14 +16,20 @@ _CHOSEN = 4
 
 
 class Layout(NamedTuple):
-    """The axes `(before, samples, after)` into which rows split; None stands for the size that is left over."""
+    """The axes `(before, samples, after)` into which rows split.
+
+    None stands for the size that is left over.
+    """
 
     before: int | None
     after: int | None
 
 
 class _Regrouped(NamedTuple):
-    """The gradients of a call by sample, `(N, K, G, T, O)`, and which of a sample's rows, `(N, T)`, they are."""
+    """The gradients of a call by sample, `(N, K, G, T, O)`.
+
+    It also has the positions `(N, T)` of a sample's rows.
+    """
 
     gradients: Tensor
     kept: Tensor | None
@@ -48,7 +57,10 @@ def find_layout(support: Tensor) -> Layout | None:
 
 
 def find_layouts(uses: Iterable[Use]) -> tuple[dict[str, Layout], set[str]]:
-    """The layout of every parameter, and those that have none or several; gradients n are those of sample n's outputs."""
+    """Finds each parameter's layout, and parameters with none or several.
+
+    Element n of the gradients is that of sample n's outputs.
+    """
     layouts: dict[str, Layout] = {}
     coupled: set[str] = set()
     known: dict[int, Layout | None] = {}
@@ -65,10 +77,12 @@ def find_layouts(uses: Iterable[Use]) -> tuple[dict[str, Layout], set[str]]:
 def arrange_by_sample(
     uses: Iterable[Use], layouts: Mapping[str, Layout], samples: int, chosen: Container[str] = ()
 ) -> dict[str, list[Factor]]:
-    """The factors of every parameter that has a layout, each with one row per sample.
+    """Arranges factors with one row per sample.
 
-    Factors that share their gradients still share them afterwards, but for the parameters in `chosen`: all of these factors
-    have one-hot inputs, whatever the layers are.
+    It covers every parameter that has a layout.
+
+    Factors that share their gradients still share them afterwards, except for the parameters in `chosen`. The factors
+    of these all have one-hot inputs, whatever the layers are.
     """
     regrouped: dict[tuple[int, Layout], _Regrouped] = {}
     arranged: dict[str, list[Factor]] = {}
@@ -82,7 +96,10 @@ def arrange_by_sample(
 
 
 def find_chosen(arranged: Mapping[str, Sequence[Factor]]) -> frozenset[str]:
-    """The parameters of layers of which the network's outputs choose a few outputs: label words of a vocabulary."""
+    """Finds layers of which the network's outputs choose a few outputs.
+
+    Label words of a vocabulary are an example. Returns the layers' parameters.
+    """
     chosen = set()
     for name, factors in arranged.items():
         layers = [factor for factor in factors if isinstance(factor, Outer) and not factor.one_hot]
@@ -93,7 +110,10 @@ def find_chosen(arranged: Mapping[str, Sequence[Factor]]) -> frozenset[str]:
 
 
 def _chooses(layer: Outer, *, tied: bool) -> bool:
-    """Whether one-hot inputs save memory: next to the layer's own factor, or to the Jacobian of a tied weight."""
+    """Whether one-hot inputs save memory.
+
+    They are compared with the layer's own factor, or with the Jacobian of a tied weight.
+    """
     size = layer.gradients.shape[4]
     if layer.gradients.shape[2] > 1 or layer.gradients.stride(0) == 0:
         return False
@@ -102,7 +122,10 @@ def _chooses(layer: Outer, *, tied: bool) -> bool:
 
 
 def _by_sample(factor: Factor, layout: Layout, samples: int, regrouped: dict[tuple[int, Layout], _Regrouped]) -> Factor:
-    """The rows of a sample become positions, without those that reach no output; those of a dense Jacobian are summed."""
+    """Turns the rows of a sample into positions.
+
+    Rows that reach no output are left out; those of a dense Jacobian are summed.
+    """
     if isinstance(factor, Dense):
         return Dense(_split(factor.jacobian, layout, samples).sum((0, 2)))
     key = (id(factor.gradients), layout)

@@ -228,7 +228,10 @@ def compute_kernel(
 
 
 def _finite(kernel: Tensor, outputs: int) -> Tensor:
-    """The kernel; a ValueError where a Jacobian is not finite, which shows in each of its products."""
+    """Returns the kernel; a ValueError if a Jacobian is not finite.
+
+    This shows in each of its products.
+    """
     if kernel.is_meta:  # there are no numbers
         return kernel
     for name, products in (("first", kernel[:, 0]), ("second", kernel[0])):
@@ -242,12 +245,18 @@ def _finite(kernel: Tensor, outputs: int) -> Tensor:
 
 
 def count_operations(linearization: Linearization, reference: Reference) -> Operations:
-    """The operations of the kernel of a data set with itself, as its plan counts them; the kernel is not computed."""
+    """Counts the operations of a data set's kernel, without computing it.
+
+    The count is that of the kernel's plan.
+    """
     return PlannedKernel(linearization, reference).operations
 
 
 def complete_scales(given: Mapping[str, float], names: Iterable[str]) -> dict[str, float]:
-    """The factor of every parameter, 1 unless it is given; a ValueError for `lr_scales` that cannot be used."""
+    """Completes `lr_scales` with 1 for parameters that are not given.
+
+    Raises a ValueError for scales that cannot be used.
+    """
     scales = dict.fromkeys(names, 1.0)
     require_instance("lr_scales", given, Mapping, "a dict of numbers by parameter")
     if unknown := sorted(given.keys() - scales.keys()):

@@ -18,7 +18,9 @@ _VMAP_CHUNK = 32
 
 
 def sample_jacobians(linearization: Linearization, inputs: object, names: Sequence[str] | None = None) -> Tensors:
-    """The Jacobian of every sample of a batch, `(B, K, *shape)` for every parameter, or for those in `names`.
+    """Computes every sample's Jacobian, `(B, K, *shape)` for each parameter.
+
+    `names` restricts the parameters.
 
     Operations that vmap does not support, or for which it is wrong (that of `nn.PReLU`, in some versions of PyTorch), are
     differentiated sample by sample, K backward passes each.
@@ -54,12 +56,18 @@ def sample_jacobians(linearization: Linearization, inputs: object, names: Sequen
 
 
 def random_cotangent(shape: torch.Size, like: Tensor) -> Tensor:
-    """Normal numbers, the same on every device, in the type and on the device of another tensor."""
+    """Draws normal numbers that are the same on every device.
+
+    They have the type and the device of another tensor.
+    """
     return torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(like)
 
 
 def _match_autograd(linearization: Linearization, inputs: object, jacobians: Tensors) -> bool:
-    """Whether J^T u, for a random u and every parameter, is what a plain backward pass gives."""
+    """Whether J^T u agrees with plain autograd.
+
+    It is tested for a random u and every parameter.
+    """
     first = next(iter(jacobians.values()))
     cotangent = random_cotangent(first.shape[:2], like=first)
     expected = linearization.predict_and_vjp([cotangent], inputs)[1][0]
@@ -91,7 +99,10 @@ def _row_by_row(
 
 
 def contract(first: Tensors, second: Tensors, dtype: torch.dtype | None = None) -> Tensor:
-    """J1 J2^T, in `dtype`, for Jacobians `(B1, K, *shape)` and `(B2, K, *shape)` of every parameter: `(B1 K, B2 K)`."""
+    """Computes J1 J2^T, `(B1 K, B2 K)`, in `dtype`.
+
+    The Jacobians are `(B1, K, *shape)` and `(B2, K, *shape)` for every parameter.
+    """
     total: Tensor | None = None
     for name, block in first.items():
         rows, columns = (

@@ -1,4 +1,7 @@
-"""How the kernel of a network is computed: which method for which parameters, decided and verified on a few samples."""
+"""The plan of a kernel: which method computes which parameters.
+
+It is decided and verified on a few samples.
+"""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -49,7 +52,7 @@ _SMALL = 1024
 
 
 class PlanChangedError(Exception):
-    """A batch uses the parameters in another way than the samples on which the plan was made."""
+    """A batch uses the parameters in another way than the plan."""
 
 
 class Unit(NamedTuple):
@@ -115,7 +118,10 @@ class Plan:
         return tuple(name for unit in self.units if unit.method == "vmap" for name in unit.names)
 
     def contract(self, names: Iterable[str]) -> "Plan":
-        """The plan in which these parameters, and those of units that hold one of them, go through vmap."""
+        """Returns the plan with these parameters computed through vmap.
+
+        The other parameters of their units go with them.
+        """
         chosen = set(names)
         split = {name for unit in self.units if chosen.intersection(unit.names) for name in unit.names}
         contracted = tuple(
@@ -136,7 +142,9 @@ def make_plan(
     structured: bool = True,
     roots: Mapping[str, float] | None = None,
 ) -> Plan:
-    """Decides how each parameter's part of the kernel is computed, from four backward passes over three samples.
+    """Decides how each parameter's part of the kernel is computed.
+
+    It takes four backward passes over three samples.
 
     With `structured=False` no rule is used. Raises a ValueError if the outputs are not one row per sample, or depend on no
     trainable parameter. The other arguments are those of the plan.
@@ -188,7 +196,10 @@ def make_plan(
 
 
 def _from_features(plan: Plan, inputs: Any, forward: Mapping[str, float]) -> Plan | None:
-    """The plan in which a last linear layer's features have the place of its outputs, where it has more outputs than features."""
+    """Replaces the outputs of a last linear layer by its features.
+
+    The plan does so where the layer has more outputs than features.
+    """
     usage = record_usage(plan.linearization, inputs, lambda _: [], from_features=True)
     if usage.head is None:
         return None
@@ -209,7 +220,10 @@ def _from_features(plan: Plan, inputs: Any, forward: Mapping[str, float]) -> Pla
 def _readout(
     head: Head, merged: Mapping[tuple[str, ...], Sequence[Factor]], roots: Mapping[str, float]
 ) -> Readout | None:
-    """The readout with the elements of D, and with the embedding that its weight may be; None for other uses of the weight."""
+    """The readout with its elements of D; None if not applicable.
+
+    Its weight may be an embedding too; for other uses of the weight it is None.
+    """
     weight, bias = (roots.get(name or "", 0.0) for name in (head.weight, head.bias))
     readout = replace(head.readout, scales=(weight**2, bias**2))
     for names, factors in merged.items():
@@ -226,7 +240,9 @@ def _readout(
 
 
 def verify(plan: Plan) -> Plan:
-    """Compares each unit with plain autograd, |D^(1/2) J^T u|^2 = u^T J D J^T u for a random u on three samples.
+    """Compares each unit with plain autograd, on three samples.
+
+    The test is |D^(1/2) J^T u|^2 = u^T J D J^T u for a random u.
 
     Warns:
         UserWarning: If they disagree. The parameters are named, and go through vmap in the plan that is returned.
@@ -262,7 +278,9 @@ def verify(plan: Plan) -> Plan:
 
 
 def collect(plan: Plan, inputs: Any) -> Factors:
-    """The factors of a batch, from K backward passes and the Jacobians of parameters without a rule.
+    """Computes the factors of a batch.
+
+    It takes K backward passes, and Jacobians for parameters without a rule.
 
     Raises:
         PlanChangedError: If the batch uses parameters in another way than the plan foresees.
@@ -276,7 +294,10 @@ def collect(plan: Plan, inputs: Any) -> Factors:
 
 
 def _record(plan: Plan, inputs: Any) -> tuple[dict[tuple[str, ...], list[Factor]], Tensor, Head | None]:
-    """The factors of every unit that has a rule, the outputs, and the last layer where it is kept apart."""
+    """The factors of every unit that has a rule, and the outputs.
+
+    It also has the last layer where that is kept apart.
+    """
     usage = record_usage(
         plan.linearization, inputs, lambda x: [one_hot_cotangents(x)], from_features=plan.readout is not None
     )
@@ -297,7 +318,10 @@ def _record(plan: Plan, inputs: Any) -> tuple[dict[tuple[str, ...], list[Factor]
 
 
 def _pack(units: Sequence[Unit], merged: Mapping[tuple[str, ...], list[Factor]], jacobians: Tensors) -> Factors:
-    """The factors laid out for products: a Gram for each unit that has one, and the dense Jacobians."""
+    """Lays factors out for products.
+
+    There is a Gram for each unit that has one, and the dense Jacobians.
+    """
     grams: list[Gram] = []
     unexpanded: list[tuple[Gram, ...]] = []
     dense = list(jacobians.values())
@@ -324,7 +348,10 @@ def _pack(units: Sequence[Unit], merged: Mapping[tuple[str, ...], list[Factor]],
 
 
 def _merge(uses: Mapping[str, list[Factor]], roots: Mapping[str, float]) -> dict[tuple[str, ...], list[Factor]]:
-    """One factor per parameter: several uses become positions of one, and parameters with the same gradients one group."""
+    """Merges factors into one per parameter.
+
+    Several uses become positions of one. Parameters with the same gradients become one group.
+    """
     joined: dict[tuple[int, ...], Tensor] = {}
     groups: dict[int, dict[str, Factor]] = {}
     for name, factors in uses.items():
@@ -345,7 +372,10 @@ def _merge(uses: Mapping[str, list[Factor]], roots: Mapping[str, float]) -> dict
 
 
 def _sum_of(factors: Sequence[Factor]) -> Dense:
-    """The Jacobian through uses of different kinds, of which at most two are in memory at a time."""
+    """Sums the Jacobian through uses of different kinds.
+
+    At most two are in memory at a time.
+    """
     total = factors[0].dense().clone()
     for factor in factors[1:]:
         total += factor.dense()

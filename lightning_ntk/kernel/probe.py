@@ -14,7 +14,9 @@ from lightning_ntk.utilities.validation import require_integer
 
 
 class KernelProbe:
-    r"""How far the empirical kernel :math:`\Theta_t` of a few samples moves away from :math:`\Theta_0` during training.
+    r"""Measures how far the kernel of a few samples moves during training.
+
+    The kernel is the empirical :math:`\Theta_t`, compared with :math:`\Theta_0`.
 
     The samples are evenly spaced in the reference, so that every process and every run has the same ones. Only the
     weights move: kernels are evaluated with the buffers of `linearization`. A kernel of n samples with K outputs has
@@ -59,7 +61,9 @@ class KernelProbe:
         self.advance(self.initial, step)
 
     def kernel(self, weights: Mapping[str, Tensor]) -> Tensor:
-        r""":math:`\Theta` of the samples at `weights`, `(n K, n K)` in float64 on the CPU.
+        r"""Computes :math:`\Theta` of the samples at `weights`, `(n K, n K)`.
+
+        It is in float64 on the CPU.
 
         Raises:
             ValueError: If the weights have other names or shapes than those of `linearization`, or are not finite.
@@ -70,7 +74,9 @@ class KernelProbe:
         return compute_kernel(self._linearization.at(weights), self._reference, dtype=torch.float64).cpu()
 
     def compare(self, kernel: Tensor, step: float | None = None) -> dict[str, float]:
-        r"""How far a kernel is from the initial one, and how fast it moves. Nothing is remembered.
+        r"""Computes a kernel's distance from the initial one, and its velocity.
+
+        The kernel is not stored.
 
         Args:
             kernel: :math:`\Theta_t`, as `kernel` returns it.
@@ -99,7 +105,10 @@ class KernelProbe:
         return scalars
 
     def advance(self, kernel: Tensor, step: float) -> None:
-        """Makes this kernel, of this optimizer step, the one from which the next velocity is measured."""
+        """Makes this kernel the reference for the next velocity.
+
+        It is the kernel at this optimizer step.
+        """
         self.previous, self.step = kernel, float(step)
 
     def state_dict(self) -> dict[str, Any]:

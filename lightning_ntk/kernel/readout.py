@@ -1,12 +1,14 @@
-r"""A last linear layer with more outputs than features, of which the kernel needs no output gradients.
+r"""A last linear layer with more outputs than features.
+
+Its kernel needs no output gradients.
 
 For outputs :math:`f = W h + b` of features h, `(N, d)`, with a kernel :math:`\Theta_h`,
 
     Theta = (H H^T + 1) (x) I + (I (x) W) Theta_h (I (x) W^T),
 
-so that d backward passes take the place of K. Where the weight is an embedding too, with the Jacobian E of the outputs as such,
-the terms E (H (x) I)^T and its transpose are added. What the outputs choose of the layer's, a position or some words of a
-vocabulary, is known from their gradients (the structured head of Novak et al., 2022, for any choice of outputs).
+so that d backward passes take the place of K. Where the weight is an embedding too, with the Jacobian E of the outputs in
+that use, the terms E (H (x) I)^T and its transpose are added. What the outputs choose of the layer's, a position or some
+words of a vocabulary, is known from their gradients (the structured head of Novak et al., 2022, for any choice of outputs).
 """
 
 from collections.abc import Sequence
@@ -59,7 +61,10 @@ class Readout:
         return replace(self, weight=self.weight.to(dtype), features=self.features.to(dtype), gradients=gradients)
 
     def add_outputs(self, tile: Tensor, inner: Tensor, other: "Readout") -> None:
-        """Adds the kernel of the outputs to `tile`, `(N1, K, N2, K)`, from that of the features, `(N1, P d, N2, P d)`."""
+        """Adds the kernel of the outputs to `tile`, `(N1, K, N2, K)`.
+
+        It is computed from that of the features, `(N1, P d, N2, P d)`.
+        """
         matrix = self.matrix
         right = inner @ matrix.T
         if self.tokens is not None:
@@ -75,7 +80,10 @@ class Readout:
                 tile.addcmul_(weights[:, None, :, None], pairs[None, :, None, :])
 
     def _cross(self, other: "Readout") -> Tensor:
-        """The embedding's Jacobian of the features times the layer's own of the other samples' outputs, `(N1, P d, N2, K)`."""
+        """The cross term of the embedding and the layer, `(N1, P d, N2, K)`.
+
+        It is the embedding's Jacobian of the features times the layer's own of the other samples' outputs.
+        """
         assert self.tokens is not None
         assert self.gradients is not None
         words = (self.tokens.unsqueeze(2) == self.columns).to(self.gradients)
@@ -89,7 +97,10 @@ class Readout:
 
 
 def cat_readouts(parts: Sequence[Readout]) -> Readout:
-    """Consecutive samples as one; shorter sequences look up a row with a gradient of zero."""
+    """Concatenates consecutive samples.
+
+    Shorter sequences look up a row with a gradient of zero.
+    """
     features = torch.cat([part.features for part in parts])
     if parts[0].tokens is None:
         return replace(parts[0], features=features)
@@ -128,7 +139,10 @@ class Choice:
 
 
 def find_choice(outputs: Tensor, result: Tensor) -> Choice | None:
-    """What `outputs`, `(N, K)`, choose of a layer's `result`, `(N, ..., V)`; None if not, or not alike in all samples."""
+    """Finds what `outputs`, `(N, K)`, choose of a layer's `result`.
+
+    The result is `(N, ..., V)`. None if they choose nothing, or not alike in all samples.
+    """
     samples, count = outputs.shape
     if len(result) != samples or result.dim() < 2 or not outputs.requires_grad:
         return None

@@ -1,4 +1,7 @@
-"""The factors of a batch: which calls use which parameters, and the gradients of the outputs where they do."""
+"""Records which calls use which parameters, and their output gradients.
+
+These make the factors of a batch.
+"""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -134,7 +137,10 @@ class _Recorder(TorchFunctionMode):
         kwargs: dict[str, Any],
         results: list[Any],
     ) -> bool:
-        """Whether the results are parts of a parameter; if so, they stand for it from now on."""
+        """Whether the results are parts of a parameter.
+
+        If so, they stand for it from now on.
+        """
         if len(names) > 1:
             return False
         (name,) = names
@@ -176,8 +182,8 @@ def record_usage(
     `cotangents` maps the outputs `(N, K)` to stacks `(C, N, K)`. C backward passes each give the gradients of C weighted sums
     of the outputs, and factors with C in the place of K. As samples do not interact, one pass serves all samples.
 
-    With `from_features`, where the outputs are more than the features of a last linear layer, the factors are those of the
-    features, with the features in the place of the outputs.
+    With `from_features`, where a last linear layer has more outputs than features, the features take the place of the
+    outputs.
     """
     params = linearization.spare({name: p.detach() for name, p in linearization.params.items()})
     recorder = _Recorder(params)
@@ -206,7 +212,10 @@ def record_usage(
 
 
 def one_hot_cotangents(outputs: Tensor) -> Tensor:
-    """A cotangent for each output, `(K, N, K)`: the same for all samples, and held once."""
+    """Makes a cotangent for each output, `(K, N, K)`.
+
+    It is the same for all samples, and held once.
+    """
     samples, classes = outputs.shape
     return torch.eye(classes, dtype=outputs.dtype, device=outputs.device).unsqueeze(1).expand(-1, samples, -1)
 
@@ -284,7 +293,10 @@ def _leaves(tree: Any) -> list[Any]:
 
 @cache
 def _body(func: Any) -> Any:
-    """A function of PyTorch written in Python that does not ask for overrides of itself, so that those of its parts are seen."""
+    """The Python body of a PyTorch function, without its check for overrides.
+
+    The recorder then sees the calls in it.
+    """
     # PyTorch has no public way to run a function's own body while a TorchFunctionMode stays on: called within the mode, the
     # function only asks the mode again, and outside of it the parts are not seen.
     names = ("has_torch_function", "has_torch_function_unary", "has_torch_function_variadic")

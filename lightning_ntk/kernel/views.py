@@ -1,4 +1,7 @@
-"""Parts of a parameter that a network uses in the parameter's place: slices, chunks, transposed views, rows."""
+"""Parts of a parameter that a network uses in its place.
+
+They are slices, chunks, transposed views and rows.
+"""
 
 from collections.abc import Callable, Iterable
 from inspect import signature
@@ -72,7 +75,10 @@ class Selection(NamedTuple):
 
 
 def view_of(name: str, parameter: Tensor, view: object) -> Selection | None:
-    """Which elements of `parameter` the tensor `view` shows; None if it shows others, or copies of them."""
+    """The elements of `parameter` that the tensor `view` shows.
+
+    None if it shows others, or copies of them.
+    """
     if not isinstance(view, Tensor) or not parameter.is_contiguous() or view.dtype != parameter.dtype:
         return None
     if view.untyped_storage().data_ptr() != parameter.untyped_storage().data_ptr() or not view.numel():
@@ -93,7 +99,10 @@ def view_of(name: str, parameter: Tensor, view: object) -> Selection | None:
 
 
 def looked_up(name: str, parameter: Tensor, *args: Any, **kwargs: Any) -> Selection | None:
-    """The rows of an `nn.Embedding` that the same indices select for all samples, as those of positions do."""
+    """The rows of an embedding that all samples look up alike.
+
+    The indices into the `nn.Embedding` are the same for all samples, as those of positions are.
+    """
     call = signature(F.embedding).bind(*args, **kwargs).arguments
     index: Tensor = call["input"]
     same_for_all = not depends_on_batch(index) and (index.dim() < 2 or len(index) == 1)
@@ -104,7 +113,10 @@ def looked_up(name: str, parameter: Tensor, *args: Any, **kwargs: Any) -> Select
 
 
 def of_parameter(factor: Factor, selection: Selection, enlarged: dict[int, Tensor]) -> Factor:
-    """The Jacobian of a parameter from that of a selection of it; factors that share gradients share the `enlarged` ones."""
+    """Makes the Jacobian of a parameter from that of a selection.
+
+    Factors that share gradients share the `enlarged` ones.
+    """
     shape, rows, width = selection.shape, selection.rows, selection.width
     total = shape.numel() // width
     if isinstance(factor, Outer) and factor.gradients.shape[2] == 1:

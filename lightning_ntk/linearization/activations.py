@@ -1,4 +1,7 @@
-"""Activations of a network's layers on a batch, seen by hooks that are gone afterwards."""
+"""Records activations of a network's layers on a batch.
+
+The hooks are removed afterwards.
+"""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

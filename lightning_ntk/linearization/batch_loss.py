@@ -1,4 +1,7 @@
-"""The loss of a linearized network on a batch, and its gradient: what everything above sees of network and loss."""
+"""The loss of a linearized network on a batch, and its gradient.
+
+Higher layers see network and loss through it alone.
+"""
 
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
@@ -13,7 +16,10 @@ from lightning_ntk.linearization.parameters import Tensors
 
 
 class BatchLoss(Protocol):
-    """The loss of one batch as a function of the weights, with the network linearized at w0 or not."""
+    """The loss of one batch as a function of the weights.
+
+    The network is linearized at w0 or not.
+    """
 
     @property
     def module(self) -> nn.Module:
@@ -24,10 +30,16 @@ class BatchLoss(Protocol):
         """w0, the trainable parameters by name."""
 
     def gradient(self, batch: Any, tangent: Mapping[str, Tensor] | None = None) -> Tensors | None:
-        """The gradient for the linearized network at w0 + tangent, in memory of its own; None for a batch without a loss."""
+        """Computes the gradient for the linearized network at w0 + tangent.
+
+        It has memory of its own. None for a batch without a loss.
+        """
 
     def gradient_at(self, batch: Any, weights: Mapping[str, Tensor]) -> Tensors | None:
-        """The gradient for the network itself, at weights (and buffers) by name; None for a batch without a loss."""
+        """Computes the network's own gradient, at weights (and buffers) by name.
+
+        None for a batch without a loss.
+        """
 
     def state_dict(self) -> dict[str, Tensors]:
         """The tensors of the network, under "params", "frozen" and "buffers"."""

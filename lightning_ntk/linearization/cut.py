@@ -1,4 +1,7 @@
-"""The cut of a step: where its network ends and its loss begins, at the last place where a parameter meets data."""
+"""The cut of a step: where its network ends and its loss begins.
+
+It is the last place where a parameter meets data.
+"""
 
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -20,7 +23,7 @@ _PLAIN = frozenset({
 
 
 class Call(NamedTuple):
-    """A call in a step that has a parameter among what its arguments are made of.
+    """A call in a step whose arguments depend on a parameter.
 
     Attributes:
         function: The function that was called.

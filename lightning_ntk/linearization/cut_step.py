@@ -1,4 +1,7 @@
-"""A step run along its cut: the network on dual numbers, the loss on its linearized outputs."""
+"""Runs a step along its cut.
+
+The network runs on dual numbers, the loss on its linearized outputs.
+"""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -12,7 +15,7 @@ from lightning_ntk.linearization.tracker import Kind, Tracker, tensors_of, writt
 
 
 class CutChangedError(Exception):
-    """A batch takes another way through network and loss than the one on which the cut was found."""
+    """A batch takes another path through network and loss than the cut."""
 
 
 class LossCall(NamedTuple):

@@ -1,4 +1,4 @@
-"""Products with the Jacobian J of all outputs on a data set, at frozen weights.
+"""Products with the Jacobian J of all outputs on a data set.
 
 J has N K rows, in sample-major order (row n K + k), and P columns.
 """
@@ -23,15 +23,23 @@ class Jacobian(Protocol):
     """What the dynamics need of J, however it is held."""
 
     def jvp(self, tangent: Mapping[str, Tensor]) -> Tensor:
-        """J v, `(N, K)` in float64, for a tangent with the names and shapes of the parameters."""
+        """Computes J v, `(N, K)` in float64.
+
+        The tangent v has the names and shapes of the parameters.
+        """
 
     def vjp(self, cotangents: Tensor) -> Tensors:
-        """J^T u for cotangents `(T, N, K)`: a float64 tensor `(T, *shape)` for every parameter."""
+        """Computes J^T u for cotangents `(T, N, K)`.
+
+        Every parameter has a float64 tensor `(T, *shape)`.
+        """
 
 
 @dataclass(frozen=True)
 class StreamedJacobian:
-    """J through passes over batches: memory O(P + N K), and J is never stored.
+    """J through passes over batches, in memory O(P + N K).
+
+    J is never stored.
 
     Every pass recomputes the predictions and compares them with those of the capture: data that changed its order or content
     would give a plausible wrong answer.
@@ -51,7 +59,10 @@ class StreamedJacobian:
         return self.passes.processes.sum_(product)
 
     def vjp(self, cotangents: Tensor) -> Tensors:
-        """J^T u for cotangents `(T, N, K)`: one forward and T backward passes, results `(T, *shape)` in float64."""
+        """Computes J^T u for cotangents `(T, N, K)`.
+
+        It takes one forward and T backward passes. Results are `(T, *shape)` in float64.
+        """
         linearization = self.passes.linearization
         cotangents = cotangents.to(linearization.device)
         totals = {
@@ -100,7 +111,10 @@ class StoredJacobian:
 
     @classmethod
     def cat(cls, batches: Iterable[Tensors], samples: int) -> "StoredJacobian":
-        """J from the blocks of consecutive batches of so many samples together, written in place as they come."""
+        """Concatenates the blocks of J of consecutive batches.
+
+        They are written in place as they come.
+        """
         blocks: Tensors = {}
         start = stop = 0
         for part in batches:

@@ -1,4 +1,7 @@
-"""Outputs and labels of a training step where its loss function gets them, whatever its batches are made of."""
+"""Finds outputs and labels where a training step's loss gets them.
+
+Batches may have any form.
+"""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -21,7 +24,7 @@ from lightning_ntk.utilities.contexts import preserved_rng
 
 
 def labeled_pair(step: StepLinearization, batch: Any) -> Pair:
-    """Finds the loss function that a training step returns, with the outputs and the labels that it gets.
+    """Finds the loss function of a training step, with outputs and labels.
 
     A model that computes its own loss from a dict with `labels`, as those of transformers do, has no pair of inputs and target.
     The whole batch is then the input, the target is the tensor of the batch that the loss function gets, and the outputs are
@@ -66,7 +69,7 @@ def labeled_pair(step: StepLinearization, batch: Any) -> Pair:
 
 
 class _Unpack:
-    """A batch as inputs, and the tensor at one place of it as the target."""
+    """Splits a batch into inputs and the tensor at the target's place."""
 
     def __init__(self, path: str) -> None:
         self._path = path
@@ -107,7 +110,7 @@ class _LossArgument(TorchFunctionMode):
 
 
 def _plain(batch: Any) -> Any:
-    """A mapping of another kind as a dict, whose tensors can be told by their keys."""
+    """Converts another kind of mapping to a dict, with tensors by key."""
     return dict(batch) if isinstance(batch, Mapping) and not isinstance(batch, dict) else batch
 
 

@@ -21,7 +21,9 @@ T = TypeVar("T")
 
 
 class Linearization(FrozenNetwork):
-    r"""The network :math:`f_\text{lin}(w) = f(w_0) + J (w - w_0)` at the weights that `module` has now.
+    r"""A network, linearized at the weights that `module` has now.
+
+    The network is :math:`f_\text{lin}(w) = f(w_0) + J (w - w_0)`.
 
     Parameters and buffers are cloned, so that training the module afterwards changes nothing here. Only parameters
     with `requires_grad=True` are variables, frozen ones are constants, and tied ones count once. Every pass runs in
@@ -61,7 +63,9 @@ class Linearization(FrozenNetwork):
         return outputs + derivative
 
     def jvp(self, tangent: Mapping[str, Tensor], inputs: Any) -> Tensor:
-        """The Jacobian-vector product `J v`, `(B, K)`, for a tangent with the names and shapes of `params`.
+        """Computes the Jacobian-vector product `J v`, `(B, K)`.
+
+        The tangent has the names and shapes of `params`.
 
         Forward mode. Operations without a forward-mode derivative are retried without fused kernels, and at last
         through two reverse passes, `J v = d/du <J^T u, v>`.
@@ -69,7 +73,10 @@ class Linearization(FrozenNetwork):
         return self.predict_and_jvp(tangent, inputs)[1]
 
     def vjp(self, cotangent: Tensor, inputs: Any) -> Tensors:
-        """The vector-Jacobian product `J^T u` for a cotangent `(B, K)`, with the names and shapes of `params`."""
+        """Computes the vector-Jacobian product `J^T u`.
+
+        The cotangent is `(B, K)`; the result has the names and shapes of `params`.
+        """
         require_instance("cotangent", cotangent, Tensor, "a tensor (B, K)")
         return self.predict_and_vjp([cotangent], inputs)[1][0]
 
@@ -102,7 +109,10 @@ class Linearization(FrozenNetwork):
                     self._jvp_rung += 1
 
     def predict_and_vjp(self, cotangents: Sequence[Tensor] | Tensor, inputs: Any) -> tuple[Tensor, list[Tensors]]:
-        """Outputs `(B, K)` and `J^T u` for each of several cotangents `(B, K)`: one forward pass, many backward."""
+        """Computes outputs `(B, K)` and `J^T u` for several cotangents `(B, K)`.
+
+        It takes one forward pass and a backward pass for each cotangent.
+        """
 
         def pull_back(outputs: Tensor, leaves: Tensors) -> tuple[Tensor, list[Tensors]]:
             last = len(cotangents) - 1
@@ -115,7 +125,9 @@ class Linearization(FrozenNetwork):
     def predict_jvp_and_vjp(
         self, tangent: Mapping[str, Tensor] | None, inputs: Any, cotangent_of: Callable[[Tensor, Tensor], Tensor]
     ) -> Tensors:
-        """`J^T u` for a cotangent that depends on the outputs and on `J v`, in one forward and one backward pass.
+        """Computes `J^T u` for a cotangent that depends on outputs and `J v`.
+
+        It takes one forward and one backward pass.
 
         Args:
             tangent: v, with the names and shapes of `params`; None for zero, which costs nothing.
@@ -151,7 +163,10 @@ class Linearization(FrozenNetwork):
             return self.vjp(cotangent_of(*self.predict_and_jvp(tangent, inputs)), inputs)
 
     def unused(self, inputs: Any) -> set[str]:
-        """The names of the parameters without a gradient, because the outputs do not depend on them."""
+        """The names of the parameters on which the outputs do not depend.
+
+        They have no gradient.
+        """
 
         def find(outputs: Tensor, leaves: Tensors) -> set[str]:
             if not outputs.requires_grad:
@@ -164,7 +179,10 @@ class Linearization(FrozenNetwork):
     def _backward(
         self, inputs: Any, then: Callable[[Tensor, Tensors], T], tangent: Mapping[str, Tensor] | None = None
     ) -> T:
-        """`then(outputs, leaves)` on a graph from the weights as leaves, along a tangent if there is one."""
+        """Calls `then(outputs, leaves)` on a graph from the weights as leaves.
+
+        The graph runs along a tangent if there is one.
+        """
         # torch.autograd and not torch.func: older custom autograd Functions have no torch.func support.
         with isolated_pass(self.module, self.device.type), torch.enable_grad():
             leaves = params = {name: p.detach().requires_grad_() for name, p in self.params.items()}
@@ -191,7 +209,10 @@ class Linearization(FrozenNetwork):
 def pulled_back(
     outputs: Sequence[Tensor], cotangents: Sequence[Tensor], leaves: Tensors, *, retain_graph: bool = False
 ) -> Tensors:
-    """`J^T u` by one backward pass, each result with memory of its own, and zeros for parameters without a path."""
+    """Computes `J^T u` by one backward pass.
+
+    Each result has memory of its own. Parameters without a path get zeros.
+    """
     pairs = [(o, u.to(o)) for o, u in zip(outputs, cotangents, strict=True) if o.requires_grad]
     if pairs:
         # Into `.grad`, which copies a gradient that something else holds; `torch.autograd.grad` returns it as it is.

@@ -1,4 +1,7 @@
-"""One network frozen at its weights at construction: its outputs, at these and at other weights."""
+"""A network frozen at its present weights.
+
+It gives outputs at these and at other weights.
+"""
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -27,7 +30,7 @@ def call_module(module: nn.Module, inputs: Any) -> Tensor:
 
 
 class _Predictor(nn.Module):
-    """`predict` as the forward of a module, so that `call_with` can replace the weights it uses."""
+    """Wraps `predict` as a module's forward, for `call_with`."""
 
     def __init__(self, module: nn.Module, predict: Predict) -> None:
         super().__init__()
@@ -54,7 +57,10 @@ class _Predictor(nn.Module):
 
 
 class FrozenNetwork:
-    """A network at clones of its weights and buffers; the arguments are those of `Linearization`."""
+    """A network at clones of its weights and buffers.
+
+    The arguments are those of `Linearization`.
+    """
 
     module: nn.Module
     """The live module, whose forward is used but whose weights are not."""
@@ -96,7 +102,7 @@ class FrozenNetwork:
 
     @property
     def flat(self) -> bool:
-        """Whether the network itself returned `(B,)` in the last pass, so that K = 1."""
+        """Whether the network returned `(B,)` in the last pass (K = 1)."""
         return self._predictor.flat
 
     @property
@@ -105,7 +111,10 @@ class FrozenNetwork:
         return sum(p.numel() for p in self.params.values())
 
     def at(self: Frozen, params: Mapping[str, Tensor], buffers: Mapping[str, Tensor] | None = None) -> Frozen:
-        """The same network around clones of other weights, with the captured frozen weights, and buffers unless given."""
+        """Returns the same network around clones of other weights.
+
+        Frozen weights are the captured ones, and so are buffers unless given.
+        """
         other = copy(self)
         with torch.inference_mode(False), torch.no_grad():
             other.params = {name: value.clone() for name, value in self._convert_all(params).items()}
@@ -138,7 +147,10 @@ class FrozenNetwork:
                 setattr(self, name, {key: self._clone(value.to(self.device)) for key, value in tensors.items()})
 
     def share_buffers(self, processes: Processes) -> None:
-        """Gives all processes the buffers of the first one: running statistics depend on each one's batches."""
+        """Gives all processes the buffers of the first one.
+
+        Running statistics depend on the batches of each process.
+        """
         for buffer in self.buffers.values():
             processes.broadcast_(buffer)
 
@@ -147,7 +159,10 @@ class FrozenNetwork:
         return self.predict_at(self.params, inputs)
 
     def predict_at(self, params: Mapping[str, Tensor], inputs: Any) -> Tensor:
-        """Outputs `(B, K)` of the (non-linear) network at other weights, with the captured buffers and frozen weights."""
+        """Computes outputs `(B, K)` of the (non-linear) network at other weights.
+
+        Buffers and frozen weights are the captured ones.
+        """
         given = self._frozen | self.buffers | self._convert_all(params)
         with self.explained(inputs), isolated_pass(self.module, self.device.type), torch.no_grad():
             used = self.spare(given)
@@ -171,7 +186,10 @@ class FrozenNetwork:
         return self._call(self.spare(self._frozen | self.buffers) | dict(params), inputs, then)
 
     def spare(self, tensors: Mapping[str, Tensor]) -> Tensors:
-        """Copies of weights or buffers if a forward may write into them, otherwise the tensors themselves."""
+        """Copies weights or buffers that a forward may write into.
+
+        Otherwise returns the tensors themselves.
+        """
         return dict(tensors) if self._overwrites is False else {name: value.clone() for name, value in tensors.items()}
 
     def explained(self, inputs: Any) -> AbstractContextManager[None]:
@@ -182,7 +200,10 @@ class FrozenNetwork:
         )
 
     def convert(self, inputs: Any) -> Any:
-        """The inputs on the device of the weights, floating-point ones in the type of the passes."""
+        """Moves inputs to the device of the weights and the passes' type.
+
+        Only floating-point inputs change type.
+        """
 
         def convert(leaf: Tensor) -> Tensor:
             require_values("inputs", leaf)

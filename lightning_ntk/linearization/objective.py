@@ -1,4 +1,7 @@
-"""A loss in function space: its value, its gradient, and the factor between gradient and residual."""
+"""A loss in function space, with its gradient.
+
+For a squared loss, a factor relates gradient and residual.
+"""
 
 import copy
 import warnings
@@ -17,7 +20,9 @@ _LARGE = 2**24
 
 
 class Objective:
-    """A loss of outputs `(B, K)` and targets, in float64; in the type of the outputs where they are very many.
+    """A loss of outputs `(B, K)` and targets, in float64.
+
+    Where outputs are very many it is in their type.
 
     A squared loss takes integer class labels as one-hot rows, any other loss takes targets as they are.
 
@@ -60,17 +65,26 @@ class Objective:
         return self.factor
 
     def factor_of(self, outputs: Tensor, targets: Tensor) -> float:
-        """The factor of a squared loss for other samples, such as fewer; their targets are prepared, on the CPU."""
+        """The factor of a squared loss for other samples.
+
+        There may be fewer of them. Their targets are prepared, on the CPU.
+        """
         return measure_loss_factor(self._loss_on(outputs.device), outputs, targets, flat=self._flat)
 
     def is_mean(self, outputs: Tensor) -> bool:
-        """Whether the factor of a squared loss is inverse to the number of samples, whose initial predictions are given."""
+        """Whether a squared loss is a mean over samples.
+
+        Its factor is then inverse to their number. The initial predictions of the samples are given.
+        """
         total, part = len(outputs), max(1, len(outputs) // 2)
         factor = self.factor_of(outputs[:part].cpu(), self.targets[:part])
         return abs(factor * part - self.require_factor() * total) <= 1e-6 * abs(factor * part)
 
     def prepare(self, targets: Tensor, outputs: Tensor) -> Tensor:
-        """Targets as the loss takes them: rows `(B, K)` for a squared loss, else unchanged."""
+        """Converts targets to what the loss takes.
+
+        These are rows `(B, K)` for a squared loss; other losses take the targets unchanged.
+        """
         if self.factor is not None:
             return match_targets(targets, outputs, flat=self._flat).to(self._dtype)
         return targets.detach().to(outputs.device, self._dtype if targets.is_floating_point() else None)
@@ -85,7 +99,10 @@ class Objective:
         return _gradient(self._loss_on(outputs.device), outputs.to(self._dtype), targets, self._flat).to(self.dtype)
 
     def hessian_product(self, outputs: Tensor, targets: Tensor, vector: Tensor) -> Tensor:
-        """H u for the Hessian of the loss in outputs `(B, K)`, for prepared targets and a vector `(B, K)`."""
+        """Computes H u for the Hessian of the loss in outputs `(B, K)`.
+
+        The targets are prepared, and the vector is `(B, K)`.
+        """
         loss = self._loss_on(outputs.device)
         with torch.inference_mode(False), torch.enable_grad():
             point = outputs.detach().to(self._dtype, copy=True).requires_grad_()
@@ -137,7 +154,9 @@ def evaluate_loss(loss: Loss, outputs: Tensor, targets: Tensor, *, flat: bool = 
 
 
 def measure_loss_factor(loss: Loss, outputs: Tensor, targets: Tensor, *, flat: bool = False) -> float:
-    r"""The factor c of a squared loss, whose gradient in the outputs is :math:`c (f - Y)`.
+    r"""Measures the factor c of a squared loss.
+
+    Its gradient in the outputs is :math:`c (f - Y)`.
 
     It turns the learning rate into kernel time, `eta = lr * c`. It is measured by autograd,
     :math:`c = \langle g, f - Y \rangle / |f - Y|^2` with :math:`g = \partial L / \partial f`, because conventions differ:

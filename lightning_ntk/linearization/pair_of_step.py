@@ -1,4 +1,7 @@
-"""Whether a training step is a loss of outputs `(B, K)` and targets, as the dynamics on a kernel need it."""
+"""Checks whether a training step is a loss of outputs and targets.
+
+Dynamics on a kernel need such a loss, with outputs `(B, K)`.
+"""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -38,7 +41,9 @@ class Pair(NamedTuple):
 
 
 class NoPairError(ValueError):
-    """A training step is no loss of outputs and targets; the message is a phrase that says why.
+    """A training step is not a loss of outputs and targets.
+
+    The message is a phrase that says why.
 
     Attributes:
         pair: The loss of outputs and targets where only the outputs are not those of the forward in eval mode.
@@ -48,7 +53,9 @@ class NoPairError(ValueError):
 
 
 def pair_of_step(step: StepLinearization, batch: Any) -> Pair:
-    """Finds the loss that a training step computes from the outputs of the network's forward and the targets.
+    """Finds the loss of outputs and targets that a training step computes.
+
+    The outputs are those of the network's forward.
 
     It is found if the step returns what one function of `torch.nn.functional` gives for the outputs of `forward` and the target
     of a pair `(inputs, target)`, or a multiple of their squared distance, however that is written; if the forward is the same in
@@ -94,7 +101,9 @@ def pair_of_step(step: StepLinearization, batch: Any) -> Pair:
 
 
 def pair_of_call(call: LossCall, outputs: Any, target: Tensor) -> Pair:
-    """The pair of a call of a loss function, for the outputs and the target that a batch has.
+    """The pair of a call of a loss function.
+
+    It has the outputs and the target of a batch.
 
     Raises:
         NoPairError: If the function gets others.
@@ -119,7 +128,10 @@ def _as_squared(loss: Tensor, outputs: Tensor, target: Tensor) -> Pair:
 
 
 def _reduced(step: StepLinearization, pair: Pair, outputs: Tensor, target: Tensor, batch: Any) -> Pair:
-    """The pair as a mean over samples or, if this is what the loss of half the batch tells, as a sum."""
+    """Makes the pair a mean over samples or a sum.
+
+    The loss of half the batch decides which.
+    """
     size, half = len(outputs), len(outputs) // 2
     assert isinstance(pair.loss, _Squared)
     described = step.linearized_outputs
@@ -147,14 +159,20 @@ def _rows(target: Tensor, outputs: Tensor) -> Tensor:
 
 
 def require_equal_gradients(step: StepLinearization, pair: Pair, batch: Any, otherwise: str) -> None:
-    """Raises a NoPairError with the phrase `otherwise` unless pair and step have the same gradient, see `same_gradient`."""
+    """Raises a NoPairError unless pair and step have the same gradient.
+
+    Its message is the phrase `otherwise`; see `same_gradient`.
+    """
     linearization = Linearization(step.module, predict=pair.predict)
     if not same_gradient(step, PairLoss(linearization, pair.loss, unpack=pair.unpack), batch):
         raise NoPairError(otherwise)
 
 
 def same_gradient(step: StepLinearization, loss: BatchLoss, batch: Any) -> bool:
-    """Whether a loss has the gradient of the step, for the linearized network at weights some way from w0."""
+    """Whether a loss has the gradient of the step.
+
+    The gradients are of the linearized network, at weights some way from w0.
+    """
     generator = torch.Generator().manual_seed(0)
     tangent = {}
     for name, start in step.params.items():
@@ -174,7 +192,10 @@ def _squeezed(module: nn.Module, inputs: Any) -> Tensor:
 
 
 class _Squared:
-    """A multiple of the squared distance of outputs from targets, a mean or a sum over samples."""
+    """A multiple of the squared distance of outputs from targets.
+
+    It is a mean or a sum over samples.
+    """
 
     def __init__(self, factor: float, *, mean: bool) -> None:
         self._factor, self._mean = factor, mean
@@ -192,7 +213,10 @@ class _Squared:
 
 
 class _Called:
-    """A function of outputs and targets, called with the other arguments as a training step called it."""
+    """A function of outputs and targets, with its other arguments fixed.
+
+    They are those with which a training step called it.
+    """
 
     def __init__(
         self,

@@ -18,7 +18,10 @@ def plain_name(name: str) -> str:
 
 
 def trainable_parameters(module: nn.Module) -> Tensors:
-    """The live parameters that require a gradient, by their names in `named_parameters()`; tied ones once."""
+    """The live parameters that require a gradient, by name.
+
+    The names are those of `named_parameters()`; tied parameters occur once.
+    """
     require_instance("module", module, nn.Module, "an nn.Module, an object and not its class,")
     for name, parameter in module.named_parameters():
         if isinstance(parameter, nn.parameter.UninitializedParameter):
@@ -40,7 +43,7 @@ def trainable_parameters(module: nn.Module) -> Tensors:
 
 
 def call_with(module: nn.Module, state: Mapping[str, Tensor], args: tuple[Any, ...]) -> Any:
-    """Calls a module with other tensors in the places of its parameters and buffers, by their names.
+    """Calls a module with other tensors as parameters and buffers, by name.
 
     On its own, `torch.func.functional_call` replaces the tensors of a submodule that has two names twice, and leaves
     the first replacement in the module.

@@ -16,7 +16,10 @@ from lightning_ntk.utilities.progress import track
 
 @dataclass(frozen=True)
 class DataPasses:
-    """Passes of a network over a data set: batches in order, under a progress bar, divided among processes."""
+    """Passes of a network over a data set.
+
+    Batches come in order, under a progress bar, and are divided among processes.
+    """
 
     linearization: Linearization
     reference: Reference
@@ -29,7 +32,10 @@ class DataPasses:
         return self.processes.rows(len(self.reference))
 
     def batches(self, description: str, *ranges: range) -> Iterator[Batch]:
-        """The batches of this process's samples, or of those in some ranges, under a progress bar."""
+        """The batches of this process's samples, under a progress bar.
+
+        They may be restricted to some ranges.
+        """
         ranges = ranges or (self.rows,)
         description = f"{description} of {len(self.reference)} samples"
         total = sum(-(-len(part) // self.reference.batch_size) for part in ranges)
@@ -41,7 +47,9 @@ class DataPasses:
         return self._join([network.predict(batch.inputs) for batch in self.batches("predictions")])
 
     def first(self) -> tuple[Tensor, Tensor, SampleIndex]:
-        """The first pass: outputs `(N, K)`, targets on the CPU as the data gives them, and samples by content.
+        """The first pass: outputs `(N, K)`, targets, and samples by content.
+
+        Targets are on the CPU as the data gives them.
 
         Every process reads all samples and predicts its own. Anything missing, not finite or not the same in all of them raises
         a ValueError.
@@ -86,7 +94,10 @@ def close(actual: Tensor, expected: Tensor, *, roundings: float = 1e4) -> bool:
 
 
 def require_finite(name: str, tree: object, rows: Sequence[int]) -> None:
-    """Raises a ValueError for tensors with NaN or infinity, which names one of the samples `rows` that they are made of."""
+    """Raises a ValueError for tensors with NaN or infinity.
+
+    It names one of the samples `rows` that they are made of.
+    """
     for leaf in pytree.tree_leaves(tree):
         if isinstance(leaf, Tensor) and not leaf.isfinite().all():
             finite = leaf.isfinite().reshape(len(leaf), -1).all(1)

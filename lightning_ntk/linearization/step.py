@@ -1,4 +1,4 @@
-"""A network and its loss, given only as the training step that computes them, linearized at frozen weights."""
+"""Linearizes a network and its loss, given only as a training step."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -46,7 +46,7 @@ class Evaluation(NamedTuple):
 
 
 class _StepModule(nn.Module):
-    """A step as the forward of a module, so that `call_with` can replace the weights that it uses."""
+    """Wraps a step as a module's forward, for `call_with`."""
 
     def __init__(self, module: nn.Module, step: Step) -> None:
         super().__init__()
@@ -61,7 +61,7 @@ class _StepModule(nn.Module):
 
 
 class StepLinearization:
-    r"""The linearized network of a training step, with the loss that the step computes from its outputs.
+    r"""The linearized network of a training step, with the step's loss.
 
     The cut between network and loss is found in the first batch (see `lightning_ntk.linearization.cut`) and verified in every
     later pass. The network part runs in train mode at w0 and gives the outputs :math:`f_0` and :math:`J\delta`; the loss part
@@ -139,7 +139,9 @@ class StepLinearization:
         return gradient
 
     def gradient_at(self, batch: Any, weights: Mapping[str, Tensor]) -> Tensors | None:
-        """The gradient of the loss of the network itself in train mode, at weights and buffers by name.
+        """Computes the gradient of the network itself in train mode.
+
+        It is taken at weights and buffers by name.
 
         The buffers here and those given stay as they are.
         """
@@ -243,7 +245,10 @@ class StepLinearization:
         return result
 
     def _find(self, batch: Any, params: Tensors, buffers: Mapping[str, Tensor], *, train: bool) -> bool:
-        """Records a cut, on copies of the buffers; False where the step has no loss."""
+        """Records a cut, on copies of the buffers.
+
+        False where the step has no loss.
+        """
         leaves = {name: value.detach().clone().requires_grad_() for name, value in params.items()}
         batch = self.copy(batch)
         frozen = {name: p.detach().clone() for name, p in self._frozen.items()}
@@ -378,7 +383,10 @@ class _Pass(NamedTuple):
 
 
 def _pull_back(run: _Pass) -> Tensors:
-    """The gradient: through the network for its linearized outputs, directly for expressions of parameters alone."""
+    """Computes the gradient, through the network for its linearized outputs.
+
+    It is direct for expressions of parameters alone.
+    """
     entered = [output for output in run.trace.outputs if output.value.requires_grad]
     wanted = [*(output.value for output in entered), *run.values.values()]
     gradients = torch.autograd.grad(run.loss, wanted, allow_unused=True)

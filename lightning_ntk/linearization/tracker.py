@@ -1,4 +1,4 @@
-"""What the tensors of a training step are made of, and which call made them."""
+"""Tracks which call made the tensors of a training step, and from what."""
 
 from collections.abc import Callable, Iterator, Sequence
 from enum import IntEnum

@@ -1,4 +1,4 @@
-"""Checks of a capture: its data and network are deterministic, and its products consistent."""
+"""Checks that data and network are deterministic, and products consistent."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -21,7 +21,10 @@ _SAMPLES = 3
 
 
 class _Watch(TorchFunctionMode):
-    """Looks for parameters of the module that a forward uses although others stand in for them, and for autocast."""
+    """Detects autocast, and a forward that uses parameters it should not.
+
+    Other tensors stand in for these parameters.
+    """
 
     def __init__(self, linearization: Linearization) -> None:
         super().__init__()
@@ -43,7 +46,9 @@ class _Watch(TorchFunctionMode):
 
 
 def check_samples(linearization: Linearization, reference: Reference) -> None:
-    """Requires of a few samples what every product with a Jacobian takes for granted, before all of them are read.
+    """Checks on a few samples what products with a Jacobian require.
+
+    It runs before all of them are read.
 
     The data is finite and the same when it is read again. Outputs are finite, one row for each sample, the same again and for a
     sample alone, in full precision, and depend on the parameters, which the forward uses as attributes of their modules.
@@ -100,7 +105,9 @@ def require_dependent(linearization: Linearization, inputs: Any) -> None:
 
 
 def check_determinism(linearization: Linearization, reference: Reference, predictions: Tensor) -> None:
-    """Requires data and outputs that do not change, and outputs that do not depend on the rest of the batch.
+    """Requires constant data and outputs, and samples independent of each other.
+
+    An output must not depend on the rest of the batch.
 
     `predictions` are the outputs of a complete pass, `(N, K)`.
     """
@@ -121,7 +128,10 @@ def check_determinism(linearization: Linearization, reference: Reference, predic
 
 
 def check_adjoint(linearization: Linearization, jacobian: Jacobian, predictions: Tensor) -> None:
-    """Requires <J v, u> = <v, J^T u> for random u and v over the whole data set; otherwise raises a RuntimeError."""
+    """Requires <J v, u> = <v, J^T u> over the whole data set.
+
+    The vectors u and v are random. Otherwise raises a RuntimeError.
+    """
     generator = torch.Generator().manual_seed(0)
     cotangent = _probe(predictions, generator)
     tangent = {name: _probe(p, generator) for name, p in linearization.params.items()}
@@ -140,7 +150,9 @@ def check_adjoint(linearization: Linearization, jacobian: Jacobian, predictions:
 def check_kernel(
     jacobian: Jacobian, kernel: Tensor, predictions: Tensor, *, lr_scales: Mapping[str, float], dtype: torch.dtype
 ) -> None:
-    """Requires u^T Theta u = |D^(1/2) J^T u|^2 for a random u: the kernel is of these weights, data and row order.
+    """Requires u^T Theta u = |D^(1/2) J^T u|^2 for a random u.
+
+    The kernel is then of these weights, data and row order.
 
     D are the `lr_scales`. The tolerance is that of `dtype`, the type in which the kernel was computed.
     """

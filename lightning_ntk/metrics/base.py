@@ -1,4 +1,7 @@
-"""What all metrics share: sums in float64 that add up over updates and processes, and a plot."""
+"""What all metrics share: float64 sums and a plot.
+
+The sums add up over updates and processes.
+"""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any

@@ -11,7 +11,7 @@ from lightning_ntk.plots.history import LABELS
 
 
 class _KernelMetric(SummedMetric):
-    """The sums over kernel entries, which a `MetricCollection` computes once for all metrics of kernels."""
+    """Sums over kernel entries, which a `MetricCollection` computes once."""
 
     plot_lower_bound = 0.0
     kernel_sums: Tensor
@@ -21,12 +21,15 @@ class _KernelMetric(SummedMetric):
         self.add_sums("kernel_sums", 3)
 
     def update(self, initial_kernel: Tensor, kernel: Tensor) -> None:
-        """Adds two kernels or the same block of both, `(N1 K, N2 K)` each, such as the rows of one process."""
+        """Adds two kernels, or one block of both, `(N1 K, N2 K)` each.
+
+        A block is for example the rows of one process.
+        """
         self.kernel_sums += torch.stack(kernel_sums(initial_kernel, kernel))
 
 
 class KernelDistance(_KernelMetric):
-    r"""How far the kernel has turned away from the initial one (Fort et al., 2020).
+    r"""The kernel distance from initialization (Fort et al., 2020).
 
     .. math:: 1 - \frac{\langle\Theta_0, \Theta_t\rangle}{\|\Theta_0\| \, \|\Theta_t\|}
 
@@ -65,7 +68,7 @@ class KernelChange(_KernelMetric):
 
 
 class KernelTargetAlignment(SummedMetric):
-    r"""The cosine between the kernel and the ideal kernel of the targets (Cristianini et al., 2001).
+    r"""The cosine between the kernel and the targets' kernel (Cristianini et al., 2001).
 
     .. math:: \frac{y^\top \Theta_t y}{\|\Theta_t\| \, \|y\|^2}
 

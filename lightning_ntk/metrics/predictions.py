@@ -12,7 +12,7 @@ from lightning_ntk.plots.history import LABELS
 
 
 class PredictionRMSE(SummedMetric):
-    r"""The root mean square difference between the outputs of the trained and the linearized network.
+    r"""The root mean square difference between trained and linearized outputs.
 
     .. math:: \sqrt{\frac{1}{N K} \sum_{n,k} \bigl(f(x_n; w_t) - f_\text{lin}(x_n; t)\bigr)_k^2}
 
@@ -37,7 +37,10 @@ class PredictionRMSE(SummedMetric):
         self.add_sums("error_sums", 2)
 
     def update(self, outputs: Tensor, linearized_outputs: Tensor) -> None:
-        """Adds one batch of outputs of both networks at the same time, `(B, K)` each."""
+        """Adds a batch of outputs of both networks, `(B, K)` each.
+
+        Both are from the same time.
+        """
         self.error_sums += torch.stack(error_sums(outputs, linearized_outputs))
 
     def compute(self) -> Tensor:

@@ -1,4 +1,4 @@
-"""What tells a lazy from a rich regime, accumulated over samples and processes."""
+"""Metrics that distinguish a lazy from a rich regime, accumulated over samples and processes."""
 
 from typing import Any
 
@@ -52,7 +52,9 @@ class EffectiveRank(SummedMetric):
 
 
 class CenteredKernelTargetAlignment(SummedMetric):
-    r"""The cosine between the kernel and that of the targets, both centered over the samples (Cortes et al., 2012).
+    r"""The cosine between the centered kernels of network and targets (Cortes et al., 2012).
+
+    Both are centered over the samples.
 
     .. math:: \frac{y^\top H \Theta_t H y}{\|H \Theta_t H\| \, \|H y\|^2}
 
@@ -92,7 +94,9 @@ class CenteredKernelTargetAlignment(SummedMetric):
 
 
 class LowRankMeasure(SummedMetric):
-    r"""How far features before the last layer are from the fewest that the outputs need (Nam et al., 2024).
+    r"""How far features are from the fewest needed (Nam et al., 2024).
+
+    It compares the features before the last layer with the fewest that the outputs need.
 
     .. math:: D_\text{LR} = 1 - \operatorname{CKA}(\Phi \Phi^\top, P)
 
@@ -116,7 +120,10 @@ class LowRankMeasure(SummedMetric):
         self.add_state("outputs", [], dist_reduce_fx="cat")
 
     def update(self, features: Tensor, outputs: Tensor) -> None:
-        """Adds features before the last linear layer, `(N, p)`, and outputs of the network, `(N, K)`, of some samples."""
+        """Adds features `(N, p)` and outputs of the network `(N, K)`.
+
+        The features are those before the last linear layer, for the same samples.
+        """
         self.features.append(features)
         self.outputs.append(outputs)
 

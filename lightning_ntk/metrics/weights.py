@@ -14,7 +14,7 @@ from lightning_ntk.utilities.validation import require_choice, require_matching
 
 
 class _WeightMetric(SummedMetric):
-    """Holds w0 in its own type, on the device of the weights that it is compared with."""
+    """Holds w0 in its own type, on the device of the weights."""
 
     def __init__(self, initial_weights: Mapping[str, Tensor], **kwargs: Any) -> None:
         super().__init__(**kwargs)
@@ -30,7 +30,10 @@ class _WeightMetric(SummedMetric):
 
 
 class _LinearizedWeightMetric(_WeightMetric):
-    """The sums that all comparisons of w_t with w_lin share: a `MetricCollection` computes them once."""
+    """The sums that all comparisons of w_t with w_lin share.
+
+    A `MetricCollection` computes them once.
+    """
 
     weight_sums: Tensor
     weight_updates: Tensor

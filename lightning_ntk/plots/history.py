@@ -85,7 +85,7 @@ def read_history(path: str | Path, name: str = "ntk") -> list[dict[str, float]]:
 
 
 def rows_of(run: Run) -> History:
-    """The rows of a run; cells of a DataFrame that are missing are left out.
+    """The rows of a run, without the missing cells of a DataFrame.
 
     Raises:
         TypeError: If `run` is none of a history, a DataFrame and a monitor.
@@ -111,7 +111,7 @@ def tells_at_start(key: str) -> bool:
 
 
 def series(history: History, key: str, x: str = "step") -> tuple[list[float], list[float]]:
-    """Steps, or values of another scalar `x`, and values of one scalar, where both are finite and say something."""
+    """The finite values of a scalar, with steps or another scalar `x`."""
     points = [
         (row[x], row[key])
         for row in history

@@ -26,7 +26,9 @@ _MOST_LAYERS = len(PALETTE)
 
 
 def plot_regimes(history: Run, title: str | None = None) -> Drawing:
-    """Draws what the panel of regimes measured, with 95 % intervals where it is estimated.
+    """Plots what the panel of regimes measured.
+
+    Estimates have 95 % intervals.
 
     Args:
         history: A monitor with `regime=True`, its history or a DataFrame, with "step" and "regime/...".
@@ -61,7 +63,7 @@ def plot_regimes(history: Run, title: str | None = None) -> Drawing:
 
 
 def _layers(history: History, quantity: str) -> dict[str, str]:
-    """The scalars of some layers, in the order of the network, with the layers' names."""
+    """The scalars of some layers with their names, in network order."""
     start, end = f"{_PREFIX}layer/", f"/{quantity}"
     keys = list(dict.fromkeys(k for row in history for k in row if k.startswith(start) and k.endswith(end)))
     count = min(len(keys), _MOST_LAYERS)

@@ -28,8 +28,8 @@ def plot_runs(
 ) -> Drawing:
     """Draws the same scalars of several runs over optimizer steps, or at equal loss.
 
-    At one learning rate, networks of different widths train at different speeds. The distance at equal steps then tells the
-    speed as well; at equal loss (`x="loss"`) it does not.
+    At one learning rate, networks of different widths train at different speeds. The distance at equal steps then also
+    reflects the speed; at equal loss (`x="loss"`) it does not.
 
     Up to six runs share a panel for each scalar. More runs get a panel each, with the first scalar only and the other runs
     in gray.

@@ -200,11 +200,13 @@ def plot_values(
 def draw_scalars(
     axis: Any, curves: Sequence[tuple[History, str, Mapping[str, Any]]], x: str = "step", *, named: bool = True
 ) -> None:
-    """Draws curves, each a history, its scalar and a line style, over steps or over the scalar `x`.
+    """Draws curves over steps or over the scalar `x`.
 
-    The first scalar names the vertical axis. Markers are hollow where `exact` is 0. A value that a logarithmic axis has no place
-    for, because it is zero or zero to rounding, is a triangle at the bottom, and no line goes there. `named` says whether the
-    thresholds of a relative distance have a label.
+    A curve is a history, its scalar and a line style.
+
+    The first scalar names the vertical axis. Markers are hollow where `exact` is 0. A value that is zero, or zero to
+    rounding, has no place on a logarithmic axis: it is a triangle at the bottom, without a line. `named` says whether
+    the thresholds of a relative distance have a label.
     """
     key = curves[0][1]
     points = [series(history, scalar, x) for history, scalar, _ in curves]
@@ -233,7 +235,9 @@ def draw_scalars(
 def _draw_panels(
     run: Run, title: str | None, groups: Mapping[str, Mapping[str, str]], ax: "Axes | None" = None
 ) -> Drawing:
-    """A panel for each group of scalars of which any was measured, by their headings; scalars with their labels.
+    """Draws a panel for each group of scalars with measured values.
+
+    Groups are keyed by their headings, scalars by their labels.
 
     With `ax`, the first group alone.
     """

@@ -79,7 +79,10 @@ def panels(
     shared: bool = False,
     ax: "Axes | None" = None,
 ) -> "tuple[Figure, tuple[Any, ...]]":
-    """A figure with a grid of panels, sized in inches each, whose axes and labels may be shared; or `ax` and its figure."""
+    """Makes a figure with a grid of panels.
+
+    Each has a size in inches, and their axes and labels may be shared. With `ax`, returns it and its figure.
+    """
     if ax is not None:
         return ax.figure.figure, (ax,)
     columns = min(columns, count)
@@ -95,7 +98,10 @@ def panels(
 
 
 def step_axis(axis: Any, steps: Iterable[float]) -> None:
-    """Optimizer steps on the horizontal axis, logarithmic above 20, with room for step 0 if it is among them."""
+    """Puts optimizer steps on the horizontal axis.
+
+    It is logarithmic above 20, with room for step 0 if it is among them.
+    """
     axis.set_xlabel("optimizer step")
     steps = list(steps)
     if max(steps, default=0.0) <= 20:
@@ -109,7 +115,10 @@ def step_axis(axis: Any, steps: Iterable[float]) -> None:
 
 
 def progress_axis(axis: Any, values: Iterable[float], label: str) -> None:
-    """A loss on the horizontal axis, falling from left to right, logarithmic if it spans more than a factor of five."""
+    """Puts a loss on the horizontal axis, falling from left to right.
+
+    It is logarithmic if the loss spans more than a factor of five.
+    """
     axis.set_xlabel(label.replace("\n", ", "))
     positive = [value for value in values if value > 0 and math.isfinite(value)]
     if positive and max(positive) > _WIDE * min(positive):
@@ -119,7 +128,7 @@ def progress_axis(axis: Any, values: Iterable[float], label: str) -> None:
 
 
 def is_wide(values: Sequence[float]) -> bool:
-    """Whether values span more than a factor of five, and none of them is negative."""
+    """Whether values are nonnegative and span more than a factor of five."""
     positive = [value for value in values if value > 0 and math.isfinite(value)]
     return not any(value < 0 for value in values) and bool(positive) and max(positive) > _WIDE * min(positive)
 
@@ -133,7 +142,10 @@ def value_axis(axis: Any, values: Sequence[float]) -> None:
 
 
 def mark_thresholds(axis: Any, *, named: bool = True) -> None:
-    """Faint lines at the relative weight distances below which a run is lazy and from which on it is rich, if in view."""
+    """Marks the thresholds of lazy and rich runs with faint lines.
+
+    They are values of the relative weight distance, drawn only if in view.
+    """
     low, high = axis.get_ylim()
     for level, name, side in ((LAZY, f"lazy below {LAZY:g}", "top"), (RICH, f"rich from {RICH:g}", "bottom")):
         if low <= level <= high:
@@ -147,7 +159,10 @@ def mark_thresholds(axis: Any, *, named: bool = True) -> None:
 
 
 def draw_curve(axis: Any, along: Sequence[float], values: Sequence[float], floor: float | None, **style: Any) -> None:
-    """Draws values over `along`. No line goes to those up to `floor`, which are triangles at the bottom of the axis."""
+    """Draws values over `along`, with a floor.
+
+    Values up to `floor` are triangles at the bottom of the axis, without a line.
+    """
     absent = [floor is not None and value <= floor for value in values]
     axis.plot(along, [math.nan if out else value for out, value in zip(absent, values, strict=True)], **style)
     if any(absent):
@@ -158,7 +173,10 @@ def draw_curve(axis: Any, along: Sequence[float], values: Sequence[float], floor
 
 
 def label_few_decades(axis: Any) -> None:
-    """Labels a logarithmic `xaxis` or `yaxis` at 1, 2 and 5, or evenly, where powers of ten would give too few labels."""
+    """Labels a logarithmic axis that spans few powers of ten.
+
+    `xaxis` or `yaxis` gets labels at 1, 2 and 5, or evenly spaced ones.
+    """
     from matplotlib.ticker import LogLocator, MaxNLocator
 
     low, high = sorted(axis.get_view_interval())
@@ -171,7 +189,7 @@ def label_few_decades(axis: Any) -> None:
 
 
 def _as_tick(value: float) -> str:
-    """A plain number; the smallest as powers of ten, like the ticks of other axes."""
+    """Formats a plain number, or a power of ten if very small."""
     if value >= _PLAIN_FROM:
         return f"{value:g}"
     digits, exponent = f"{value:.0e}".split("e")

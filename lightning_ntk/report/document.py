@@ -37,7 +37,10 @@ _NARROW_INCHES = 8
 
 
 def document(title: str, parts: Iterable[str]) -> str:
-    """A page: its title, parts in HTML, how to cite, and when it was written."""
+    """Builds an HTML page from its title and parts.
+
+    It ends with how to cite and when it was written.
+    """
     body = [f"<h1>{html.escape(title)}</h1>", *parts, heading("How to cite"), f"<pre>{html.escape(_CITATION)}</pre>"]
     body.append(f"<footer>Written by lightning_ntk on {date.today():%Y-%m-%d}.</footer>")
     return (

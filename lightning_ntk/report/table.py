@@ -55,7 +55,10 @@ def evenly_spaced(history: Sequence[Mapping[str, float]], count: int) -> list[Ma
 
 
 def spread(history: Sequence[Mapping[str, float]], count: int) -> list[Mapping[str, float]]:
-    """At most `count` rows, half of them evenly and half logarithmically spaced, the first and the last among them."""
+    """Picks at most `count` rows, from the first to the last.
+
+    Half of them are evenly spaced, half logarithmically.
+    """
     if len(history) <= count:
         return list(history)
     last, half = len(history) - 1, count // 2

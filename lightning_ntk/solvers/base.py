@@ -1,4 +1,4 @@
-"""Eigenmodes of a kernel, bounds on their error, and the protocol of the solvers that find them."""
+"""Eigenmodes of a kernel, bounds on their error, and the solvers' protocol."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -35,11 +35,17 @@ class Modes:
         return self.vectors
 
     def coefficients(self, filtered: Tensor) -> Tensor:
-        """The coefficients a = -U (phi * U^T r), `(N K,)` on the CPU: the linearized weights are `w0 + J^T a`."""
+        """Computes the coefficients a = -U (phi * U^T r) on the CPU.
+
+        They are `(N K,)`. The linearized weights are `w0 + J^T a`.
+        """
         return -self.expand(filtered * self.coordinates)
 
     def prediction_change(self, filtered: Tensor) -> Tensor:
-        """f_lin - f0 = -U (lambda * phi * U^T r), `(N K,)` on the CPU."""
+        """Computes the change of predictions, `(N K,)` on the CPU.
+
+        It is f_lin - f0 = -U (lambda * phi * U^T r).
+        """
         return -self.expand(self.eigenvalues.clamp_min(0) * filtered * self.coordinates)
 
     def expand(self, values: Tensor) -> Tensor:
@@ -47,7 +53,9 @@ class Modes:
         return (self.vectors @ values.to(self.vectors)).cpu()
 
     def cutoff(self, dtype: torch.dtype) -> float:
-        """The largest eigenvalue that rounding can make out of zero, for a Jacobian computed in `dtype`.
+        """The largest eigenvalue that rounding can make out of zero.
+
+        The Jacobian is computed in `dtype`.
 
         Eight roundings of the Jacobian's type, relative to the largest eigenvalue. The customary `N K * eps` would drop
         eigenvalues of real kernels that carry much of the solution. The float64 factorization itself needs it, however.
@@ -77,13 +85,16 @@ class ErrorBound(NamedTuple):
 
     @property
     def relative(self) -> float:
-        """The bound in units of the displacement; 0 where nothing moves and nothing can be wrong."""
+        """The bound divided by the displacement; 0 if nothing moves."""
         if self.total == 0:
             return 0.0
         return self.total / self.displacement if self.displacement > 0 else math.inf
 
     def meets(self, tolerance: float) -> bool:
-        """Whether more products are useless: the truncation is below a relative tolerance, or a hundredth of the rounding."""
+        """Whether more products would not help.
+
+        The truncation is then below a relative tolerance, or a hundredth of the rounding.
+        """
         if not math.isfinite(self.displacement):  # diverged beyond floating-point numbers
             return True
         visible = self.rounding / 100 if math.isfinite(self.rounding) else 0.0
@@ -109,7 +120,7 @@ class Solved(Generic[T]):
 
     @cached_property
     def bound(self) -> ErrorBound:
-        """The error of the weights, computed when it is first asked for."""
+        """The error of the weights, computed when it is first read."""
         return self.estimate()
 
 
@@ -122,10 +133,10 @@ class ModalSolver(Protocol):
 
     @property
     def largest_eigenvalue(self) -> float:
-        """The largest eigenvalue that any of these vectors reaches, or an upper estimate of it."""
+        """The largest eigenvalue that any vector reaches, or an upper estimate."""
 
     def refine(self, solve: Callable[[Sequence[Modes]], Solved[T]], *, by_runs: bool = False) -> Solved[T]:
-        """Refines the modes until the answer on them is good enough, and returns that answer.
+        """Refines the modes until an answer is good enough, and returns it.
 
         Args:
             solve: Computes the answer and its bound on given modes, as often as it takes.
@@ -134,7 +145,9 @@ class ModalSolver(Protocol):
 
 
 def signs(basis: Tensor, coordinates: Tensor) -> Tensor:
-    """The signs `(m,)` of eigenvectors, columns of `basis`, that make the coordinates `(m,)` of a vector positive.
+    """The signs `(m,)` of eigenvectors that make a vector's coordinates positive.
+
+    The eigenvectors are the columns of `basis`; the coordinates are `(m,)`.
 
     An eigenvector on which the vector has no part gets a largest component that is positive.
     """

@@ -17,7 +17,9 @@ _ROWS_OF_SECONDS = 2000
 
 
 def eigh_modes(kernel: Tensor, *vectors: Tensor, progress: bool = False) -> tuple[Modes, ...]:
-    """All modes of a kernel `(N K, N K)` for several vectors `(N K,)`, which differ in the coordinates only.
+    """Computes all modes of a kernel `(N K, N K)` for several vectors.
+
+    The vectors are `(N K,)`. Their modes differ in the coordinates only.
 
     By `torch.linalg.eigh` in float64, because float32 puts the weights off by 1e-3 at eta * t * lambda_max = 1e4 on real
     kernels; and on the CPU, because float64 is slow on most GPUs and their eigensolvers fail on ill-conditioned kernels.
@@ -35,7 +37,10 @@ def eigh_modes(kernel: Tensor, *vectors: Tensor, progress: bool = False) -> tupl
 
 
 class CompleteModes:
-    """The eigendecomposition of a kernel for the residual and the images of the carried vectors, `(N, K)` each."""
+    """The eigendecomposition of a kernel for the residual and carried vectors.
+
+    These are `(N, K)` each, the carried vectors by their images.
+    """
 
     def __init__(self, kernel: Tensor, vectors: Sequence[Tensor], *, progress: bool = False) -> None:
         self.modes: Sequence[Modes] = eigh_modes(kernel, *(vector.flatten() for vector in vectors), progress=progress)

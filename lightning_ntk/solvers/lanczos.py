@@ -1,4 +1,7 @@
-"""Modes by Lanczos from the residual: a few dozen products with the kernel instead of its eigendecomposition."""
+"""Finds modes by Lanczos from the residual.
+
+It takes a few dozen products with the kernel instead of its eigendecomposition.
+"""
 
 import logging
 import math
@@ -35,9 +38,9 @@ class Lanczos:
         tolerance: The truncation error to allow in the weights, relative to |w_lin - w0|. Lanczos never asks for more than a
             hundredth of what rounding leaves open: in float32, without a kernel, the weights are off by about 1e-5 after
             1000 steps of eta lambda_max = 1, by 1e-4 after 10000; with one, by a tenth of that.
-        horizon: The largest number of steps that will be asked for. Lanczos prepares for it at once; later times extend
-            the basis. Infinity takes nearly N K products on most networks, because eigenvalues reach down to what counts
-            as zero. None: unknown, and Lanczos starts when asked.
+        horizon: The largest number of steps you will ask for. Lanczos prepares for it at once; later times extend the
+            basis. Infinity takes nearly N K products on most networks, because eigenvalues reach down to what counts as
+            zero. None: unknown, and Lanczos starts with the first question.
         matrix_free: Whether to work without the kernel, in two passes a product. None: whatever is cheaper.
 
     Raises:
@@ -63,7 +66,7 @@ class Lanczos:
 
 @dataclass(frozen=True)
 class LanczosModes(Modes):
-    r"""Ritz pairs of the kernel in the Krylov space of a vector r, as `Modes`.
+    r"""Ritz pairs of the kernel in a vector's Krylov space, as `Modes`.
 
     After k products, :math:`\Theta V_k = V_k T_k + \beta_k v_{k+1} e_k^\top` with :math:`T_k = U \Lambda U^\top`. The
     eigenvalues are the Ritz values :math:`\Lambda`, the eigenvectors :math:`V_k U` and the coordinates
@@ -101,7 +104,9 @@ class LanczosModes(Modes):
 
 
 class LanczosProcess:
-    """The Lanczos process on a kernel from one vector, which more products extend at any time.
+    """The Lanczos process on a kernel from one vector.
+
+    More products can extend it at any time.
 
     Differs from `scipy.sparse.linalg.eigsh` in that it
 
@@ -122,12 +127,18 @@ class LanczosProcess:
 
     @property
     def num_products(self) -> int:
-        """Products made so far: one more than there are modes, for the bound, unless the space is exhausted."""
+        """The number of products made so far.
+
+        It is one more than the number of modes, for the bound, unless the space is exhausted.
+        """
         return len(self._diagonal)
 
     @property
     def exhausted(self) -> bool:
-        """Whether the Krylov space is invariant under the kernel, so that more products add nothing."""
+        """Whether the Krylov space is invariant under the kernel.
+
+        More products then add nothing.
+        """
         return bool(self._off_diagonal) and self._off_diagonal[-1] == 0
 
     @property
@@ -157,7 +168,10 @@ class LanczosProcess:
         self._off_diagonal.append(beta)
 
     def modes(self) -> LanczosModes:
-        """The Ritz pairs of all products but the last, which serves their error bound; of at least two products."""
+        """Computes the Ritz pairs of all products but the last.
+
+        The last serves their error bound. It needs at least two products.
+        """
         size = len(self._diagonal) - (not self.exhausted)
         if size < 1:
             raise ValueError(f"Expected at least two products before the first modes but got {self.num_products}.")
@@ -195,7 +209,7 @@ class LanczosSolver:
         vectors: The residual and the images of the carried vectors, `(N K,)` each.
         tolerance: As for `Lanczos`.
         max_products: Products after which to stop in any case.
-        expected: Products that it will probably take, for a progress bar; None for no bar.
+        expected: Products that are probably needed, for a progress bar; None for no bar.
         processes: The processes that share the products. All of them stop where the first one does, because rounding may
             differ between machines.
     """
@@ -221,7 +235,10 @@ class LanczosSolver:
 
     @property
     def num_products(self) -> int:
-        """Products with the kernel made so far, from each vector whose space was not exhausted before."""
+        """The number of kernel products made so far.
+
+        It counts those of each vector whose space was not exhausted before.
+        """
         return max(process.num_products for process in self._krylov)
 
     @property
@@ -274,7 +291,10 @@ class LanczosSolver:
 
 
 def extend(krylov: Sequence[LanczosProcess], product: Product) -> None:
-    """Adds a product to every process whose space is not exhausted, all in the same passes."""
+    """Adds a product to every process whose space is not exhausted.
+
+    All share the same passes.
+    """
     active = [process for process in krylov if not process.exhausted]
     if active:
         vectors = product(torch.stack([process.newest for process in active]))

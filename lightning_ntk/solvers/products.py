@@ -17,7 +17,9 @@ _WIDENED_AT_ONCE = {"cpu": 2**18, "cuda": 2**25}
 
 
 def kernel_product(kernel: Tensor, processes: Processes = ALONE) -> Product:
-    """Products with a dense kernel `(N K, N K)`, whose rows the processes share: exact for its numbers, whatever their type.
+    """Products with a dense kernel `(N K, N K)`, shared by the processes.
+
+    Each has some of its rows. They are exact for its numbers, whatever their type.
 
     A float32 kernel is widened piece by piece and never copied as a whole: products rounded to float32 would cost five
     digits of what Lanczos can give.
@@ -42,7 +44,9 @@ def kernel_product(kernel: Tensor, processes: Processes = ALONE) -> Product:
 def jacobian_product(
     pull_back: Callable[[Tensor], Tensors], push_forward: Callable[[Tensors], Tensor], shape: torch.Size
 ) -> Product:
-    """Products J (J^T v) without a kernel: a pass of vector-Jacobian products, and one of Jacobian-vector products per vector.
+    """Products J (J^T v) without a kernel.
+
+    They take one pass of vector-Jacobian products, and one of Jacobian-vector products per vector.
 
     `pull_back` maps cotangents `(T, N, K)` to J^T u, and `push_forward` a tangent v to J v, of the shape (N, K).
     """

@@ -21,7 +21,9 @@ _FLOAT64_ROUNDINGS = 8
 
 
 class Rounding(NamedTuple):
-    r"""The errors of computed products with the Jacobian J and the kernel, for vectors of norm 1.
+    r"""The errors of products with the Jacobian J and the kernel.
+
+    They are for vectors of norm 1.
 
     Attributes:
         backward: The error of :math:`J^\top u`.

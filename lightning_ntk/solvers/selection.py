@@ -33,7 +33,7 @@ class Sizes(NamedTuple):
         outputs: K.
         parameters: P.
         dtype: The type of the passes.
-        horizon: The largest number of optimizer steps that will be asked for, or None if unknown.
+        horizon: The largest number of optimizer steps that anyone will ask for, or None if unknown.
         kernel_given: Whether the kernel exists already.
         jacobian_stored: Whether J is kept in memory.
         vectors: Start vectors of Lanczos: the residual, and one more for decaying weights or a momentum buffer.
@@ -91,7 +91,9 @@ class Choice(NamedTuple):
 
 
 def expected_products(rows: int, horizon: float | None) -> int:
-    """Products with the kernel that Lanczos needs for `horizon` steps at eta * lambda_max = 1.
+    """Estimates the kernel products that Lanczos needs for `horizon` steps.
+
+    The estimate is for eta * lambda_max = 1.
 
     Measured on kernels of real networks for 1e-6 in the weights: about 11, 24, 51 and 90 for 10, 100, 1000 and 10000 steps.
     """
@@ -102,7 +104,9 @@ def expected_products(rows: int, horizon: float | None) -> int:
 def choose_solver(
     sizes: Sizes, *, solver: Solver = "auto", matrix_free: bool | None = None, free_memory: float
 ) -> Choice:
-    """The way with the fewest operations among those that fit into memory; a cheap eigendecomposition is always taken.
+    """Chooses the solver with the fewest operations that fits in memory.
+
+    A cheap eigendecomposition is always taken.
 
     Counted are, with q products expected: for the kernel `sizes.kernel_operations`; for its eigendecomposition
     20 (N K)^3; for Lanczos on it 20 q (N K)^2 + 4 q^2 N K; without it, 6 q times `sizes.forward_operations`
@@ -110,7 +114,7 @@ def choose_solver(
 
     Args:
         sizes: The sizes.
-        solver: "eigh" or "lanczos" to have that one.
+        solver: "eigh" or "lanczos" to require that one.
         matrix_free: Whether Lanczos has to do without (True) or with a kernel (False).
         free_memory: Bytes.
 

@@ -10,7 +10,10 @@ from lightning_ntk import __version__
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs a command; returns 0, 1 if configurations failed or an argument is wrong, or 130 on Ctrl-C."""
+    """Runs a command and returns the exit status.
+
+    It is 0, 1 if configurations failed or an argument is wrong, or 130 on Ctrl-C.
+    """
     options = _parser().parse_args(arguments)
     if options.command == "report":
         return _report(options)

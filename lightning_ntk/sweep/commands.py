@@ -20,7 +20,10 @@ from lightning_ntk.sweep.worker import work
 
 
 def run_command(options: argparse.Namespace) -> int:
-    """Runs `options.action`; prints an error as a sentence and returns 1, or 130 on Ctrl-C."""
+    """Runs `options.action` and returns the exit status.
+
+    An error is printed as a sentence and gives 1; Ctrl-C gives 130.
+    """
     commands = {"run": _run, "worker": _worker, "status": _status, "table": _table, "plot": _plot, "report": _report}
     try:
         with warnings.catch_warnings():

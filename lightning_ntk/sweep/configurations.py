@@ -29,7 +29,7 @@ class Range:
 
     Raises:
         ValueError: If the interval is empty, is logarithmic and reaches zero, or has integer values and fractional ends.
-        TypeError: If an end is no number, or `log` or `integer` is not True or False.
+        TypeError: If an end is not a number, or `log` or `integer` is not True or False.
     """
 
     low: float
@@ -136,7 +136,10 @@ def latin_hypercube(ranges: Mapping[str, Range | Sequence[Any]], *, samples: int
 
 
 def check_configurations(configurations: Iterable[Mapping[str, Any]]) -> list[Configuration]:
-    """The configurations as dictionaries, at least one, all of them distinct and JSON; raises a ValueError or TypeError."""
+    """Returns the configurations as dictionaries.
+
+    Raises a ValueError or TypeError unless there is at least one and all are distinct and JSON.
+    """
     checked: dict[str, Configuration] = {}
     for index, configuration in enumerate(configurations):
         if not isinstance(configuration, Mapping):
@@ -159,7 +162,9 @@ def check_configurations(configurations: Iterable[Mapping[str, Any]]) -> list[Co
 
 
 def configuration_key(configuration: Mapping[str, Any]) -> str:
-    """A string that is equal exactly for equal configurations: 64 and 64.0 are equal, 1 and True are not.
+    """A string that is equal exactly for equal configurations.
+
+    64 and 64.0 are equal, 1 and True are not.
 
     Example:
         >>> configuration_key({"lr": 1.0, "bias": True}) == configuration_key({"bias": True, "lr": 1})

@@ -1,11 +1,11 @@
-"""A run at the first time at which its loss reaches a value, between two measurements."""
+"""A run when its loss first reaches a value, between two measurements."""
 
 import math
 from collections.abc import Mapping, Sequence
 
 
 def row_at_loss(rows: Sequence[Mapping[str, float]], loss: float, tag: str) -> dict[str, float]:
-    r"""Interpolates the scalars of a run at the first time at which its loss has fallen to a value.
+    r"""Interpolates a run's scalars where its loss first falls to a value.
 
     Between the last measurement above the value and the first one that is not, every scalar, the step too, is linear in the
     logarithm of the loss, and so monotone; in the loss itself where it falls to zero or below. `exact` is the smaller of both.

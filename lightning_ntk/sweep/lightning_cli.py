@@ -42,11 +42,14 @@ class CommandLineObjective:
 
     @property
     def identity(self) -> str:
-        """The name under which its results are kept."""
+        """The name under which results are stored."""
         return f"LightningCLI {' '.join(Path(file).name for file in self.config)}"
 
     def root(self, configuration: Configuration) -> Path:
-        """The directory for a configuration's logs and checkpoints, which TensorBoard shows as the name of the run."""
+        """The directory for a configuration's logs and checkpoints.
+
+        TensorBoard shows it as the name of the run.
+        """
         settings = ",".join(f"{name.rpartition('.')[2]}={value}" for name, value in configuration.items())
         # Settings may be long, and differ only in what a file name cannot have.
         name = re.sub(r"[^-+.,=\w]", "_", settings)[:_LONGEST_NAME]

@@ -1,4 +1,7 @@
-"""Whether the worker of a trial is alive: looked up on this machine, by heartbeat on another."""
+"""Checks whether the worker of a trial is alive.
+
+It looks on this machine, and relies on heartbeats on another.
+"""
 
 import contextlib
 import os
@@ -18,7 +21,7 @@ Identity = dict[str, Any]
 
 
 def worker_identity(name: str | None = None) -> Identity:
-    """What tells this process from every other: name, host, machine, process number, start time."""
+    """Identifies this process: name, host, machine, process number, start time."""
     return {
         "id": name or uuid.uuid4().hex,
         "host": platform.node(),
@@ -78,7 +81,10 @@ class Observer:
 
 
 def _machine() -> str | None:
-    """This boot of this machine and its process namespace, or None where /proc cannot be read."""
+    """Identifies this boot of this machine and its process namespace.
+
+    None where /proc cannot be read.
+    """
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         return f"{boot} {os.readlink('/proc/self/ns/pid')}"
@@ -87,7 +93,10 @@ def _machine() -> str | None:
 
 
 def _start_time(pid: int) -> str | None:
-    """When a process of this machine started, in ticks since boot; None if it has ended."""
+    """When a process of this machine started, in ticks since boot.
+
+    None if it has ended.
+    """
     try:
         # The name in parentheses may itself contain spaces and parentheses.
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()

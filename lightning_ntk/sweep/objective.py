@@ -77,7 +77,10 @@ def import_path(path: str, directory: str = ".") -> Any:
 
 
 def add_to_path(directory: str) -> None:
-    """Makes a directory's modules, and the current one's, importable, as `python` does for a script."""
+    """Makes modules of a directory and the current one importable.
+
+    It does what `python` does for a script.
+    """
     for entry in (str(Path.cwd()), str(Path(directory).resolve())):
         if entry not in sys.path:
             sys.path.insert(0, entry)
@@ -110,7 +113,10 @@ def objective_identity(objective: Objective) -> str:
 
 
 def require_for_processes(objective: Objective) -> None:
-    """Raises a TypeError unless another process can import the objective: no lambda, local function or notebook cell."""
+    """Raises a TypeError unless another process can import the objective.
+
+    Lambdas, local functions and notebook cells cannot be imported.
+    """
     try:
         pickle.dumps(objective)
     except Exception as error:
@@ -126,7 +132,9 @@ def require_for_processes(objective: Objective) -> None:
 
 
 def rows_of(result: Any) -> list[Row]:
-    """The measurements that an objective returned: at least one row with a scalar besides "step".
+    """The measurements that an objective returned.
+
+    There is at least one row with a scalar besides "step".
 
     The history of a `LinearizationMonitor` gets the tags that it logs ("ntk/weight_distance"); a dictionary is one row.
     """
@@ -150,7 +158,10 @@ def rows_of(result: Any) -> list[Row]:
 
 
 def verdict_of(result: Any) -> tuple[str, str] | None:
-    """The word and the reason of a monitor's verdict, which knows more of the run than its scalars; None without one."""
+    """The word and the reason of a monitor's verdict, or None.
+
+    The monitor knows more of the run than its scalars.
+    """
     verdict = getattr(result, "verdict", None)
     return None if verdict is None else (verdict.word, verdict.reason)
 

@@ -1,4 +1,7 @@
-"""A sweep on one self-contained HTML page: its runs side by side, at equal steps and at equal loss."""
+"""Builds one self-contained HTML page of a sweep.
+
+It shows the runs side by side, at equal steps and at equal loss.
+"""
 
 import math
 import warnings
@@ -28,7 +31,10 @@ _WIDTH, _HEIGHT = 6.4, 4.6
 
 
 class _Group(NamedTuple):
-    """The repetitions of one configuration: their values of the parameters that vary, and their places in the results."""
+    """The repetitions of one configuration.
+
+    It holds their values of the parameters that vary, and their places in the results.
+    """
 
     values: dict[str, Any]
     runs: list[int]
@@ -49,7 +55,7 @@ class _Place(NamedTuple):
 
 
 class _Line(NamedTuple):
-    """A figure over the swept parameter, with the slope if there is a single one."""
+    """A figure over the swept parameter, with its slope if there is one."""
 
     place: str
     slopes: list[PowerLaw]
@@ -138,7 +144,10 @@ def _places(results: "Results", histories: Sequence[History], loss: float | None
 
 
 def _common_loss(histories: Sequence[History]) -> float | None:
-    """The smallest loss that all runs reach, with two digits; runs whose loss is never halved do not count."""
+    """The smallest loss that all runs reach, with two digits.
+
+    Runs whose loss is never halved do not count.
+    """
     reached = []
     for history in histories:
         losses = [row["loss"] for row in history if math.isfinite(row.get("loss", math.nan))]
@@ -151,7 +160,10 @@ def _common_loss(histories: Sequence[History]) -> float | None:
 
 
 def _lines(places: Sequence[_Place], x: str, y: str, over: str | None) -> tuple[list[_Line], list[str]]:
-    """The figures over the swept parameter, on one scale, and why one cannot be drawn."""
+    """The figures over the swept parameter, on one scale.
+
+    It also says why one cannot be drawn.
+    """
     lines, axes, sentences = [], [], []
     for place in places:
         try:
@@ -222,7 +234,10 @@ def _value(value: Any) -> str:
 
 
 def _mean(values: Sequence[float]) -> str:
-    """The geometric mean and its interval, and how many of the values have a logarithm."""
+    """The geometric mean and its interval, as text.
+
+    It says how many of the values have a logarithm if not all do.
+    """
     kept = [value for value in values if 0 < value < math.inf]
     if not kept:
         return "-"

@@ -1,7 +1,9 @@
-"""An Optuna study as a queue: every configuration runs until it has exactly one complete result.
+"""An Optuna study as a queue of configurations.
 
-A configuration may have several trials over time. The rules that keep them apart need no lock but the storage's own atomic step
-from WAITING to RUNNING, and its refusal to change a finished trial:
+Every configuration runs until it has exactly one complete result.
+
+A configuration may have several trials over time. The rules that keep them apart need no lock except the storage's own atomic
+step from WAITING to RUNNING, and its refusal to change a finished trial:
 
 * A worker gives up the trial it has taken if another trial of the same configuration is complete, or open and older.
 * The trial of a dead worker is marked FAIL and the configuration is enqueued again. If the worker was alive after all, its
@@ -64,7 +66,10 @@ class Entry:
 
     @property
     def reason(self) -> str:
-        """The failure in one line: the end of its traceback, with the indented lines that belong to it."""
+        """The failure in one line.
+
+        It is the end of its traceback, with the indented lines that belong to it.
+        """
         return " ".join(re.split(r"\n(?=\S)", (self.error or "").strip())[-1].split())
 
 
@@ -78,14 +83,20 @@ class Task:
 
 
 class Queue:
-    """The configurations of one study, which must exist unless the identity of its `objective` is given."""
+    """The configurations of one study.
+
+    The study must exist unless the identity of its `objective` is given.
+    """
 
     def __init__(self, storage: BaseStorage, name: str, objective: str | None = None) -> None:
         self.storage, self.name = storage, name
         self.study_id = open_study(storage, name, objective)
 
     def entries(self, *, rows: bool = False) -> dict[str, Entry]:
-        """Every configuration that was ever enqueued, by key; with the rows of its result if `rows`."""
+        """Every configuration that was ever enqueued, by key.
+
+        With `rows` it includes the rows of the results.
+        """
         groups: dict[str, list[FrozenTrial]] = {}
         for trial in self._trials():
             groups.setdefault(trial.user_attrs[_KEY], []).append(trial)
@@ -96,7 +107,10 @@ class Queue:
         return Counter(entry.state for entry in self.entries().values())
 
     def enqueue(self, configurations: Sequence[Configuration] = (), *, retry_failed: bool = False) -> int:
-        """Adds a trial for every configuration, of these and the storage's, that needs one; returns how many were unknown."""
+        """Adds a trial for every configuration that needs one.
+
+        It covers these configurations and the storage's. Returns how many were unknown.
+        """
         entries = self.entries()
         wanted = {configuration_key(configuration): configuration for configuration in configurations}
         new = [key for key in wanted if key not in entries]
@@ -151,11 +165,17 @@ class Queue:
         return self._end(task.trial_id, TrialState.FAIL, {_ERROR: text[-_CHUNK:]})  # its end says most
 
     def release(self, trial_id: int, *, death: str | None = None) -> None:
-        """Ends a trial without a result: its worker was asked to stop, or died as `death` says."""
+        """Ends a trial without a result.
+
+        Its worker was asked to stop, or died as `death` says.
+        """
         self._end(trial_id, TrialState.FAIL, {_INTERRUPTED: True} if death is None else {_DEATH: death})
 
     def recover(self, observer: Observer, dead: Mapping[str, str | None] | None = None) -> None:
-        """Enqueues again what dead workers were running; `dead` maps known ones to how they died, None if asked to."""
+        """Enqueues again what dead workers were running.
+
+        `dead` maps known dead workers to how they died, or to None if they were asked to stop.
+        """
         dead = dead or {}
         for trial in self._trials():
             if trial.state == TrialState.RUNNING:

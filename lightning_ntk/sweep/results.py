@@ -1,4 +1,7 @@
-"""The results of a sweep as a tidy table: one row per configuration and step."""
+"""The results of a sweep as a tidy table.
+
+It has one row per configuration and step.
+"""
 
 import csv
 import importlib
@@ -70,7 +73,10 @@ class Results:
 
     @property
     def runs(self) -> list[tuple[str, list[dict[str, float]]]]:
-        """The label and the history of each run, without the monitor's prefix, as `lightning_ntk.plots.plot_runs` takes them."""
+        """The label and the history of each run.
+
+        The names have no monitor prefix, as `lightning_ntk.plots.plot_runs` takes them.
+        """
         prefix = self.tag("relative_weight_distance").removesuffix("relative_weight_distance")
         return [
             (
@@ -84,7 +90,10 @@ class Results:
 
     @property
     def verdicts(self) -> list[Verdict]:
-        """What each run was, as its monitor said; judged from the scalars where the study does not keep it."""
+        """The verdicts of all runs, as their monitors gave them.
+
+        Where the study does not keep a verdict, it is judged from the scalars.
+        """
         judged = [judge(history) for _, history in self.runs]
         stored = [entry.verdict for entry in self._entries]
         return [
@@ -94,7 +103,10 @@ class Results:
 
     @property
     def has_verdicts(self) -> bool:
-        """Whether the study keeps the verdicts of the monitors; those of earlier versions do not."""
+        """Whether the study keeps the verdicts of the monitors.
+
+        Studies of earlier versions do not.
+        """
         return all(entry.verdict is not None for entry in self._entries)
 
     def tag(self, name: str) -> str:
@@ -134,7 +146,9 @@ class Results:
         return found
 
     def at(self, *, loss: float) -> "Results":
-        """Each run at the first time at which its training loss falls to a value, to compare runs at equal loss.
+        """Each run where its training loss first falls to a value.
+
+        This compares runs at equal loss.
 
         Between two measurements every scalar, the step too, is linear in the logarithm of the loss.
 
@@ -273,7 +287,10 @@ class Results:
         return [(rest, interval(values, confidence)) for rest, values in groups.values()]
 
     def csv(self, rows: Sequence[TableRow] | None = None, columns: Sequence[str] | None = None) -> str:
-        """The table, or these rows and columns of it, as CSV; what a row lacks is empty."""
+        """The table, or some rows and columns of it, as CSV.
+
+        Missing values are empty.
+        """
         text = io.StringIO()
         names = self._names(columns)
         writer = csv.DictWriter(text, names, restval="", extrasaction="ignore", lineterminator="\n")
@@ -307,7 +324,9 @@ class Results:
         loss: float | None = None,
         title: str = "Lazy or rich?",
     ) -> Path:
-        """Writes one self-contained HTML page: configurations with verdicts, at equal steps and at equal loss.
+        """Writes one self-contained HTML page about the sweep.
+
+        It shows configurations with verdicts, at equal steps and at equal loss.
 
         Needs matplotlib, and results of a `LinearizationMonitor`.
 
@@ -315,7 +334,8 @@ class Results:
             path: The file to write. Its folder is made.
             x: The parameter over which to draw the distance. Default: the one of positive numbers with the most values.
             over: The parameter whose values are repetitions. Default: one that is called a seed.
-            loss: The loss at which to compare. Default: the smallest that all runs reach, but for those that do not halve theirs.
+            loss: The loss at which to compare. Default: the smallest that all runs reach; those that do not halve theirs
+                do not count.
             title: The heading.
 
         Returns:

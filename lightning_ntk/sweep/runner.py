@@ -91,7 +91,10 @@ class Sweep:
         return Results(self.queue.entries(rows=True).values())
 
     def enqueue(self, *, retry_failed: bool = False) -> None:
-        """Enqueues what has no result, with `retry_failed` also what failed; warns if the storage has more."""
+        """Enqueues configurations without a result.
+
+        With `retry_failed` it includes failed ones. It warns if the storage has more.
+        """
         known = self.queue.entries()
         wanted = {configuration_key(configuration) for configuration in self.configurations}
         other = [entry for key, entry in known.items() if key not in wanted]

@@ -47,7 +47,9 @@ class PowerLaw:
 
 
 def mean_interval(values: Sequence[float], confidence: float = 0.95) -> Mean:
-    """Mean of independent values, at least one, with Student's interval for normal ones, mean ± t s / sqrt(n).
+    """The mean of independent values, with Student's interval.
+
+    There is at least one value. The interval mean ± t s / sqrt(n) is for normal values.
 
     Example:
         >>> mean_interval([1.0, 2.0, 3.0]).mean
@@ -78,7 +80,9 @@ def geometric_mean_interval(values: Sequence[float], confidence: float = 0.95) -
 
 
 def log_log_slope(x: Sequence[float], y: Sequence[float], confidence: float = 0.95) -> PowerLaw:
-    """Least squares of log y = log factor + slope log x, with Student's interval.
+    """Fits log y = log factor + slope log x, with Student's interval.
+
+    The fit is by least squares.
 
     Args:
         x: Positive numbers, at least two of them distinct.

@@ -1,4 +1,7 @@
-"""Opens what keeps a sweep: a journal file or a database, and a study in it."""
+"""Opens the storage of a sweep and a study in it.
+
+The storage is a journal file or a database.
+"""
 
 import contextlib
 import json
@@ -24,7 +27,10 @@ _ENTRY = b'{"op_code":'
 
 
 def open_storage(storage: str | os.PathLike[str]) -> BaseStorage:
-    """Opens a journal file at a path, created if it does not exist, or a database at an Optuna URL."""
+    """Opens a journal file at a path, or a database at a URL.
+
+    The file is created if it does not exist. The URL is one of Optuna.
+    """
     url = os.fspath(storage)
     if "://" in url:
         return get_storage(_database(url))
@@ -36,7 +42,10 @@ def open_storage(storage: str | os.PathLike[str]) -> BaseStorage:
 
 
 def open_study(storage: BaseStorage, name: str, objective: str | None = None) -> int:
-    """The id of a sweep's study, created if it does not exist and `objective`, which made it, is known."""
+    """The id of a sweep's study, created if it does not exist.
+
+    Creating it requires `objective`, which made it.
+    """
     names = sorted(study.study_name for study in storage.get_all_studies())
     if objective is None and name not in names:
         raise ValueError(
@@ -64,7 +73,10 @@ def open_study(storage: BaseStorage, name: str, objective: str | None = None) ->
 
 
 def _require_journal(path: Path) -> None:
-    """Raises a ValueError, which names the line, unless every line is one of a journal; the last one may be unfinished."""
+    """Raises a ValueError unless every line is one of a journal.
+
+    It names the line. The last line may be unfinished.
+    """
     with path.open("rb") as file:
         for number, line in enumerate(file, 1):
             whole = line.endswith(b"\n")

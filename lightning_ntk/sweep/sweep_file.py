@@ -23,7 +23,7 @@ _OPTIONS = ("objective", "workers", "threads", "patience", *_TEXTS)
 
 @dataclass(frozen=True)
 class SweepFile:
-    """The contents of a file like this; paths in it are relative to its directory.
+    """The contents of a sweep file; paths are relative to its directory.
 
         objective: my_project.train:objective       # or file.py:function, or {lightning_cli: {config: config.yaml}}
         grid: {width: [64, 256, 1024], seed: [0, 1, 2]}
@@ -40,7 +40,10 @@ class SweepFile:
 
     @staticmethod
     def read(path: str | os.PathLike[str], *, storage: str | None = None, name: str | None = None) -> "SweepFile":
-        """Reads and checks a file; `storage`, relative to the current directory, and `name` replace those in it."""
+        """Reads and checks a file.
+
+        `storage`, relative to the current directory, and `name` replace those in it.
+        """
         file = Path(path)
         if not file.is_file():
             raise FileNotFoundError(f"Expected a YAML file that describes a sweep at {file} but there is none.")
@@ -117,7 +120,7 @@ def _require_keys(content: Any, where: str, allowed: Set[str] | None = None, req
 
 
 class _Loader(yaml.SafeLoader):  # type: ignore[misc]
-    """YAML that refuses duplicate keys and whose plain text has a value only where YAML 1.2 gives it one.
+    """YAML without duplicate keys, with plain values as in YAML 1.2.
 
     PyYAML reads YAML 1.1, where 1e-3 and 1:30 are text and the number 90, and 010 and no are 8 and false.
     """

@@ -1,4 +1,4 @@
-"""What every linearized training has in common: its state, the settings of a step, and what a run tells it."""
+"""What every linearized training has in common."""
 
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
@@ -50,7 +50,7 @@ class StepSettings(NamedTuple):
         clip_norm: float | None = None,
         clip_value: float | None = None,
     ) -> "StepSettings":
-        """The settings of the step that an optimizer is about to take, for live parameters by name."""
+        """Reads the settings of an optimizer's coming step, for live parameters by name."""
         return cls(
             [dict(group) for group in optimizer.param_groups],
             clip_norm,
@@ -71,7 +71,7 @@ class OnlineTraining(Protocol):
     """The name of the dynamics, as `LinearizationMonitor` takes it."""
 
     def accumulate(self, batch: Any, *, scale: float = 1.0) -> None:
-        """Adds the loss gradient of one batch, multiplied by `scale`, to the gradient of the next step."""
+        """Adds the gradient of one batch, times `scale`, to the next step's gradient."""
 
     def step(self, settings: StepSettings) -> None:
         """Takes one optimizer step along the accumulated gradient, which is then forgotten."""
@@ -83,7 +83,10 @@ class OnlineTraining(Protocol):
         """Computes w_lin - w0 after the steps so far, by parameter name in float64."""
 
     def predictions(self) -> Tensor | None:
-        """Computes the outputs on the training set, `(N, K)` in float64 on the CPU; None where that takes a pass."""
+        """Computes the outputs on the training set, `(N, K)`.
+
+        They are in float64 on the CPU; None where they would take a pass.
+        """
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run continues from: tensors, numbers, dicts and lists."""

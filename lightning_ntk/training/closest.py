@@ -1,4 +1,4 @@
-r"""The time at which a linearized network is closest to given weights, and how close it ever comes.
+r"""The time at which a linearized network is closest to given weights.
 
 With :math:`\Delta = w - w_0` and one pass :math:`J\Delta`, the distance to the linearized weights
 :math:`w_0 + \sum_j s_j e_j + J^\top a` at every time costs products with vectors of N K numbers only:
@@ -50,7 +50,10 @@ class ClosestTime(NamedTuple):
 
 
 def find_closest(training: ModalTraining, displacement: Mapping[str, Tensor], until: float | None) -> ClosestTime:
-    """The time in [0, until] at which linearized training is closest to w0 + displacement; see `LinearizedTraining.closest`."""
+    """Finds the time when linearized training is closest to w0 + displacement.
+
+    Times are in [0, until]; see `LinearizedTraining.closest`.
+    """
     problem, last = training.modal.problem, training.last_time if until is None else until
     if last is None or (last == math.inf and not training.has_closed_form(1)):
         raise ValueError(
@@ -77,7 +80,7 @@ def find_closest(training: ModalTraining, displacement: Mapping[str, Tensor], un
 
 
 class _SquaredDistance:
-    """The squared distance from w0 + displacement to the linearized weights, as a function of the state."""
+    """The squared distance from w0 + displacement to the linearized weights."""
 
     def __init__(self, training: ModalTraining, displacement: Tensors) -> None:
         problem, self._modal = training.modal.problem, training.modal
@@ -99,7 +102,10 @@ class _SquaredDistance:
         return (quadratic + scales @ self._gram @ scales - 2 * scales @ self._along).item() + self.square
 
     def in_span(self, dtype: torch.dtype) -> float | None:
-        """The norm of the projection of w - w0 on the span of J^T, relative to it, if all modes are known."""
+        """The relative norm of w - w0 projected on the span of J^T.
+
+        It needs all modes.
+        """
         if not isinstance(self._modal.solver, CompleteModes):
             return None
         modes = self._modal.solver.modes[0]
@@ -114,8 +120,8 @@ def _closest_time(
 ) -> tuple[float, LinearizedState]:
     """The time in [0, until] of the least distance, and the state there.
 
-    The distance is looked at on a logarithmic grid, then between the neighbors of the best time, until nothing lies between:
-    a minimum that is narrower than a sixth of its time may be missed.
+    The search takes a logarithmic grid, then times between the neighbors of the best one, until none is left. It may
+    miss a minimum that is narrower than a sixth of its time.
     """
     whole = training.dynamics == "gradient_descent" or not training.hyperparameters.constant
     squares: dict[float, float] = {}

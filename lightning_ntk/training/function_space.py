@@ -1,4 +1,4 @@
-r"""Minibatch SGD of the linearized network, replayed in function space with the batches of the run.
+r"""Replays minibatch SGD of the linearized network in function space.
 
 Every step of `torch.optim.SGD` stays in the span of what it has seen: the rows of the Jacobian, and the vectors :math:`e_j` that
 it carries along, which are the initial weights where they decay and the momentum buffer of a late start. So
@@ -30,7 +30,7 @@ _GATHERED_BYTES = {"cpu": 2**20, "cuda": 2**28}
 
 
 class FunctionSpaceSGD:
-    r"""SGD on the linearized network, one call for each batch and one for each optimizer step of the run.
+    r"""SGD on the linearized network, with the batches and steps of a run.
 
     All state is in float64 on the kernel's device, and nothing waits for that device before a result is read. It is made of plain
     tensors also inside `torch.inference_mode`, so that a replay may be used inside and outside of it.
@@ -100,7 +100,9 @@ class FunctionSpaceSGD:
 
     @torch.inference_mode(False)
     def accumulate(self, rows: Tensor, target: Tensor, *, scale: float = 1.0) -> None:
-        """Adds the gradient of a batch's loss at the linearized predictions to the gradient of the next step.
+        """Adds the gradient of a batch to the gradient of the next step.
+
+        It is the gradient of the loss at the linearized predictions.
 
         Args:
             rows: Which samples the batch holds, `(b,)` integers; a sample may come more than once, and counts as often.
@@ -207,7 +209,10 @@ class FunctionSpaceSGD:
         return values
 
     def state_dict(self) -> dict[str, Any]:
-        """Tensors and numbers from which `load_state_dict` continues, without what was accumulated since the last step."""
+        """Tensors and numbers from which `load_state_dict` continues.
+
+        They leave out what was accumulated since the last step.
+        """
         return {
             "coefficients": self._coefficients.clone(),
             "image": self._image.clone(),
@@ -218,7 +223,9 @@ class FunctionSpaceSGD:
 
     @torch.inference_mode(False)
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Takes over a state of a replay of the same samples; what was accumulated here is forgotten.
+        """Restores the state of a replay of the same samples.
+
+        It discards what was accumulated here.
 
         Raises:
             ValueError: If the state belongs to another number of samples or outputs.
@@ -239,7 +246,10 @@ class FunctionSpaceSGD:
 
 
 def require_rows(rows: Tensor, samples: int, what: str = "argument `rows`") -> None:
-    """Raises a ValueError unless these are rows of samples, `(b,)`. A GPU is not asked for their values."""
+    """Raises a ValueError unless these are rows of samples, `(b,)`.
+
+    The values of a tensor on a GPU are not checked.
+    """
     valid = rows.dim() == 1 and len(rows) > 0 and not rows.is_floating_point() and rows.dtype != torch.bool
     if not valid or (rows.device.type == "cpu" and not 0 <= int(rows.min()) <= int(rows.max()) < samples):
         raise ValueError(
@@ -248,7 +258,7 @@ def require_rows(rows: Tensor, samples: int, what: str = "argument `rows`") -> N
 
 
 def require_prepared_decay(settings: SGDSettings, decays: bool) -> None:
-    """Raises a ValueError for a step with weight decay in a training that was not set up for it."""
+    """Raises a ValueError for weight decay that the training was not prepared for."""
     if settings.weight_decay != 0 and not decays:
         raise ValueError(
             f"Expected steps without weight decay but got {settings.weight_decay}: the initial weights shrink then, for "
@@ -257,7 +267,7 @@ def require_prepared_decay(settings: SGDSettings, decays: bool) -> None:
 
 
 class _KernelProducts:
-    """Theta[:, rows] g for few rows, from the rows of the symmetric kernel, which are contiguous."""
+    """Theta[:, rows] g for few rows, read from the kernel's contiguous rows."""
 
     def __init__(self, kernel: Tensor, samples: int, outputs: int) -> None:
         self._blocks = torch.unflatten(kernel.detach(), 0, (samples, outputs))  # (N, K, N K)

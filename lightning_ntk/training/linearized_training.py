@@ -1,4 +1,4 @@
-"""Linearized training on a data set, set up once and answered for every time."""
+"""Linearized training on a data set, set up once and evaluated at any time."""
 
 from collections.abc import Mapping, Sequence
 
@@ -34,11 +34,11 @@ class LinearizedTraining:
 
     .. math:: w_\text{lin}(t) = w_0 - J^\top \Theta^{-1} (I - (I - \eta\Theta)^t) (f_0 - Y)
 
-    is full-batch gradient descent (Lee et al., 2019, eq. 8-10). Gradient flow has :math:`e^{-\eta t\Theta}` in the place of the
-    power. The kernel :math:`\Theta = J J^\top` is decomposed once, in float64, and never inverted. Every later time then costs
-    one pass over the data. A Krylov space can stand in for the decomposition. It consists of products J (J^T v) and grows when
-    a time asks for more; `error_bound` says how exact it is. The module is left as it was: weights, buffers, gradients, modes
-    and random state.
+    is full-batch gradient descent (Lee et al., 2019, eq. 8-10). Gradient flow has :math:`e^{-\eta t\Theta}` in the
+    place of the power. The kernel :math:`\Theta = J J^\top` is decomposed once, in float64, and never inverted. Every
+    later time then costs one pass over the data. A Krylov space can stand in for the decomposition. It consists of
+    products J (J^T v) and grows when a time asks for more; `error_bound` says how exact it is. It leaves the module
+    unchanged: weights, buffers, gradients, train or eval modes, and random state.
 
     Args:
         module: The network, with outputs `(B, K)` or `(B,)`; or a `LinearizedProblem`, which replaces `data`, `loss`, `jacobian`,
@@ -58,20 +58,21 @@ class LinearizedTraining:
         momentum_buffers: The optimizer's momentum buffers at w0, by parameter, for a capture in the middle of a run.
         lr_scales: The learning rate of each named parameter as a multiple of `lr`; 0 freezes it. Default: 1. Then
             w_lin = w0 + D J^T a with the kernel J D J^T, and error bounds measure D^(-1/2) (w - w0).
-        solver: "eigh", a dense eigendecomposition in float64; "lanczos", or `Lanczos` with its options, Ritz pairs from the
-            residual f0 - Y; "auto" takes the cheapest by counted operations that fits into memory, see `solver_reason`.
-        matrix_free: Whether Lanczos goes without the kernel, in two passes a product. Default: what is cheaper.
-        horizon: The largest number of steps that will be asked for, at about `lr`. Lanczos prepares for it at once. Later
+        solver: "eigh" is a dense eigendecomposition in float64. "lanczos", or `Lanczos` with its options, takes Ritz
+            pairs from the residual f0 - Y. "auto" takes the cheapest by counted operations that fits into memory, see
+            `solver_reason`.
+        matrix_free: Whether Lanczos works without the kernel, with two passes per product. Default: the cheaper way.
+        horizon: The largest number of steps you will ask for, at about `lr`. Lanczos prepares for it at once. Later
             times are possible and extend the basis. Infinity takes nearly N K products on most networks, because
-            eigenvalues reach down to what counts as zero. Default: unknown, and Lanczos starts when asked.
-        tolerance: Truncation error that Lanczos allows in the weights, relative to |w_lin - w0|. It never asks for more than
-            a hundredth of what rounding leaves open, see `error_bound`.
+            eigenvalues reach down to what counts as zero. Default: unknown, and Lanczos starts with the first question.
+        tolerance: Truncation error that Lanczos allows in the weights, relative to |w_lin - w0|. Lanczos never aims
+            below a hundredth of the rounding error, see `error_bound`.
         jacobian: "streamed" recomputes J minibatch by minibatch in every pass, with memory O(P + N K). "stored" keeps a small
             model's J, N K P numbers. Both give the same results.
         ntk: A kernel computed earlier, `(N K, N K)` in sample-major order, with `lr_scales` the weighted one. One pass checks
             it to the precision of its type.
         predict: Maps `(module, inputs)` to outputs. Default: `module(inputs)`, or `module(*inputs)` for tuples.
-        unpack: Maps a batch of `data` to `(inputs, target)`. Default: batches that are such pairs already.
+        unpack: Maps a batch of `data` to `(inputs, target)`. Default: batches already are such pairs.
         batch_size: Samples in one pass through the network.
         dtype: Type of the Jacobian passes, by default that of the parameters. Spectra are always float64.
         progress: Whether long operations show a progress bar.
@@ -203,7 +204,10 @@ class LinearizedTraining:
 
     @property
     def loss_factor(self) -> float:
-        """The factor c of a squared loss, whose gradient in the outputs is c (f - Y); a ValueError for other losses."""
+        """The factor c of a squared loss, whose gradient is c (f - Y).
+
+        Other losses raise a ValueError.
+        """
         return self.problem.objective.require_factor()
 
     @property
@@ -213,13 +217,19 @@ class LinearizedTraining:
 
     @property
     def num_products(self) -> int:
-        """Products with the kernel that Lanczos has made so far; 0 for a complete eigendecomposition."""
+        """Products with the kernel that Lanczos has made so far.
+
+        It is 0 for a complete eigendecomposition.
+        """
         solver = self._modal.modal.solver
         return solver.num_products if isinstance(solver, LanczosSolver) else 0
 
     @property
     def eigenvalues(self) -> Tensor:
-        """Eigenvalues of the kernel, ascending, `(m,)` in float64: all N K, or the Ritz values in their place."""
+        """Eigenvalues of the kernel, ascending, `(m,)` in float64.
+
+        These are all N K of them, or the Ritz values of Lanczos.
+        """
         return self.modes.eigenvalues
 
     @property
@@ -249,13 +259,19 @@ class LinearizedTraining:
         return self._add_to_initial(self._displacement(t))
 
     def weights_at(self, times: Sequence[float | None]) -> list[Tensors]:
-        """`weights` at several times for one pass: one forward and `len(times)` backward passes, memory O(T P)."""
+        """Computes `weights` at several times in one pass over the data.
+
+        It takes one forward and `len(times)` backward passes, and memory O(T P).
+        """
         require_instance("times", times, list | tuple | range, "a list of times")
         stacked = displacements(self.problem, self._terms, [self.state(t) for t in times])
         return [self._add_to_initial({n: value[i] for n, value in stacked.items()}) for i in range(len(times))]
 
     def displacement(self, t: float | None) -> Tensors:
-        """w_lin(t) - w0 in float64, which `weights` rounds: one pass over the data, none for the last `t` again."""
+        """Computes w_lin(t) - w0 in float64, which `weights` rounds.
+
+        It takes one pass over the data, or none if `t` is the last one again.
+        """
         return {name: value.clone() for name, value in self._displacement(t).items()}
 
     def predictions(self, t: float | None, data: Data | None = None) -> Tensor:
@@ -310,7 +326,10 @@ class LinearizedTraining:
         return bound.relative if relative else bound.total
 
     def state(self, t: float | None) -> LinearizedState:
-        """The linearized network after `t` steps, in function space: no pass over the data, unless Lanczos needs more."""
+        """Computes the linearized network after `t` steps, in function space.
+
+        It takes no pass over the data unless Lanczos needs more products.
+        """
         return self._engine.state(t)
 
     @property
@@ -319,9 +338,10 @@ class LinearizedTraining:
         return isinstance(self._engine, ModalTraining) and self._engine.knows_all_times
 
     def closest(self, displacement: Mapping[str, Tensor], *, until: float | None = None) -> ClosestTime:
-        """The time at which the linearized network is closest to given weights, and the distance there.
+        """Finds when the linearized network is closest to given weights, and how close.
 
-        One pass of Jacobian-vector products and one that forms the weights of the time found; the search takes none.
+        It takes one pass of Jacobian-vector products, and one that forms the weights at that time. The search takes
+        none.
 
         Args:
             displacement: w - w0, with the names and shapes of `initial_weights`.
@@ -334,7 +354,9 @@ class LinearizedTraining:
         return find_closest(self._modal, displacement, until)
 
     def follow(self) -> ModalRun:
-        """These dynamics from step 0 on, advanced with the settings of a run that may differ from step to step.
+        """Starts these dynamics at step 0, to be advanced step by step.
+
+        The settings may differ from step to step, as a run's do.
 
         The hyperparameters of this training only say whether the weights decay, and toward what. Gradient flow takes the
         learning rate of a step for its duration.

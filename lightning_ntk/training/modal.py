@@ -1,4 +1,7 @@
-"""Linearized training on the modes of the kernel, at any time: by a closed form where there is one, else step by step."""
+"""Linearized training on the modes of the kernel, at any time.
+
+It uses a closed form where there is one, and steps otherwise.
+"""
 
 import math
 from dataclasses import replace
@@ -48,7 +51,10 @@ class ModalTraining:
         return isinstance(self.hyperparameters.lr, float) and self.hyperparameters.lr > self.max_learning_rate
 
     def state(self, t: float | None) -> LinearizedState:
-        """The linearized network after t steps. A recurrence goes on from the last time that was asked for."""
+        """Computes the linearized network after t steps.
+
+        A recurrence continues from the last time requested.
+        """
         self.require_time(t)
         return self.modal.state(self._solve(t).filters) if self.has_closed_form(t) else self._run_to(_whole(t)).state()
 
@@ -58,7 +64,7 @@ class ModalTraining:
         return self._solve(t).bound if self.has_closed_form(t) else self._run_to(_whole(t)).error_bound()
 
     def follow(self) -> ModalRun:
-        """These dynamics from step 0 on, to be advanced step by step."""
+        """Starts these dynamics at step 0, to be advanced step by step."""
         return ModalRun(self.modal, self._form, self.hyperparameters)
 
     @property
@@ -69,14 +75,19 @@ class ModalTraining:
 
     @property
     def last_time(self) -> float | None:
-        """The last time that can be asked for at bearable cost, infinity included, or None if nothing sets one."""
+        """The last time that can be computed at bearable cost.
+
+        It may be infinite; None means that there is no limit.
+        """
         if self.knows_all_times:
             return math.inf
         steps = self.hyperparameters.steps
         return None if self.hyperparameters.constant or steps == math.inf else steps
 
     def time_scales(self) -> tuple[float, float]:
-        """Steps in which the fastest and the slowest mode above rounding lose a factor e of their residual.
+        """Steps in which the fastest and the slowest mode decay by a factor e.
+
+        Modes below rounding do not count.
 
         The slowest takes 0 steps where nothing moves.
         """
@@ -90,7 +101,10 @@ class ModalTraining:
         return 1 / (rate * (largest + self._form.ridge)), 1 / (rate * (smallest + self._form.ridge))
 
     def prepare(self, horizon: float) -> None:
-        """Refines for times up to a number of steps; without a closed form, for gradient flow over the same time."""
+        """Refines the modes for times up to a number of steps.
+
+        Without a closed form it does so for gradient flow over the same time.
+        """
         t = None if horizon == math.inf else math.floor(horizon)
         settings, rate, solver = self.hyperparameters.template, self.hyperparameters.lr, self.modal.solver
         limited = isinstance(rate, float) and rate < self.max_learning_rate

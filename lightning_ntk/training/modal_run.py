@@ -1,4 +1,4 @@
-"""Full-batch gradient descent or flow on the modes of the kernel, step by step beside a run."""
+"""Full-batch gradient descent or flow on kernel modes, beside a run."""
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -24,7 +24,9 @@ from lightning_ntk.training.off_span import displacement
 
 
 class ModalRun:
-    """The dynamics on the modes, advanced with the settings of every step: O(m) operations a step.
+    """Dynamics on the modes, advanced with the settings of every step.
+
+    A step takes O(m) operations.
 
     With Lanczos, asking for the state extends the bases where the steps so far need it. The settings are kept for that and
     replayed on the new Ritz values, which gives the state that a run on these values from the start would have. Gradient flow
@@ -82,13 +84,18 @@ class ModalRun:
 
     @property
     def kernel_time(self) -> float | None:
-        r"""The kernel time :math:`\eta t`, the sum of the learning rates times the loss factor; None with momentum or decay."""
+        r"""The kernel time :math:`\eta t`; None with momentum or decay.
+
+        It is the sum of the learning rates times the loss factor.
+        """
         if any(settings.momentum or settings.weight_decay for settings, _ in self.history):
             return None
         return self._modal.loss_factor * sum(settings.lr * count for settings, count in self.history)
 
     def state(self) -> LinearizedState:
-        """The linearized network after the steps so far: no pass over the data, unless Lanczos needs more products.
+        """Computes the linearized network after the steps so far.
+
+        It takes no pass over the data unless Lanczos needs more products.
 
         Raises:
             OverflowError: If the dynamics have diverged.

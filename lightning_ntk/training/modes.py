@@ -1,4 +1,4 @@
-"""A linearized problem in the modes of its kernel: how they are found, and what filters on them say."""
+"""A linearized problem in the modes of its kernel."""
 
 import logging
 
@@ -76,7 +76,7 @@ class ModalProblem:
         )  # fmt: skip
 
     def state(self, filters: Filters) -> LinearizedState:
-        """The linearized network that filters on the present modes of the solver describe, without a pass.
+        """Applies filters to the present modes of the solver, without a pass.
 
         Raises:
             OverflowError: If the filters are not finite, because the dynamics have diverged.

@@ -1,4 +1,7 @@
-"""Weight vectors outside the span of D J^T that SGD carries along: decaying initial weights, an older momentum buffer."""
+"""Weight vectors outside the span of D J^T that SGD carries along.
+
+Examples are decaying initial weights and an older momentum buffer.
+"""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -35,7 +38,10 @@ class OffSpanTerm(NamedTuple):
 
     @classmethod
     def of(cls, problem: LinearizedProblem, vector: Mapping[str, Tensor], start: Start, limit: float) -> "OffSpanTerm":
-        """The term of a vector e, for one Jacobian-vector product. It copies e, which an optimizer changes in place."""
+        """Makes the term of a vector e, with one Jacobian-vector product.
+
+        It copies e, which an optimizer changes in place.
+        """
         device = problem.linearization.device
         copied = {name: value.detach().to(device, torch.float64, copy=True) for name, value in vector.items()}
         scaled = problem.scaled(copied)
@@ -78,14 +84,20 @@ def off_span_terms(
 
 
 def displacement(problem: LinearizedProblem, terms: Sequence[OffSpanTerm], state: LinearizedState) -> Tensors:
-    """w_lin - w0 of one state, by parameter name in float64: one pass over the training set."""
+    """Computes w_lin - w0 of one state, in one pass over the data.
+
+    The result is by parameter name, in float64.
+    """
     return {name: value[0] for name, value in displacements(problem, terms, [state]).items()}
 
 
 def displacements(
     problem: LinearizedProblem, terms: Sequence[OffSpanTerm], states: Sequence[LinearizedState]
 ) -> Tensors:
-    """w_lin - w0 of T states: a tensor `(T, *shape)` in float64 for every parameter. One forward and T backward passes."""
+    """Computes w_lin - w0 of T states.
+
+    Every parameter has a tensor `(T, *shape)` in float64. It takes one forward and T backward passes.
+    """
     stacked = problem.pull_back(torch.stack([state.coefficients for state in states]))
     for index, term in enumerate(terms):
         scales = torch.tensor([state.scales[index] for state in states], dtype=torch.float64)

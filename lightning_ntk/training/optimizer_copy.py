@@ -1,4 +1,4 @@
-"""A deep copy of an optimizer that steps other weights in the place of the live ones."""
+"""A deep copy of an optimizer that steps other weights."""
 
 import copy
 import inspect

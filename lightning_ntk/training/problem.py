@@ -1,4 +1,4 @@
-"""The problem that linearized training solves: a network at its initial weights on a training set."""
+"""The problem that linearized training solves."""
 
 from collections.abc import Callable, Mapping
 from copy import copy
@@ -27,7 +27,7 @@ JacobianStorage = Literal["streamed", "stored"]
 
 
 class LinearizedProblem:
-    r"""A network at its initial weights on a training set: what every linearized training starts from.
+    r"""A network at its initial weights on a training set.
 
     Learning rates that differ between parameters are part of the problem. With rates :math:`\eta D`, D diagonal,
 
@@ -109,7 +109,10 @@ class LinearizedProblem:
         return other
 
     def at(self, tensors: Mapping[str, Tensor]) -> "LinearizedProblem":
-        """The same data set, with the network at other weights and buffers; those that are not among `tensors` stay."""
+        """Returns the same data set with the network at other weights and buffers.
+
+        Those that are not among `tensors` stay.
+        """
         other = copy(self)
         other.linearization = copy(self.linearization)
         state = self.linearization.state_dict()
@@ -158,17 +161,26 @@ class LinearizedProblem:
 
     @preserved_rng()
     def predict(self, weights: Mapping[str, Tensor]) -> Tensor:
-        """Outputs of the (non-linear) network at other weights, `(N, K)`: one forward pass over the training set."""
+        """Computes outputs of the (non-linear) network at other weights, `(N, K)`.
+
+        It takes one forward pass over the training set.
+        """
         return self._passes.predict(weights)
 
     @preserved_rng()
     def push_forward(self, tangent: Mapping[str, Tensor]) -> Tensor:
-        """J v, `(N, K)` in float64, for a tangent v with the names and shapes of the weights."""
+        """Computes J v, `(N, K)` in float64.
+
+        The tangent v has the names and shapes of the weights.
+        """
         return self.jacobian.jvp(tangent)
 
     @preserved_rng()
     def pull_back(self, coefficients: Tensor) -> Tensors:
-        """D J^T a for coefficients `(T, N, K)`: a tensor `(T, *shape)` in float64 for every parameter."""
+        """Computes D J^T a for coefficients `(T, N, K)`.
+
+        Every parameter has a tensor `(T, *shape)` in float64.
+        """
         return self.scaled(self.jacobian.vjp(coefficients))
 
     def loss_of(self, predictions: Tensor) -> float:
@@ -177,7 +189,7 @@ class LinearizedProblem:
 
     @property
     def planned_kernel(self) -> PlannedKernel:
-        """The kernel of the training set before it is computed, planned at the first question."""
+        """The plan of the training set's kernel, made on first use."""
         if self._planned is None:
             with preserved_rng():
                 self._planned = PlannedKernel(self.linearization, self.reference, lr_scales=self.lr_scales)
@@ -185,7 +197,9 @@ class LinearizedProblem:
 
     @preserved_rng()
     def kernel(self, given: Tensor | None = None, *, dtype: torch.dtype) -> Tensor:
-        r"""The kernel :math:`J D J^\top` of the training set, verified against one random vector-Jacobian product.
+        r"""Computes the kernel :math:`J D J^\top` of the training set.
+
+        It is verified against one random vector-Jacobian product.
 
         Args:
             given: A kernel computed earlier, `(N K, N K)` in sample-major order. It is held to the precision of its type and of

@@ -1,4 +1,4 @@
-"""Kernel regression with the empirical NTK: what the kernel at one set of weights can learn of a data set."""
+"""Kernel regression with the empirical NTK at one set of weights."""
 
 import math
 from dataclasses import dataclass, replace
@@ -25,7 +25,7 @@ class Fit(NamedTuple):
     Attributes:
         predictions: `(M, K)` in float64 on the CPU.
         loss: Their loss.
-        accuracy: The share of samples whose class they predict; None where the targets are no classes.
+        accuracy: The share of samples whose class they predict; None where the targets are not classes.
     """
 
     predictions: Tensor
@@ -88,10 +88,11 @@ def kernel_regression(
 
     .. math:: f(x) = f_0(x) - \Theta(x, X)\, (\Theta + \rho I)^{-1} (f_0(X) - Y)
 
-    is the limit of training the linearized network with a decay toward the initial weights; a singular kernel is inverted
-    on its range. With `centered` :math:`f_0` is left out: it is what the kernel alone makes of the targets. The kernel of an
-    untrained network and that of a trained one (the "after kernel" of Long, 2021) tell how much of what a network has learned is
-    in its kernel. A test set costs one pass :math:`J^\top a` over the training set and one :math:`J v` over itself.
+    is the limit of training the linearized network with a decay toward the initial weights; a singular kernel is
+    inverted on its range. With `centered`, :math:`f_0` is left out, so that predictions depend on the kernel and the
+    targets alone. Comparing the kernels of an untrained and a trained network (the "after kernel" of Long, 2021) shows
+    how much of what a network has learned is in its kernel. A test set costs one pass :math:`J^\top a` over the
+    training set and one :math:`J v` over itself.
 
     Args:
         module: The network, with outputs `(B, K)` or `(B,)`; or a `LinearizedProblem`, which has a training set and replaces
@@ -176,7 +177,10 @@ def kernel_regression(
 
 
 def _leave_one_out(modes: Modes, ridges: Tensor, targets: Tensor) -> tuple[float, Tensor, Tensor]:
-    """The ridge with the least error, the errors of all, and the residuals `(N, K)` of that one."""
+    """Finds the ridge with the least leave-one-out error.
+
+    Returns it with the errors of all ridges and its residuals `(N, K)`.
+    """
     residuals = leave_one_out_residuals(modes, ridges, targets.shape[1])
     errors = residuals.square().mean((1, 2))
     best = int(errors.argmin())

@@ -1,4 +1,7 @@
-"""Linearized training on given minibatches, replayed on the kernel: those of a run, or a recorded order."""
+"""Linearized training on given minibatches, replayed on the kernel.
+
+The minibatches are those of a run, or a recorded order.
+"""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeAlias
@@ -82,13 +85,16 @@ class Replay:
 
     @preserved_rng()
     def accumulate(self, batch: Any, *, scale: float = 1.0) -> None:
-        """Adds the loss gradient of a batch, whose samples are found in the training set by their content."""
+        """Adds the loss gradient of a batch of training samples.
+
+        The samples are found in the training set by their content.
+        """
         _, target = self.problem.reference.unpack(batch)
         assert target is not None  # as in the training set
         self.accumulate_rows(self.rows(batch), target, scale=scale)
 
     def accumulate_rows(self, rows: Tensor, target: Tensor, *, scale: float = 1.0) -> None:
-        """Adds the loss gradient of the samples in these rows `(b,)` of the training set."""
+        """Adds the loss gradient of these rows `(b,)` of the training set."""
         self._sgd.accumulate(rows, target, scale=scale)
 
     def step(self, settings: StepSettings) -> None:
@@ -128,7 +134,10 @@ class Replay:
 
 
 class RecordedTraining:
-    """A replay asked for any step; the batches are those of `LinearizedTraining`, the other arguments those of `Replay`."""
+    """A replay that can be evaluated at any step.
+
+    The batches are those of `LinearizedTraining`, the other arguments those of `Replay`.
+    """
 
     def __init__(
         self,
@@ -147,7 +156,10 @@ class RecordedTraining:
         self.kernel = self._replay.kernel
 
     def state(self, t: float | None) -> LinearizedState:
-        """The linearized network after t steps. It goes on from the last time that was asked for."""
+        """Computes the linearized network after t steps.
+
+        It continues from the last time requested.
+        """
         steps, replay = len(self._batches), self._replay
         if t is not None:
             require_number("t", t, "a number of optimizer steps")

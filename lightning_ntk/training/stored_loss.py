@@ -1,4 +1,7 @@
-"""The loss of a linearized network whose Jacobian is stored: a batch is two products with its rows, and no pass."""
+"""The loss of a linearized network whose Jacobian is stored.
+
+A batch takes two products with its rows, and no pass.
+"""
 
 from collections.abc import Mapping
 from typing import Any
@@ -16,7 +19,7 @@ from lightning_ntk.utilities.validation import require_matching
 
 
 class StoredLoss:
-    r"""The loss of samples of a training set, with their rows of J in memory: a `BatchLoss` for the twin.
+    r"""A `BatchLoss` for the twin, from stored rows of the Jacobian.
 
     For the rows r of a batch,
 
@@ -32,7 +35,7 @@ class StoredLoss:
         streamed: The same loss through passes of the network, for batches that are not found. Default: `pairs`.
 
     Attributes:
-        unknown: What was unknown in the first batch that was not found; empty if all were.
+        unknown: What was unknown in the first batch with unknown samples; empty if all were found.
 
     Raises:
         ValueError: If the Jacobian of the problem is not stored.
@@ -95,7 +98,10 @@ class StoredLoss:
             return {name: value[0] for name, value in jacobian.vjp(cotangent.unsqueeze(0)).items()}
 
     def gradient_at(self, batch: Any, weights: Mapping[str, Tensor]) -> Tensors:
-        """The gradient for the network itself, at weights by name: of the loss of outputs and targets, by a pass."""
+        """Computes the network's own gradient, at weights by name.
+
+        It takes a pass with the loss of outputs and targets.
+        """
         return self._pairs.gradient_at(batch, weights)
 
     def state_dict(self) -> dict[str, Tensors]:

@@ -1,4 +1,7 @@
-"""The linearized network trained in lockstep with the real one, in weight space: any optimizer, no kernel."""
+"""The linearized network trained in lockstep with the real one.
+
+It trains in weight space, with any optimizer and without a kernel.
+"""
 
 import copy
 from collections.abc import Mapping, Sequence
@@ -19,7 +22,9 @@ from lightning_ntk.utilities.validation import require_matching
 
 
 class Twin:
-    r"""The network :math:`f_\text{lin}(w) = f(w_0) + J (w - w_0)`, trained on the same batches by a copy of the optimizer.
+    r"""The linearized network, trained by a copy of the run's optimizer.
+
+    The network is :math:`f_\text{lin}(w) = f(w_0) + J (w - w_0)`. It trains on the batches of the run.
 
     Every batch costs one Jacobian-vector product, :math:`f_\text{lin} = f_0 + J (w_\text{lin} - w_0)`, and one
     vector-Jacobian product, the gradient :math:`J^T \partial L / \partial f_\text{lin}`. The memory is that of a few copies
@@ -73,7 +78,10 @@ class Twin:
         return {name: weight.detach() for name, weight in self._weights.items()}
 
     def displacement(self) -> Mapping[str, Tensor]:
-        """w_lin - w0, by parameter name in float64, without a pass: computed when it is read."""
+        """w_lin - w0, by parameter name in float64, without a pass.
+
+        It is computed when it is read.
+        """
         return difference(self.weights, self._loss.params)
 
     def predictions(self) -> None:
@@ -81,7 +89,9 @@ class Twin:
 
     @preserved_rng()
     def accumulate(self, batch: Any, *, scale: float = 1.0) -> None:
-        """Adds the loss gradient of one batch, at the weights of the linearized network, to the gradient of the next step.
+        """Adds the loss gradient of one batch to the gradient of the next step.
+
+        It is taken at the weights of the linearized network.
 
         Args:
             batch: The batch, as the loss takes it.
@@ -105,7 +115,7 @@ class Twin:
 
     @preserved_rng()
     def step(self, settings: StepSettings) -> None:
-        """Takes one step of the twin's optimizer along the accumulated gradients, which are then cleared.
+        """Takes one optimizer step along the accumulated gradients, and clears them.
 
         Groups of known parameters that were added to the run's optimizer are added here too, and parameters that moved to
         another group move here. Parameters that had no gradient in the run, frozen and unused ones, are skipped. Clipping acts on
@@ -140,7 +150,10 @@ class Twin:
         self.steps += 1
 
     def replace_optimizer(self, optimizer: Optimizer) -> None:
-        """Goes on with a copy of another optimizer of the run, before its step, and with the state that it has."""
+        """Continues with a copy of another optimizer and its state.
+
+        Call it before that optimizer's first step.
+        """
         require_supported_optimizer(optimizer)
         self._require_known(optimizer.param_groups)
         self._optimizer = copy_optimizer(optimizer, self._parameters, self._weights)

@@ -19,7 +19,9 @@ def dual_attention(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Tensor | None:
-    """`scaled_dot_product_attention` of dual numbers, in about half the time of the composite form; None where it is not covered.
+    """`scaled_dot_product_attention` of dual numbers; None where not covered.
+
+    It takes about half the time of the composite form.
 
     The fused kernels of PyTorch have no forward-mode derivative. Its composite form has one, by differentiating each of a dozen
     operations. Here the derivative is two products of concatenated factors and one softmax derivative, and the backward pass
@@ -40,7 +42,10 @@ def _is_differentiated(tensor: Tensor) -> bool:
 
 
 class _Attention(torch.autograd.Function):
-    """Outputs and attention weights. Once differentiable, forward and backward: the weights carry no derivative of their own."""
+    """Outputs and attention weights, differentiable once, forward and backward.
+
+    The weights carry no derivative of their own.
+    """
 
     @staticmethod
     def forward(
@@ -88,5 +93,8 @@ class _Attention(torch.autograd.Function):
 
 
 def _softmax_derivative(change: Tensor, weights: Tensor) -> Tensor:
-    """The derivative of the softmax, a symmetric matrix for each row, times a change of the scores or of the weights."""
+    """The derivative of the softmax times a change of scores or weights.
+
+    It is a symmetric matrix for each row.
+    """
     return torch._softmax_backward_data(change, weights, -1, weights.dtype)

@@ -1,4 +1,4 @@
-"""Contexts that make a Jacobian pass exact and hide it from the run that it observes."""
+"""Contexts that make a Jacobian pass exact and hide it from the run."""
 
 import random
 import sys
@@ -49,7 +49,7 @@ def full_precision(device_type: str) -> Iterator[None]:
 
 @contextmanager
 def evaluation_mode(module: nn.Module) -> Iterator[None]:
-    """Puts every submodule in eval mode, and restores the flag of each one on exit."""
+    """Puts every submodule in eval mode, and restores each flag on exit."""
     training = [submodule for submodule in module.modules() if submodule.training]
     # nn.TransformerEncoder takes a fused path without derivatives whenever no parameter requires a gradient.
     fused_attention = torch.backends.mha.get_fastpath_enabled()
@@ -88,7 +88,7 @@ def without_library_kernels() -> Iterator[None]:
 
 @contextmanager
 def forward_mode() -> Iterator[None]:
-    """Runs attention in a way that has a forward-mode derivative, and gives this mode the derivatives of reverse mode.
+    """Makes attention differentiable in forward mode, with reverse mode's derivatives.
 
     Gradients must be enabled outside of the network, so that it shows where the network disables them.
     """
@@ -97,7 +97,10 @@ def forward_mode() -> Iterator[None]:
 
 
 class _AsInReverseMode(TorchFunctionMode):
-    """Makes a constant of what is one in reverse mode: all under `no_grad`, and rows of padding, which a tied head may move."""
+    """Makes a constant of what is one in reverse mode.
+
+    This is all under `no_grad`, and rows of padding, which a tied head may move.
+    """
 
     def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -116,7 +119,10 @@ class _AsInReverseMode(TorchFunctionMode):
 
 @contextmanager
 def preserved_rng() -> Iterator[None]:
-    """Restores the random states of PyTorch (CPU and GPU), NumPy and Python on exit, also after an error."""
+    """Restores random states on exit, even after an error.
+
+    These are PyTorch's (CPU and GPU), NumPy's and Python's.
+    """
     python_state = random.getstate()
     numpy = sys.modules.get("numpy")
     numpy_state = numpy.random.get_state() if numpy is not None else None

@@ -1,4 +1,7 @@
-"""The processes that share a run: the rows of each, sums over all, and one process's failure raised in all."""
+"""The processes that share a run.
+
+They divide rows, sum over all, and raise one process's failure in all.
+"""
 
 import hashlib
 import socket
@@ -19,7 +22,9 @@ from lightning_ntk.utilities.memory import available_memory
 
 @dataclass(frozen=True)
 class Processes:
-    """The processes that share the passes over a data set, seen from one of them.
+    """The processes that share the passes over a data set.
+
+    They are seen from one of them.
 
     Every process reads its own rows, and sums over the processes give all of them the same numbers. All processes must make
     the same exchanges in the same order. A process that fails cannot, so every exchange first asks whether any process has
@@ -40,7 +45,10 @@ class Processes:
         return cls(rank, size, hosts.count(hosts[rank]), device)
 
     def rows(self, total: int) -> range:
-        """This process's share of `total` rows: consecutive, in order of rank, and at most one longer than any other."""
+        """This process's share of `total` rows.
+
+        Shares are consecutive, in order of rank, and at most one longer than any other.
+        """
         return range(total * self.rank // self.size, total * (self.rank + 1) // self.size)
 
     def sum_(self, tensor: Tensor) -> Tensor:
@@ -67,7 +75,10 @@ class Processes:
         return int(self.minimum(min(own)))
 
     def require_same(self, digest: str, what: str) -> None:
-        """Raises a ValueError in all processes unless they have the same digest, or other text."""
+        """Raises a ValueError in all processes unless their digests agree.
+
+        The digest may be any text.
+        """
         if self.size == 1:
             return
         # Of one length, whatever the digests are.
@@ -80,7 +91,9 @@ class Processes:
 
     @contextmanager
     def agreement(self) -> Iterator[None]:
-        """All processes leave the block without an error, or all raise the error of the lowest failed rank.
+        """Leaves the block without an error in all processes, or in none.
+
+        On failure, all raise the error of the lowest failed rank.
 
         Only the first process shows warnings.
         """
@@ -99,7 +112,10 @@ class Processes:
         self._agree()
 
     def _agree(self, value: float = -torch.inf, error: Exception | None = None) -> float:
-        """The largest value over the processes, in one exchange, unless one of them has failed."""
+        """The largest value over the processes, in one exchange.
+
+        It raises an error if one of them has failed.
+        """
         shared = torch.tensor([error is not None, value], dtype=torch.float64, device=self.device)
         dist.all_reduce(shared, dist.ReduceOp.MAX)
         if shared[0]:

@@ -1,4 +1,7 @@
-"""Errors of torch and of the user's own code, where the package calls them: what was done, on what, and the cause."""
+"""Explains errors of torch and of the user's own code.
+
+A message says what was done, on what, and the cause.
+"""
 
 import sys
 from collections.abc import Callable, Iterator
@@ -12,7 +15,9 @@ from torch.utils import _pytree as pytree
 
 @contextmanager
 def explained(what: Callable[[], str], advice: str) -> Iterator[None]:
-    """Says what was done when something fails: errors of torch become a ValueError, those of the user's code get a note.
+    """Explains what was done when something fails.
+
+    Errors of torch become a ValueError, those of the user's code get a note.
 
     Args:
         what: What is done, the beginning of a sentence: "The forward pass on ...". Called after a failure only.
@@ -48,7 +53,10 @@ def describe(tree: object) -> str:
 
 
 def _origin(error: Exception) -> str:
-    """The package whose code has raised an error; that of a worker process is the user's."""
+    """The package whose code has raised an error.
+
+    An error of a worker process is the user's.
+    """
     frames = [frame for frame, _ in walk_tb(error.__traceback__)]
     # A mode that watches operations stands between the code that asked for one and the error.
     frame = next(frame for frame in reversed(frames) if frame.f_code.co_name != "__torch_function__")

@@ -1,4 +1,7 @@
-"""Names of a package that are imported when they are first used (PEP 562), so that the command line starts without torch."""
+"""Imports names of a package when they are first used (PEP 562).
+
+The command line then starts without torch.
+"""
 
 import importlib
 from collections.abc import Callable, Mapping

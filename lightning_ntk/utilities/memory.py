@@ -16,7 +16,10 @@ _MIRRORED_ROWS = 512
 
 
 def available_memory(device: torch.device | str = "cpu") -> int:
-    """Bytes that can still be allocated: free GPU memory, or the least of what machine, cgroup and process limit leave."""
+    """The number of bytes that can still be allocated.
+
+    It is the free GPU memory, or the least of what machine, cgroup and process limit leave.
+    """
     device = torch.device(device)
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
@@ -34,7 +37,10 @@ def _machine_memory() -> int:
 
 
 def _cgroup_memory(root: Path) -> Iterator[int]:
-    """What the cgroups of this process leave, of version 1 or 2, from its own one up; files cached by the system do not count."""
+    """The memory that the cgroups of this process leave.
+
+    They are of version 1 or 2, from its own one up. Files cached by the system do not count.
+    """
     with suppress(OSError):
         for line in (root / "proc/self/cgroup").read_text().splitlines():
             number, controllers, path = line.split(":", 2)
@@ -70,7 +76,9 @@ def _process_memory() -> Iterator[int]:
 
 
 def empty_matrix(rows: int, columns: int, *, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """An uninitialized matrix `(rows, columns)`, in huge pages if it is large and on the CPU.
+    """Makes an uninitialized matrix `(rows, columns)`.
+
+    It is in huge pages if it is large and on the CPU.
 
     In pages of 4 KiB, touching 1.3 GB of fresh memory takes as long as the matrix products of a kernel of that size.
 

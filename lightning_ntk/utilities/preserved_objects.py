@@ -1,4 +1,4 @@
-"""What objects keep of their own, such as generators, counters and caches, put back after they were used."""
+"""Restores the state of objects, such as generators, counters and caches."""
 
 import functools
 import io
@@ -26,7 +26,9 @@ _CONTAINERS = (list, dict, set, deque)
 
 @contextmanager
 def preserved_objects(*roots: Any, skip: tuple[type, ...] = ()) -> Iterator[None]:
-    """Puts back, on exit, what is reached from some objects: random generators, attributes, and small containers and tensors.
+    """Restores on exit what can be reached from some objects.
+
+    It covers random generators, attributes, and small containers and tensors.
 
     Attributes, containers, closures and arguments of partial functions are followed, but not objects of the types `skip`. Files,
     iterators and what lives outside of Python stay as they are.
@@ -40,7 +42,9 @@ def preserved_objects(*roots: Any, skip: tuple[type, ...] = ()) -> Iterator[None
 
 
 def reached_iterator(*roots: Any, skip: tuple[type, ...] = ()) -> Any:
-    """An iterator, such as a generator, that is reached from some objects and cannot be put back; None if there is none.
+    """Finds an iterator that cannot be restored; None if there is none.
+
+    It is reached from some objects. A generator is an example.
 
     Objects of the types `skip` are not followed.
     """
@@ -48,7 +52,10 @@ def reached_iterator(*roots: Any, skip: tuple[type, ...] = ()) -> Any:
 
 
 def is_random_generator(value: Any) -> bool:
-    """Whether this draws random numbers from a state of its own: PyTorch's, Python's or NumPy's."""
+    """Whether an object draws random numbers from its own state.
+
+    These are PyTorch's, Python's and NumPy's generators.
+    """
     return isinstance(value, torch.Generator | random.Random) or _is_numpy(value)
 
 

@@ -35,7 +35,10 @@ class Bar(Protocol):
 
 
 def tqdm_bar(work: Work, make: "type[tqdm[Any]]" = tqdm, **options: Any) -> Bar:
-    """A bar in the terminal that vanishes when it is closed; `options` are those of tqdm."""
+    """A bar in the terminal that disappears when it is closed.
+
+    `options` are those of tqdm.
+    """
     if not work.counted:
         options["bar_format"] = "{desc} ..." if work.total is None else _SHARE_FORMAT
     # A call of unknown length never updates its bar, so the bar must show at once.
@@ -60,7 +63,10 @@ def bars_made_by(make: Callable[[Work], Bar]) -> Iterator[None]:
 
 
 def track(iterable: Iterable[T], description: str, *, total: int | None = None, enabled: bool = True) -> Iterator[T]:
-    """Yields from `iterable` under a bar that names the work and vanishes when it is done."""
+    """Yields from `iterable` under a bar that names the work.
+
+    The bar disappears at the end.
+    """
     if total is None and isinstance(iterable, Sized):
         total = len(iterable)
     with track_operations(description, total=total, counted=True, enabled=enabled) as advance:
@@ -73,7 +79,9 @@ def track(iterable: Iterable[T], description: str, *, total: int | None = None, 
 def track_operations(
     description: str, *, total: float | None, counted: bool = False, enabled: bool = True
 ) -> Iterator[Callable[[float], object]]:
-    """A bar for steps of unequal cost; yields a function to call after each step with its operations.
+    """A bar for steps of unequal cost.
+
+    It yields a function to call after each step with its operations.
 
     `total` is None for a single call that cannot report its progress.
     """

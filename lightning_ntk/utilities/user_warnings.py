@@ -10,7 +10,10 @@ _NOT_THE_USER = {
 
 
 def warn_user(message: str) -> None:
-    """Gives a UserWarning at the line of the user's code that led here, such as that of `trainer.fit`."""
+    """Gives a UserWarning at the line of the user's code.
+
+    It is the line that led here, such as that of `trainer.fit`.
+    """
     frame, level = sys._getframe().f_back, 2
     while frame is not None:
         package = str(frame.f_globals.get("__name__", "")).partition(".")[0]

@@ -18,7 +18,10 @@ def require_choice(name: str, value: object, choices: object) -> None:
 
 
 def require_callable(name: str, value: object) -> None:
-    """Raises a TypeError unless an argument is None or can be called, and makes no new object when it is."""
+    """Raises a TypeError unless an argument is None or callable.
+
+    A class is refused too: calling one makes a new object.
+    """
     if isinstance(value, type):
         raise TypeError(
             f"Expected argument `{name}` to be a function or None but got the class {value.__name__}. Pass an instance, such as "
@@ -29,7 +32,10 @@ def require_callable(name: str, value: object) -> None:
 
 
 def require_values(name: str, tensor: Tensor) -> None:
-    """Raises a ValueError for a tensor that does not hold one value per element in memory."""
+    """Raises a ValueError unless a tensor holds its values in memory.
+
+    It must hold one value per element.
+    """
     import torch
 
     kinds = {
@@ -44,7 +50,10 @@ def require_values(name: str, tensor: Tensor) -> None:
 
 
 def require_number(name: str, value: object, what: str) -> None:
-    """Raises a TypeError unless an argument is a real number; one in a tensor or an array is fine."""
+    """Raises a TypeError unless an argument is a real number.
+
+    A number in a tensor or an array is fine.
+    """
     try:
         valid = not isinstance(value, bool | str) and isinstance(float(value), float)  # type: ignore[arg-type]
     except (TypeError, ValueError, RuntimeError):
@@ -91,7 +100,10 @@ def require_integer(name: str, value: object, *, least: int) -> None:
 
 
 def require_same_names(tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor], what: str = "tensors") -> None:
-    """Raises an error, about `what`, unless they are tensors by name and names and shapes are the same."""
+    """Raises an error unless tensors have the same names and shapes.
+
+    `what` says what they are.
+    """
     import torch
 
     given: Any = tensors
@@ -113,7 +125,10 @@ def require_same_names(tensors: Mapping[str, Tensor], expected: Mapping[str, Ten
 def require_matching(
     tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor], what: str = "tensors"
 ) -> dict[str, Tensor]:
-    """The tensors in the order of `expected`; raises a ValueError, about `what`, unless names and shapes are the same."""
+    """Returns the tensors in the order of `expected`.
+
+    Raises a ValueError, about `what`, unless names and shapes are the same.
+    """
     require_same_names(tensors, expected, what)
     return {name: tensors[name] for name in expected}
 
@@ -126,7 +141,10 @@ def require_same_shape(**tensors: Tensor) -> None:
 
 
 def require_steps(value: Any) -> None:
-    """Raises a ValueError unless the argument `steps` is a positive integer, a list of steps or "log"."""
+    """Raises a ValueError unless the argument `steps` is valid.
+
+    It must be a positive integer, a list of steps or "log".
+    """
     values = isinstance(value, Sequence | int)  # an array would be compared element by element
     whole = isinstance(value, Sequence) and not isinstance(value, str) and all(type(s) is int and s >= 0 for s in value)
     if not (values and (value == "log" or whole or (type(value) is int and value > 0))):

@@ -1,4 +1,7 @@
-"""Rules for parameters that are added to activations or multiply them: position embeddings, scales, hand-written norms."""
+"""Rules for parameters that are added to activations or multiply them.
+
+Examples are position embeddings, scales and hand-written norms.
+"""
 
 import torch
 from torch import Tensor
@@ -32,7 +35,10 @@ def product(gradients: Tensor, input: Tensor | float, other: Tensor | float, **o
 
 
 def _broadcast(term: Tensor, gradients: Tensor) -> Factor:
-    """A row is one place to which the term was copied; what it holds there are positions, with one-hot inputs."""
+    """Makes rows of the places to which the term was copied.
+
+    What a row holds there are positions, with one-hot inputs.
+    """
     shape = gradients.shape[1:]
     own = (1,) * (len(shape) - term.dim()) + tuple(term.shape)
     copied = [axis for axis, size in enumerate(own) if size == 1]

@@ -123,7 +123,10 @@ def transposed_convolution(
     groups: int = 1,
     dilation: int | tuple[int, ...] = 1,
 ) -> Jacobians:
-    """`nn.ConvTranspose1d` to `3d`: a convolution in which input and output gradient have exchanged their places."""
+    """The rule of `nn.ConvTranspose1d` to `3d`.
+
+    It is a convolution in which input and output gradient have exchanged their places.
+    """
     kernel = weight.shape[2:]
     spatial = len(kernel)
     if input.dim() != spatial + 2:
@@ -159,7 +162,10 @@ def embedding(
 
 
 def _normalization(function: Callable[..., Tensor], *, channels: bool) -> Rule:
-    """`weight * normalized + bias`, with parameters of the channels (the second axis) or of the last axes."""
+    """The rule of `weight * normalized + bias`.
+
+    The parameters belong to the channels (the second axis) or to the last axes.
+    """
     signature = inspect.signature(function)
 
     def rule(gradients: Tensor, *args: Any, **kwargs: Any) -> Jacobians:
@@ -223,7 +229,10 @@ def _pad(images: Tensor, before: list[int], after: list[int]) -> Tensor:
 
 
 def _rows(stacked: Tensor, gradients: Tensor) -> Tensor:
-    """`(R, K, ...)` from `(K * R, ...)`, with K and R those of the gradients."""
+    """Reshapes `(K * R, ...)` to `(R, K, ...)`.
+
+    K and R are those of the gradients.
+    """
     return stacked.reshape(*gradients.shape[:2], *stacked.shape[1:]).transpose(0, 1)
 
 
@@ -241,7 +250,10 @@ def _patches(
     groups: int,
     positions: torch.Size | None = None,
 ) -> Tensor:
-    """What the kernel sees at each of its positions, `(R, G, T, C/G * kernel)`."""
+    """The patches under the convolution kernel, `(R, G, T, C/G * kernel)`.
+
+    There is one for each of its positions.
+    """
     windows = images
     for axis, (size, step, gap) in enumerate(zip(kernel, stride, dilation, strict=True), start=2):
         windows = windows.unfold(axis, gap * (size - 1) + 1, step)[..., ::gap]

@@ -1,4 +1,7 @@
-"""Fused recurrent functions, step by step, so that the rules see the products with their weights."""
+"""Runs fused recurrent functions step by step.
+
+The rules then see the products with their weights.
+"""
 
 from collections.abc import Callable
 from typing import Any, TypeAlias
