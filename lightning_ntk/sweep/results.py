@@ -160,6 +160,7 @@ class Results:
             fall to this loss, or begin below it, are NaN, and a warning says how many.
 
         Example:
+            >>> from lightning_ntk.sweep import Sweep
             >>> sweep = Sweep(lambda c: {"loss": 1.0}, {"width": [16, 64]}, storage=getfixture("tmp_path") / "j")
             >>> sweep.run(workers=0, progress=False).at(loss=0.5).final[0]["loss"]
             nan
