@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_ntk import LinearizationMonitor
-from lightning_ntk.callback import capture
+from lightning_ntk.callback import extras
 from lightning_ntk.plots.history import read_history
 from lightning_ntk.training import kernel_regression
 from tests.callback.test_monitor import Regression, fit, make_module
@@ -121,14 +121,14 @@ def test_a_run_that_another_callback_stops_has_the_kernel_after_it() -> None:
 
 def test_samples_are_at_most_those_asked_for_and_rows_are_bounded(monkeypatch) -> None:
     sizes = []
-    real = capture.RegressionComparison
+    real = extras.RegressionComparison
 
     def spy(problem, evaluation, kernels):
         sizes.append((len(problem.reference), len(evaluation)))
         return real(problem, evaluation, kernels)
 
-    monkeypatch.setattr(capture, "RegressionComparison", spy)
-    monkeypatch.setattr(capture, "_REGRESSION_ROWS", 16)
+    monkeypatch.setattr(extras, "RegressionComparison", spy)
+    monkeypatch.setattr(extras, "_REGRESSION_ROWS", 16)
     for most in (4, 9, None):
         fit(LinearizationMonitor(kernels=["before"], evaluation=digits(), reference_samples=most), max_steps=1)
     assert sizes == [(4, 4), (5, 9), (11, 11)]
@@ -138,7 +138,7 @@ def test_a_failure_after_training_is_reported(monkeypatch) -> None:
     def fail(*_):
         raise MemoryError("too large")
 
-    monkeypatch.setattr(capture.RegressionComparison, "after", fail)
+    monkeypatch.setattr(extras.RegressionComparison, "after", fail)
     monitor = LinearizationMonitor(kernels=["after"])
     with pytest.warns(UserWarning, match=r"with the kernel after training failed. MemoryError: too large"):
         fit(monitor, make_module(), max_steps=2)

@@ -9,7 +9,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset, RandomSampler, SequentialSampler, TensorDataset
 
 from lightning_ntk import LinearizationMonitor
-from lightning_ntk.callback import capture
+from lightning_ntk.callback import captured_run
 from tests.callback.test_monitor import Regression, digits
 from tests.callback.trainer_runs import distance, make, train
 
@@ -119,13 +119,13 @@ def test_what_needs_the_modes_is_said_where_the_choice_has_none() -> None:
 
 
 def test_differences_are_looked_for_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked, look = [], capture.run_differences
+    asked, look = [], captured_run.run_differences
 
     def spy(trainer, module, optimizer, dynamics, size):
         asked.append(dynamics)
         return look(trainer, module, optimizer, dynamics, size)
 
-    monkeypatch.setattr(capture, "run_differences", spy)
+    monkeypatch.setattr(captured_run, "run_differences", spy)
     train(make(), DataLoader(digits(), batch_size=4), [LinearizationMonitor()])
     assert sorted(asked) == ["gradient_descent", "replay"]
 

@@ -124,7 +124,7 @@ def test_says_why_a_run_has_no_rows(name: str, monkeypatch: pytest.MonkeyPatch) 
     make, options, phrase = REFUSED[name]
     with pytest.raises(MisconfigurationException, match=f'jacobian="stored" but .*{phrase}.*Use jacobian="streamed"'):
         watch("stored", make(), **options)
-    monkeypatch.setattr("lightning_ntk.callback.capture.require_worth", lambda *_: None)  # too small to be worth it
+    monkeypatch.setattr("lightning_ntk.callback.stored_rows.require_worth", lambda *_: None)  # too small to be worth it
     monitor, _ = watch("auto", make(), **options)
     assert "takes passes through the network" in monitor.reason
     assert phrase in monitor.reason

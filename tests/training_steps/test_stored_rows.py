@@ -116,7 +116,7 @@ def test_samples_are_found_whatever_their_padding() -> None:
 def test_says_why_a_run_has_no_rows(
     make: Callable[[], nn.Module], collate: Any, phrase: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lightning_ntk.callback.capture.require_worth", lambda *_: None)  # too small to be worth it
+    monkeypatch.setattr("lightning_ntk.callback.stored_rows.require_worth", lambda *_: None)  # too small to be worth it
     monitor = watch("auto")
     run(make, [monitor], collate)
     assert phrase in monitor.reason
