@@ -263,7 +263,7 @@ def plot(results: Results) -> Figure:
             if points[-1][1] > 1e-4:  # the probe is linear
                 draw(distances, points, f"{method}, {name}", {"color": color, "marker": marker, "linestyle": line}, 1.0)
     distances.set_title("relative distance from the linearization", fontsize=10)
-    distances.set_yscale("log")
+    distances.set_ylim(bottom=0)
     for axis in (*panels, distances):
         axis.set_xscale("log")
         sizes = sorted({row["samples"] for row in results.final})
