@@ -15,20 +15,15 @@ from torch.overrides import TorchFunctionMode
 
 from lightning_ntk.utilities.attention import dual_attention
 
-# Every switch that lets a float32 product run in TF32 or bfloat16, through PyTorch's newer interface where there is one:
-# PyTorch raises when `allow_tf32` is mixed in.
-_HAS_PRECISION_NAMES = hasattr(torch.backends.cudnn, "conv")  # since PyTorch 2.9
+# Every switch that lets a float32 product run in TF32 or bfloat16, through PyTorch's newer interface only: PyTorch raises
+# when `allow_tf32` is mixed in.
 _REDUCED_PRECISION_SWITCHES: tuple[Any, ...] = (
-    (
-        torch.backends.cuda.matmul,
-        torch.backends.cudnn.conv,  # type: ignore[attr-defined]
-        torch.backends.cudnn.rnn,
-        torch.backends.mkldnn.matmul,  # type: ignore[attr-defined]
-        torch.backends.mkldnn.conv,  # type: ignore[attr-defined]
-        torch.backends.mkldnn.rnn,  # type: ignore[attr-defined]
-    )
-    if _HAS_PRECISION_NAMES
-    else (torch.backends.cuda.matmul, torch.backends.cudnn)
+    torch.backends.cuda.matmul,
+    torch.backends.cudnn.conv,  # type: ignore[attr-defined]
+    torch.backends.cudnn.rnn,
+    torch.backends.mkldnn.matmul,  # type: ignore[attr-defined]
+    torch.backends.mkldnn.conv,  # type: ignore[attr-defined]
+    torch.backends.mkldnn.rnn,  # type: ignore[attr-defined]
 )
 
 
@@ -38,12 +33,7 @@ def full_precision(device_type: str) -> Iterator[None]:
     with ExitStack() as stack:
         for kind in {"cpu", device_type}:
             stack.enter_context(torch.autocast(kind, enabled=False))
-        if _HAS_PRECISION_NAMES:
-            stack.enter_context(_attribute(_REDUCED_PRECISION_SWITCHES, "fp32_precision", "ieee"))
-        else:
-            stack.enter_context(_attribute(_REDUCED_PRECISION_SWITCHES, "allow_tf32", False))
-            stack.callback(torch.set_float32_matmul_precision, torch.get_float32_matmul_precision())
-            torch.set_float32_matmul_precision("highest")
+        stack.enter_context(_attribute(_REDUCED_PRECISION_SWITCHES, "fp32_precision", "ieee"))
         yield
 
 
