@@ -1,7 +1,6 @@
 """What the twin of a LoRA run costs: along stored rows of the Jacobian, and by passes through the network."""
 
 import copy
-import logging
 import os
 import subprocess
 import sys
@@ -13,12 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
+from lightning.pytorch import Callback, LightningModule
 from peft import LoraConfig, get_peft_model
 from timing import Comparison, interleaved
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from training_step import _high_water
+from training_step import fit, high_water
 from transformers import BertConfig, BertForSequenceClassification
 
 from lightning_ntk import LinearizationMonitor
@@ -142,28 +141,15 @@ def memory() -> Iterator[Comparison]:
 
 def _peak(kind: str, steps: int = 3) -> float:
     """MiB that a run takes above what the process had before."""
-    fit = partial(_fit, steps=steps)
-    before = _high_water()
+    before = high_water()
     monitors: list[Callback] = []
     if kind != "plain":
         jacobian: Any = kind
         monitors = [
             LinearizationMonitor(steps=[steps + 1], reference_samples=_BATCH, jacobian=jacobian, progress=False)
         ]
-    fit(monitors)
-    return (_high_water() - before) / 2**10
-
-
-def _fit(callbacks: list[Callback], steps: int) -> None:
-    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    seed_everything(0, verbose=False)
-    trainer = Trainer(
-        max_steps=steps, max_epochs=-1, accelerator="cpu", logger=False, callbacks=callbacks, enable_checkpointing=False,
-        enable_progress_bar=False, enable_model_summary=False,
-    )  # fmt: skip
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        trainer.fit(Classifier(), DataLoader(sentences(), batch_size=_BATCH))  # type: ignore[arg-type]
+    fit(Classifier(), sentences(), monitors, steps, _BATCH)  # type: ignore[arg-type]
+    return (high_water() - before) / 2**10
 
 
 if __name__ == "__main__":

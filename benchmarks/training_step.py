@@ -144,17 +144,18 @@ def _run_seconds(kind: str, steps: int, samples: int) -> float:
         "weights only": [LinearizationMonitor(reference=None)],
     }[kind]
     started = time.perf_counter()
-    data = _labelled(digits("BatchNorm CNN", samples))
-    _fit(Classifier(STEP_MODELS["BatchNorm CNN"]()), data, list(callbacks), steps, 64)
+    data = labeled(digits("BatchNorm CNN", samples))
+    fit(Classifier(STEP_MODELS["BatchNorm CNN"]()), data, list(callbacks), steps, 64)
     return time.perf_counter() - started
 
 
-def _labelled(data: tuple[Tensor, Tensor]) -> TensorDataset:
+def labeled(data: tuple[Tensor, Tensor]) -> TensorDataset:
     """Inputs with class labels in the place of one-hot rows."""
     return TensorDataset(data[0], data[1].argmax(1))
 
 
-def _fit(module: LightningModule, data: Dataset[Any], callbacks: list[Callback], steps: int, batch: int) -> None:
+def fit(module: LightningModule, data: Dataset[Any], callbacks: list[Callback], steps: int, batch: int) -> None:
+    """Trains for some steps, and prints nothing."""
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     seed_everything(0, verbose=False)
     trainer = Trainer(
@@ -197,19 +198,19 @@ def _peak(name: str, kind: str) -> float:
             nn.Linear(64, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU(),
             nn.Linear(width, 10),
         ))  # fmt: skip
-        data, batch = _labelled(digits("MLP", 512)), 256
-    _fit(Classifier(nn.Linear(64, 10)), _labelled(digits("MLP", 512)), [], 1, 256)  # imports and thread pools
-    before = _high_water()
+        data, batch = labeled(digits("MLP", 512)), 256
+    fit(Classifier(nn.Linear(64, 10)), labeled(digits("MLP", 512)), [], 1, 256)  # imports and thread pools
+    before = high_water()
     weights = sum(p.numel() * p.element_size() for p in module.parameters()) / 2**10
     callbacks: list[Callback] = (
         [LinearizationMonitor(reference=None, steps=[_MEMORY_STEPS + 1])] if kind == "monitored" else []
     )
-    _fit(module, data, callbacks, _MEMORY_STEPS, batch)
+    fit(module, data, callbacks, _MEMORY_STEPS, batch)
     # The weights were there before.
-    return (_high_water() - before + weights) / 2**10
+    return (high_water() - before + weights) / 2**10
 
 
-def _high_water() -> int:
+def high_water() -> int:
     """KiB. Of this program alone: `getrusage` counts what its parent had, too."""
     return int(re.findall(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[0])
 

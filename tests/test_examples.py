@@ -69,7 +69,7 @@ def scaled(name: str) -> Any:
     return runpy.run_path(str(EXAMPLES / "reproductions" / "ntk_parametrization.py"))[name]
 
 
-def test_both_parametrizations_are_one_function_at_initialisation() -> None:
+def test_both_parametrizations_are_one_function_at_initialization() -> None:
     inputs = torch.randn(5, 7, dtype=torch.float64)
     outputs = []
     for parametrization in ("ntk", "standard"):

@@ -13,13 +13,12 @@ arXiv:2105.10585, 2021.
 
 import argparse
 from pathlib import Path
-from typing import Any
 
 import torch
-from drawing import COLORS, MARKERS, finish, grid_of_panels, markdown, save
+from drawing import COLORS, MARKERS, finish, from_step_zero, grid_of_panels, markdown, save
 from late_kernels import average, log_steps
-from lightning.pytorch import Callback, LightningModule, Trainer
-from setting import FullBatch, digits, quiet_trainer
+from lightning.pytorch import LightningModule
+from setting import AtSteps, FullBatch, digits, quiet_trainer
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -37,7 +36,7 @@ class Momentum(FullBatch):
         return torch.optim.SGD(self.parameters(), lr=self.lr, momentum=0.9)
 
 
-class Regressions(Callback):
+class Regressions(AtSteps):
     """Shares of test images that the kernel and the network get wrong, at chosen steps.
 
     Args:
@@ -47,23 +46,13 @@ class Regressions(Callback):
     """
 
     def __init__(self, train: TensorDataset, test: TensorDataset, steps: list[int]) -> None:
+        super().__init__(steps)
         self.train = train
         self.test = test
-        self.steps = steps
         self.errors: Errors = {}
 
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """At initialization."""
-        self._measure(0, pl_module)
-
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        """Later."""
-        if trainer.global_step in self.steps:
-            self._measure(trainer.global_step, pl_module)
-
-    def _measure(self, step: int, module: LightningModule) -> None:
+    def measure(self, step: int, module: LightningModule) -> None:
+        """Measures the network after so many steps."""
         fit = kernel_regression(module, self.train, self.test, ridge="loo", centered=True)
         assert fit.test is not None
         images, targets = self.test.tensors
@@ -113,8 +102,7 @@ def draw(runs: dict[int, list[Errors]], path: Path) -> None:
             )
             axis.fill_between(steps, low, high, color=COLORS[index], alpha=0.15, linewidth=0)
         finish(axis, "optimizer step", "test error (%)", title=f"width {width}")
-        axis.set_xscale("symlog", linthresh=1)
-        axis.set_xlim(left=-0.05)
+        from_step_zero(axis, -0.05)
         axis.set_ylim(1, 100)
         axis.set_yticks([1, 2, 5, 10, 20, 50, 100], ["1", "2", "5", "10", "20", "50", "100"])
     save(figure, path)

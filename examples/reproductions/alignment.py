@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from drawing import COLORS, MARKERS, finish, grid_of_panels, markdown, save
+from drawing import COLORS, MARKERS, finish, from_step_zero, grid_of_panels, markdown, save
 from late_kernels import Classifier, average, labeled, log_steps
 from setting import quiet_trainer
 from torch.utils.data import DataLoader
@@ -87,8 +87,7 @@ def draw(runs: list[History], path: Path) -> None:
         values = [mean(runs, index, kind) for index in range(len(steps))]
         axis.plot(steps, values, "--", color="#000000", linewidth=1.5, label="all")
         finish(axis, "optimizer step", f"{kind.replace('_', ' ')} of kernel and labels", scales="linear-linear")
-        axis.set_xscale("symlog", linthresh=1)
-        axis.set_xlim(left=0)
+        from_step_zero(axis)
         axis.set_ylim(bottom=0)
     save(figure, path)
 

@@ -34,6 +34,12 @@ def finish(axis: Any, x: str, y: str, *, scales: str = "log-log", title: str = "
         axis.legend(**{"edgecolor": "none", "framealpha": 0.8, "fontsize": 8} | legend)
 
 
+def from_step_zero(axis: Any, left: float = 0) -> None:
+    """Puts optimizer steps on a logarithmic horizontal axis that begins with step 0."""
+    axis.set_xscale("symlog", linthresh=1)
+    axis.set_xlim(left=left)
+
+
 def number(value: float) -> str:
     """Two decimals, without a minus before zero."""
     return f"{round(value, 2) + 0.0:.2f}"

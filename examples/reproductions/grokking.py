@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from drawing import COLORS, finish, grid_of_panels, markdown, save
+from drawing import COLORS, finish, from_step_zero, grid_of_panels, markdown, save
 from late_kernels import log_steps
 from setting import FullBatch, fit, max_learning_rate
 from torch import Tensor, nn
@@ -162,8 +162,7 @@ def draw(runs: dict[float, History], path: Path) -> None:
         finish(lower, "optimizer step", "how far from lazy", scales="linear-log")
         lower.set_ylim(1e-4, 10)
         for axis in (upper, lower):
-            axis.set_xscale("symlog", linthresh=1)
-            axis.set_xlim(left=0)
+            from_step_zero(axis)
     save(figure, path)
 
 

@@ -20,9 +20,9 @@ from typing import Any
 
 import torch
 from drawing import COLORS, MARKERS, finish, grid_of_panels, markdown, save
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule
 from ntk_parametrization import mlp
-from setting import CLASSES, digits, quiet_trainer
+from setting import CLASSES, AtSteps, digits, quiet_trainer
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -62,7 +62,7 @@ class Classifier(LightningModule):
         return torch.optim.SGD(self.parameters(), lr=self.lr)
 
 
-class Kernels(Callback):
+class Kernels(AtSteps):
     """Keeps the kernel of a few images at chosen steps.
 
     Args:
@@ -71,20 +71,13 @@ class Kernels(Callback):
     """
 
     def __init__(self, images: Tensor, steps: list[int]) -> None:
+        super().__init__(steps)
         self.images = images
-        self.steps = steps
         self.kernels: dict[int, Tensor] = {}
 
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """The kernel at initialization."""
-        self.kernels[0] = empirical_ntk(pl_module, self.images)
-
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        """Later ones."""
-        if trainer.global_step in self.steps:
-            self.kernels[trainer.global_step] = empirical_ntk(pl_module, self.images)
+    def measure(self, step: int, module: LightningModule) -> None:
+        """Computes the kernel."""
+        self.kernels[step] = empirical_ntk(module, self.images)
 
 
 class Run:

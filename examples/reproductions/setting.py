@@ -3,6 +3,7 @@
 import logging
 import warnings
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -50,6 +51,32 @@ class FullBatch(LightningModule):
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """Plain gradient descent."""
         return torch.optim.SGD(self.parameters(), lr=self.lr)
+
+
+class AtSteps(Callback):
+    """Measures a network of a run at the start and at some steps.
+
+    Args:
+        steps: When.
+    """
+
+    def __init__(self, steps: Sequence[int]) -> None:
+        self.steps = steps
+
+    def measure(self, step: int, module: LightningModule) -> None:
+        """Measures the network after so many steps."""
+        raise NotImplementedError
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Measures at initialization."""
+        self.measure(0, pl_module)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Measures if it is time."""
+        if trainer.global_step in self.steps:
+            self.measure(trainer.global_step, pl_module)
 
 
 def max_learning_rate(network: nn.Module, data: TensorDataset) -> float:

@@ -18,11 +18,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from drawing import COLORS, MARKERS, finish, grid_of_panels, markdown, save
+from drawing import COLORS, MARKERS, finish, from_step_zero, grid_of_panels, markdown, save
 from late_kernels import average, log_steps
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule
 from scipy.sparse.linalg import LinearOperator, eigsh
-from setting import CLASSES, FullBatch, digits, fit, max_learning_rate
+from setting import CLASSES, AtSteps, FullBatch, digits, fit, max_learning_rate
 from torch import nn
 from torch.utils.data import TensorDataset
 
@@ -51,7 +51,7 @@ def sharpness(module: FullBatch, data: TensorDataset) -> float:
     return float(largest)
 
 
-class Sharpness(Callback):
+class Sharpness(AtSteps):
     """Keeps sharpness and curvature on all of the data at chosen steps.
 
     Args:
@@ -60,23 +60,13 @@ class Sharpness(Callback):
     """
 
     def __init__(self, data: TensorDataset, steps: list[int]) -> None:
+        super().__init__(steps)
         self.data = data
-        self.steps = steps
         self.hessian: dict[int, float] = {}
         self.gauss_newton: dict[int, float] = {}
 
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """At initialization."""
-        self._measure(0, pl_module)
-
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        """Later."""
-        if trainer.global_step in self.steps:
-            self._measure(trainer.global_step, pl_module)
-
-    def _measure(self, step: int, module: LightningModule) -> None:
+    def measure(self, step: int, module: LightningModule) -> None:
+        """Measures the network after so many steps."""
         assert isinstance(module, FullBatch)
         self.hessian[step] = sharpness(module, self.data)
         self.gauss_newton[step] = 2 / max_learning_rate(module, self.data)
@@ -166,8 +156,7 @@ def draw(runs: list[Run], path: Path) -> None:
     finish(axes[1], "optimizer step", "lr x curvature / 2", scales="linear-linear")
     finish(axes[2], "optimizer step", "training loss", scales="linear-log")
     for axis in axes:
-        axis.set_xscale("symlog", linthresh=1)
-        axis.set_xlim(left=0)
+        from_step_zero(axis)
     for axis in axes[:2]:
         axis.set_ylim(bottom=0)
     save(figure, path)

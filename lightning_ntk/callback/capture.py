@@ -1,11 +1,9 @@
 """Builds the comparison of a run: its loss, dynamics and probe."""
 
-from collections.abc import Mapping
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from lightning.pytorch import LightningModule, Trainer
 
 from lightning_ntk.callback import trainer as view
 from lightning_ntk.callback.captured_run import CapturedRun, dtype_of
@@ -31,22 +29,13 @@ from lightning_ntk.training.replay import Replay
 from lightning_ntk.training.stored_loss import StoredLoss
 from lightning_ntk.training.twin import Twin
 from lightning_ntk.utilities.contexts import preserved_rng
-from lightning_ntk.utilities.distributed import Processes
-
-if TYPE_CHECKING:
-    from lightning_ntk.callback.monitor import LinearizationMonitor
 
 
 class RunCapture:
     """A run at the weights where it is linearized.
 
     Args:
-        monitor: The monitor, with its arguments.
-        trainer: The Trainer, in the middle of a fit.
-        module: The module that it trains.
-        processes: The processes of the run, which capture together.
-        state: The `state_dict` of an earlier part of the run, to continue from.
-        batch: The batch that the run is about to train on. A capture of the training step needs it.
+        run: What was read off the run.
 
     Attributes:
         comparison: The comparison of this run.
@@ -62,16 +51,8 @@ class RunCapture:
         MemoryError: If the kernel does not fit.
     """
 
-    def __init__(
-        self,
-        monitor: "LinearizationMonitor",
-        trainer: Trainer,
-        module: LightningModule,
-        processes: Processes,
-        state: Mapping[str, Any] | None = None,
-        batch: Any = None,
-    ) -> None:
-        self._run = run = CapturedRun(monitor, trainer, module, processes, state, batch)
+    def __init__(self, run: CapturedRun) -> None:
+        self.run, monitor = run, run.monitor
         self.stored: StoredLoss | None = None
         saved = run.saved
         self.reason = ""
@@ -87,8 +68,8 @@ class RunCapture:
             built = self._beside_run()
         run.batch = None  # as large as it may be
         loss, online, training, reference, evaluation = built
-        self.judge = self._judge(trainer)
-        forward = forward_differences(trainer, module, in_eval_mode=_through_passes(loss) is not run.step)
+        self.judge = self._judge()
+        forward = forward_differences(run.trainer, run.module, in_eval_mode=_through_passes(loss) is not run.step)
         self.differences = [*run.differing(dynamics, run.size), *forward]
         self.is_in_other_mode = any(phrase.endswith("eval mode") for phrase in forward)
         # Where it is known that the run is no gradient descent, its batches are not looked at.
@@ -96,7 +77,7 @@ class RunCapture:
         self.comparison = RunComparison(
             loss, online, reference=reference, evaluation=evaluation, probe=kernel_probe(run, loss),
             panel=regime_panel(run, loss), optimizer=run.observed,
-            training=training, expected_gradient=ExpectedGradient(loss, processes=processes),
+            training=training, expected_gradient=ExpectedGradient(loss, processes=run.processes),
             full_batch=FullBatchCheck(training.problem) if training is not None and looks else None,
             regression=regression_comparison(run),
             per_parameter=monitor.per_parameter, closest=monitor.closest, modes=monitor.modes,
@@ -110,12 +91,12 @@ class RunCapture:
 
         None where the user has given the loss.
         """
-        return self._run.shadow
+        return self.run.shadow
 
     @property
     def step(self) -> StepLinearization | None:
         """Its linearization."""
-        return self._run.step
+        return self.run.step
 
     @property
     def accumulates_before(self) -> bool:
@@ -128,20 +109,20 @@ class RunCapture:
     @property
     def follows_step(self) -> bool:
         """Whether the loss is the training step's own, run on a copy."""
-        return self._run.step is not None and _through_passes(self.comparison.loss) is self._run.step
+        return self.run.step is not None and _through_passes(self.comparison.loss) is self.run.step
 
     def twin(self) -> Twin:
         """The linearized twin of this run, before the first step."""
-        run = self._run
+        run = self.run
         loss: BatchLoss = run.step or run.pairs(run.linearization())
         return Twin(loss, run.optimizer, run.parameters, processes=run.processes)
 
-    def loss_of_run(self, trainer: Trainer, batch: Any) -> str:
+    def loss_of_run(self, batch: Any) -> str:
         """A sentence on the loss function of the training step.
 
         It is empty if the step computes more than one function of outputs and targets.
         """
-        shadow = ShadowStep(trainer, self._run.module, dtype=dtype_of(self._run.monitor))
+        shadow = ShadowStep(self.run.trainer, self.run.module, dtype=dtype_of(self.run.monitor))
         step = StepLinearization(shadow.module, shadow, batch_dtype=shadow.batch_dtype)
         try:
             return f"The training step computes {pair_of_step(step, batch).loss!r}. "
@@ -150,7 +131,7 @@ class RunCapture:
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs: tensors, numbers, strings, dicts and lists."""
-        run = self._run
+        run = self.run
         return {
             "comparison": self.comparison.state_dict(),
             "horizon": run.horizon,
@@ -159,17 +140,17 @@ class RunCapture:
             "optimizer": type(run.observed.optimizer).__name__,
         }
 
-    def _judge(self, trainer: Trainer) -> ExpectedGradient | None:
-        run = self._run
-        eps = torch.finfo(view.precision(trainer, run.module)).eps
+    def _judge(self) -> ExpectedGradient | None:
+        run = self.run
+        eps = torch.finfo(view.precision(run.trainer, run.module)).eps
         if run.step is not None or eps <= torch.finfo(torch.float32).eps or not run.module.automatic_optimization:
             return None
-        run.shadow = shadow = ShadowStep(trainer, run.module, dtype=dtype_of(run.monitor))
+        run.shadow = shadow = ShadowStep(run.trainer, run.module, dtype=dtype_of(run.monitor))
         step = StepLinearization(shadow.module, shadow, batch_dtype=shadow.batch_dtype)
         return ExpectedGradient(step, processes=run.processes)
 
     def _choose(self) -> tuple[str, str]:
-        run, monitor, no_kernel = self._run, self._run.monitor, self._run.no_order
+        run, monitor, no_kernel = self.run, self.run.monitor, self.run.no_order
         not_squared, parts, rows, itemsize = False, False, 0, 0
         if run.data is not None and run.pair is None:
             no_kernel = run.no_pair
@@ -200,7 +181,7 @@ class RunCapture:
 
     def _on_kernel(self, dynamics: str) -> tuple[Any, ...]:
         """Loss, dynamics on the kernel, and the functions to compare."""
-        run, monitor = self._run, self._run.monitor
+        run, monitor = self.run, self.run.monitor
         if run.data is None:
             raise ValueError(
                 f'Expected a reference set for dynamics="{dynamics}" but got None: only "twin" goes without.'
@@ -235,7 +216,7 @@ class RunCapture:
 
     def _beside_run(self) -> tuple[Any, ...]:
         """Loss, twin, and the functions to compare, on some samples."""
-        run, monitor = self._run, self._run.monitor
+        run, monitor = self.run, self.run.monitor
         data = {"reference": run.data, "evaluation": monitor.evaluation}
         some = {name: None if d is None else evenly_spaced(d, run.samples) for name, d in data.items()}
         functions: dict[str, FunctionComparison | None] = {}

@@ -74,7 +74,8 @@ class CapturedRun:
         state: Mapping[str, Any] | None,
         batch: Any,
     ) -> None:
-        self.monitor, self.processes, self.module, self.batch = monitor, processes, module, batch
+        self.monitor, self.trainer, self.module = monitor, trainer, module
+        self.processes, self.batch = processes, batch
         self.optimizer = optimizer = view.single_optimizer(trainer)
         self.parameters = trainable_parameters(module)
         self.saved = saved = None if state is None else state["comparison"]

@@ -2,10 +2,9 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -24,11 +23,7 @@ from lightning_ntk.training.base import StepSettings
 from lightning_ntk.training.optimizer_copy import held_by
 from lightning_ntk.training.replay import Replay
 from lightning_ntk.training.twin import Twin
-from lightning_ntk.utilities.distributed import Processes
 from lightning_ntk.utilities.preserved_objects import preserved_objects
-
-if TYPE_CHECKING:
-    from lightning_ntk.callback.monitor import LinearizationMonitor
 
 
 class Lockstep:
@@ -38,44 +33,31 @@ class Lockstep:
     the run.
 
     Args:
-        monitor: The monitor, with its arguments.
         capture: The run where it was linearized.
-        trainer: The Trainer, in the middle of a fit.
-        module: The module that it trains.
-        processes: The processes of the run.
         status: Takes the reports, and knows whether the linearized network is lost.
         is_measured: Whether a step, counted from the capture, will be measured.
 
     Attributes:
         step: Optimizer steps of the run before the present batch.
-        had_step: Whether the optimizer stepped in the present batch.
         is_stepping: Whether the optimizer is in the middle of a step.
     """
 
-    def __init__(
-        self,
-        monitor: "LinearizationMonitor",
-        capture: RunCapture,
-        trainer: Trainer,
-        module: LightningModule,
-        processes: Processes,
-        status: RunStatus,
-        is_measured: Callable[[int], bool],
-    ) -> None:
-        self._monitor, self._capture, self._trainer, self._module = monitor, capture, trainer, module
-        self._processes, self._status = processes, status
-        self._gradient = RunGradient(monitor, capture, trainer, module, processes, status, is_measured)
+    def __init__(self, capture: RunCapture, status: RunStatus, is_measured: Callable[[int], bool]) -> None:
+        run = capture.run
+        self._monitor, self._trainer = run.monitor, run.trainer
+        self._module, self._processes = run.module, run.processes
+        self._capture, self._status = capture, status
+        self._gradient = RunGradient(capture, status, is_measured)
         self._watch = StepWatch()
         self._hooks = StepHooks(self._before_step, self._after_step)
-        self.step = trainer.global_step
-        self.had_step = self.is_stepping = False
+        self.step = run.trainer.global_step
+        self.is_stepping = False
         self._batch: Any = None
-        self._had_backward = False  # whether the present batch had a backward pass
+        self._had_step = self._had_backward = False  # whether the present batch had an optimizer step, a backward pass
         self._is_compared = False  # whether the gradient of the coming step is
         self._taken = False  # whether there is a gradient for the coming step
         self._settings: StepSettings | None = None  # of the coming step
-        self._loss_scale: float | None = None  # of a GradScaler, before the coming step
-        self._error: Exception | None = None  # that the processes are to be told of
+        self._error: Exception | None = None  # to be raised where the processes meet
         self._say_missing_modes()
 
     @property
@@ -88,7 +70,7 @@ class Lockstep:
 
         It does so with the random state that the run will have.
         """
-        self._batch, self._had_backward, self.had_step = batch, False, False
+        self._batch, self._had_backward, self._had_step = batch, False, False
         is_first = self._monitor.is_given_loss and self.comparison.steps_taken == 0
         self._gradient.keep_first(copy_batch(batch) if is_first else None)
         scale = 1 / self._trainer.accumulate_grad_batches
@@ -142,12 +124,11 @@ class Lockstep:
         """Called before gradients are clipped; compares them with the linearized loss's."""
         with self._followed():
             linearized = self._live()
-            self._loss_scale = view.loss_scale(self._trainer)
+            scale = view.loss_scale(self._trainer)
             if self._gradient.is_due:
                 self._retract_unless_backward()
-                gradients = view.gradients(optimizer, linearized, self._loss_scale)
-                is_scaled = self._loss_scale is not None
-                mismatch = self._gradient.compare(gradients, is_scaled=is_scaled, step=self.step + 1)
+                gradients = view.gradients(optimizer, linearized, scale)
+                mismatch = self._gradient.compare(gradients, is_scaled=scale is not None, step=self.step + 1)
                 if mismatch is not None:
                     self._watch.mismatch = mismatch
             parameters = self._module.named_parameters()
@@ -167,7 +148,7 @@ class Lockstep:
         self._settings, self.is_stepping = None, True
         with self._followed():
             self._raise_earlier()
-            if self.had_step:
+            if self._had_step:
                 raise ValueError("Expected at most one optimizer step in a batch but `training_step` took 2.")
             settings = view.step_settings(self._trainer, optimizer, self._live())
             scale = view.scale_of_gradients(optimizer, view.loss_scale(self._trainer))
@@ -193,7 +174,7 @@ class Lockstep:
         if self._status.lost or self._settings is None:
             self.is_stepping = False
             return
-        self.had_step, comparison, settings = True, self.comparison, self._settings
+        self._had_step, comparison, settings = True, self.comparison, self._settings
         with self._followed():
             comparison.note_state()
             self._watch.after_step(self._module)
@@ -215,7 +196,7 @@ class Lockstep:
         """Called after a (micro-)batch; returns whether the run has counted a step."""
         counted, self.step = self._trainer.global_step > self.step, self._trainer.global_step
         self._retract_unless_backward()
-        if counted and not self.had_step:  # as a GradScaler leaves a step out
+        if counted and not self._had_step:  # as a GradScaler leaves a step out
             with self._followed():
                 self._discard()
         return counted

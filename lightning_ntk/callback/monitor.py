@@ -17,6 +17,7 @@ from typing_extensions import override
 from lightning_ntk.callback import trainer as view
 from lightning_ntk.callback.arguments import FollowedDynamics, require_valid
 from lightning_ntk.callback.capture import RunCapture
+from lightning_ntk.callback.captured_run import CapturedRun
 from lightning_ntk.callback.checkpoint import NO_STATE, arguments_of, incomplete, options_of, require_resumable
 from lightning_ntk.callback.lockstep import Lockstep
 from lightning_ntk.callback.loggers import (
@@ -472,7 +473,8 @@ class LinearizationMonitor(RunResults):
     ) -> None:
         started = time.perf_counter()
         with nested_bars(trainer):
-            self._capture = capture = RunCapture(self, trainer, module, self._processes, state, batch)
+            run = CapturedRun(self, trainer, module, self._processes, state, batch)
+            self._capture = capture = RunCapture(run)
         dynamics = capture.comparison.dynamics
         said = [capture.reason, "" if capture.step is None else capture.step.describe()]
         if any(said):
@@ -484,7 +486,7 @@ class LinearizationMonitor(RunResults):
                 f"part of every distance is due to the difference: {'; '.join(capture.differences)}."
                 f"{self._advice_on_modes(capture)}",
             )
-        self._lockstep = Lockstep(self, capture, trainer, module, self._processes, self._status, self._is_measured)
+        self._lockstep = Lockstep(capture, self._status, self._is_measured)
         self.seconds["capture"] = time.perf_counter() - started
         self._captured_at = time.perf_counter()
 

@@ -2,20 +2,15 @@
 
 from collections.abc import Callable
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
 from lightning_ntk.callback import trainer as view
 from lightning_ntk.callback.capture import RunCapture
 from lightning_ntk.callback.status import RunStatus
-from lightning_ntk.utilities.distributed import Processes
-
-if TYPE_CHECKING:
-    from lightning_ntk.callback.monitor import LinearizationMonitor
 
 Gradients = dict[str, Tensor | None]
 
@@ -26,27 +21,16 @@ class RunGradient:
     It does so at the first step and at every measured step.
 
     Args:
-        monitor: The monitor, which says what to do about a mismatch.
         capture: The run where it was linearized.
-        trainer: The Trainer of the run.
-        module: The module that it trains.
-        processes: The processes of the run.
         status: Takes the reports.
         is_measured: Whether a step, counted from the capture, will be measured.
     """
 
-    def __init__(
-        self,
-        monitor: "LinearizationMonitor",
-        capture: RunCapture,
-        trainer: Trainer,
-        module: LightningModule,
-        processes: Processes,
-        status: RunStatus,
-        is_measured: Callable[[int], bool],
-    ) -> None:
-        self._monitor, self._capture, self._trainer, self._module = monitor, capture, trainer, module
-        self._processes, self._status, self._is_measured = processes, status, is_measured
+    def __init__(self, capture: RunCapture, status: RunStatus, is_measured: Callable[[int], bool]) -> None:
+        run = capture.run
+        self._monitor, self._trainer = run.monitor, run.trainer
+        self._module, self._processes = run.module, run.processes
+        self._capture, self._status, self._is_measured = capture, status, is_measured
         self._first_batch: Any = None  # a copy, to say what the run does with it
         self._due: bool | None = None  # whether the coming step is compared, once that is known
 
@@ -145,7 +129,7 @@ class RunGradient:
     def _refusal(self, sentence: str) -> Exception:
         if self._monitor.is_given_loss:
             with suppress(Exception):  # what the step is cannot always be told
-                sentence += f" {self._capture.loss_of_run(self._trainer, self._first_batch)}".rstrip()
+                sentence += f" {self._capture.loss_of_run(self._first_batch)}".rstrip()
             advice = "Leave out `loss`, `predict` and `unpack`"
         elif not self._capture.accumulates_before:
             advice = 'Use dynamics="twin", which follows the network in train mode'

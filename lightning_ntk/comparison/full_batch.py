@@ -39,7 +39,7 @@ class FullBatchCheck:
     def accumulate(self, batch: Any, scale: float = 1.0) -> None:
         """Records the samples of one batch, which are found by their content."""
         try:
-            rows = self._problem.samples.rows(*self._problem.reference.unpack(batch))
+            rows = self._problem.rows(batch)
         except UnknownSamplesError:
             self._unknown = True
             return

@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
-from lightning_ntk.data.reference import Reference
+from lightning_ntk.data.reference import Reference, evenly_spaced_rows
 from lightning_ntk.data.targets import match_targets
 from lightning_ntk.dynamics.sgd import SGDSettings
 from lightning_ntk.dynamics.stability import max_learning_rate
@@ -84,8 +84,8 @@ class RegimePanel:
             require_integer(name, value, least=least)
         self._linearization, self._processes = linearization, processes
         self._products, self._random, self._seed = products, random, seed
-        self._features = _evenly_spaced(reference, feature_samples)
-        probe = _evenly_spaced(reference, samples)
+        self._features = reference.subset(evenly_spaced_rows(len(reference), feature_samples))
+        probe = reference.subset(evenly_spaced_rows(len(reference), samples))
         batch = probe.read(0, len(probe))
         if batch.target is None:
             raise ValueError(
@@ -266,11 +266,6 @@ def _summed(grams: Mapping[str, Tensor]) -> Tensor:
 def _alignment(product: Tensor, target_square: Tensor, kernel_square: Tensor) -> Estimate:
     """Computes the alignment from numerators and estimated squared norms, `(1 + m,)`."""
     return interval(torch.nan_to_num(product / (target_square * kernel_square.sqrt())))
-
-
-def _evenly_spaced(reference: Reference, samples: int) -> Reference:
-    samples = min(samples, len(reference))
-    return reference.subset([index * len(reference) // samples for index in range(samples)])
 
 
 def _flat(pulled: Tensors, index: int) -> Tensor:

@@ -244,6 +244,12 @@ def seen_samples(loader: DataLoader[Any], batches: float) -> int | None:
     return int(min(len(dataset), batches * loader.batch_size))
 
 
+def evenly_spaced_rows(total: int, samples: int) -> list[int]:
+    """Some of `total` rows, evenly spaced, with the first one; all if there are no more."""
+    samples = min(samples, total)
+    return [total * index // samples for index in range(samples)]
+
+
 def evenly_spaced(data: Data, samples: int | None) -> Data:
     """Some samples of a data set, evenly spaced, with the first one.
 
@@ -252,7 +258,7 @@ def evenly_spaced(data: Data, samples: int | None) -> Data:
     total = len(_source_of(data))
     if samples is None or total <= samples:
         return data
-    rows = [total * i // samples for i in range(samples)]
+    rows = evenly_spaced_rows(total, samples)
     if isinstance(data, DataLoader):
         options = {name: getattr(data, name) for name in _LOADER_OPTIONS}
         return DataLoader(Subset(data.dataset, rows), data.batch_size, **options)

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_ntk.data.reference import Reference
+from lightning_ntk.data.reference import Reference, evenly_spaced_rows
 from lightning_ntk.functional.kernels import kernel_change, kernel_distance
 from lightning_ntk.kernel.ntk import compute_kernel
 from lightning_ntk.linearization.linearization import Linearization
@@ -53,8 +53,7 @@ class KernelProbe:
         self, linearization: Linearization, reference: Reference, *, samples: int = 16, step: float = 0
     ) -> None:
         require_integer("samples", samples, least=1)
-        samples = min(samples, len(reference))
-        self.rows = [index * len(reference) // samples for index in range(samples)]
+        self.rows = evenly_spaced_rows(len(reference), samples)
         self._linearization = linearization
         self._reference = reference.subset(self.rows)
         self.initial = self.kernel(linearization.params)

@@ -160,6 +160,15 @@ class LinearizedProblem:
         }
 
     @preserved_rng()
+    def rows(self, batch: Any) -> Tensor:
+        """Finds a batch's samples in the training set by content, `(b,)`.
+
+        Raises:
+            UnknownSamplesError: If the batch has samples that are not in the training set.
+        """
+        return self.samples.rows(*self.reference.unpack(batch))
+
+    @preserved_rng()
     def predict(self, weights: Mapping[str, Tensor]) -> Tensor:
         """Computes outputs of the (non-linear) network at other weights, `(N, K)`.
 

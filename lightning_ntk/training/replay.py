@@ -74,14 +74,13 @@ class Replay:
         """Steps taken so far."""
         return self._sgd.steps
 
-    @preserved_rng()
     def rows(self, batch: Any) -> Tensor:
         """The rows of a batch's samples in the training set, `(b,)`.
 
         Raises:
             UnknownSamplesError: If the batch has samples that are not in the training set.
         """
-        return self.problem.samples.rows(*self.problem.reference.unpack(batch))
+        return self.problem.rows(batch)
 
     @preserved_rng()
     def accumulate(self, batch: Any, *, scale: float = 1.0) -> None:

@@ -14,7 +14,6 @@ from lightning_ntk.linearization.batch_loss import BatchLoss, PairLoss, loss_gra
 from lightning_ntk.linearization.jacobian import StoredJacobian
 from lightning_ntk.linearization.parameters import Tensors
 from lightning_ntk.training.problem import LinearizedProblem
-from lightning_ntk.utilities.contexts import preserved_rng
 from lightning_ntk.utilities.validation import require_matching
 
 
@@ -67,14 +66,13 @@ class StoredLoss:
         """w0, the trainable parameters by name."""
         return self.streamed.params
 
-    @preserved_rng()
     def rows(self, batch: Any) -> Tensor:
         """The rows of a batch's samples in the training set, `(b,)`.
 
         Raises:
             UnknownSamplesError: If the batch has samples that are not in the training set.
         """
-        return self._problem.samples.rows(*self._problem.reference.unpack(batch))
+        return self._problem.rows(batch)
 
     def gradient(self, batch: Any, tangent: Mapping[str, Tensor] | None = None) -> Tensors | None:
         """The gradient for the linearized network at w0 + tangent, `(*shape)` by parameter name.

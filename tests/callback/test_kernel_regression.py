@@ -75,7 +75,7 @@ def test_of_labels_there_are_accuracies_whatever_the_loss_of_the_run() -> None:
         assert own.keys() == OWN | {"accuracy"} | left_out
         # The evaluation set is the training set here.
         evaluation = scalars(monitor, kernel, "evaluation/")
-        assert evaluation == pytest.approx({name: own[name] for name in ("loss", "accuracy")}, rel=1e-3)
+        assert evaluation == pytest.approx({name: own[name] for name in ("loss", "accuracy")}, rel=1e-6)
     target = nn.functional.one_hot(labeled().tensors[1], 3).double()
     assert scalars(monitor, "after")["loss"] < target.square().mean().item()
 
@@ -86,8 +86,8 @@ def test_with_batch_statistics_the_kernel_after_is_that_of_eval_mode() -> None:
     fit(monitor, module, labeled(), batch_size=4)
     assert monitor.dynamics_used == "twin"
     found = kernel_regression(module, labeled(), ridge="loo", centered=True)
-    assert scalars(monitor, "after")["ridge"] == pytest.approx(found.ridge, rel=1e-3)
-    assert scalars(monitor, "after")["loss"] == pytest.approx(found.train.loss, rel=1e-2)
+    assert scalars(monitor, "after")["ridge"] == pytest.approx(found.ridge, rel=1e-5)
+    assert scalars(monitor, "after")["loss"] == pytest.approx(found.train.loss, rel=1e-5)
 
 
 @pytest.mark.tested("kernel regression", "gradient_descent", "replay", "twin")

@@ -1,6 +1,6 @@
 """Sixteen runs whose regime is known beforehand, and the verdicts on them.
 
-    python benchmarks/labelled_runs.py [--seeds 0] [--output benchmarks/results/labelled_runs.json]
+    python benchmarks/labeled_runs.py [--seeds 0] [--output benchmarks/results/labeled_runs.json]
 
 The labels do not come from the distance on which a verdict rests, but from how a run is made. Lazy are networks whose centered
 output is multiplied by a large number (Chizat et al., 2019), very wide ones, and a short way from trained weights. Rich are
@@ -31,7 +31,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from lightning_ntk import LinearizationMonitor, LinearizedTraining
 from lightning_ntk.functional.verdict import Word
 
-RESULTS = Path(__file__).parent / "results" / "labelled_runs.json"
+RESULTS = Path(__file__).parent / "results" / "labeled_runs.json"
 Loss = Callable[[Tensor, Tensor], Tensor]
 PROBE = 32  # samples of the kernel that is followed
 CONTEXT = 8  # characters from which the next is told
@@ -50,7 +50,7 @@ class Size(NamedTuple):
 SMALL = Size(samples=64, steps=200, minibatches=60, width=32, measured=(0,))
 
 
-class LabelledRun(NamedTuple):
+class LabeledRun(NamedTuple):
     """A run and what it is known to be.
 
     Attributes:
@@ -221,32 +221,32 @@ def reading_lazily(size: Size) -> LinearizationMonitor:
 
 
 RUNS = (
-    LabelledRun("output scale 1", "rich", lambda size: scaled(size, 1.0)),
-    LabelledRun("output scale 3", "intermediate", lambda size: scaled(size, 3.0)),
-    LabelledRun("output scale 100", "lazy", lambda size: scaled(size, 100.0)),
-    LabelledRun("output scale 1000", "lazy", lambda size: scaled(size, 1000.0)),
-    LabelledRun("output scale 10^6 in float32", "undecided", lambda size: scaled(size, 1e6, double=False)),
-    LabelledRun("width 64, Adam", "rich", lambda size: classified(size, perceptron(64, 64, 10))),
-    LabelledRun("width 2048", "lazy", lambda size: squared(size, perceptron(64, 2048, 10), steps=size.steps // 3)),
-    LabelledRun("0.1 of the edge", "lazy", lambda size: scaled(size, 100.0, fraction=0.1)),
-    LabelledRun("0.98 of the edge", "lazy", lambda size: scaled(size, 100.0, fraction=0.98)),
-    LabelledRun("2 times the edge", "undecided", lambda size: scaled(size, 1.0, fraction=2.0)),
-    LabelledRun("a late capture", "lazy", late),
-    LabelledRun("BatchNorm and dropout in train mode", "rich", lambda size: classified(size, normalized(size.width))),
-    LabelledRun(
+    LabeledRun("output scale 1", "rich", lambda size: scaled(size, 1.0)),
+    LabeledRun("output scale 3", "intermediate", lambda size: scaled(size, 3.0)),
+    LabeledRun("output scale 100", "lazy", lambda size: scaled(size, 100.0)),
+    LabeledRun("output scale 1000", "lazy", lambda size: scaled(size, 1000.0)),
+    LabeledRun("output scale 10^6 in float32", "undecided", lambda size: scaled(size, 1e6, double=False)),
+    LabeledRun("width 64, Adam", "rich", lambda size: classified(size, perceptron(64, 64, 10))),
+    LabeledRun("width 2048", "lazy", lambda size: squared(size, perceptron(64, 2048, 10), steps=size.steps // 3)),
+    LabeledRun("0.1 of the edge", "lazy", lambda size: scaled(size, 100.0, fraction=0.1)),
+    LabeledRun("0.98 of the edge", "lazy", lambda size: scaled(size, 100.0, fraction=0.98)),
+    LabeledRun("2 times the edge", "undecided", lambda size: scaled(size, 1.0, fraction=2.0)),
+    LabeledRun("a late capture", "lazy", late),
+    LabeledRun("BatchNorm and dropout in train mode", "rich", lambda size: classified(size, normalized(size.width))),
+    LabeledRun(
         "a wrong loss",
         "undecided",
         lambda size: classified(
             size, perceptron(64, size.width, 10), loss=nn.MSELoss(), mismatch="log", dynamics="twin"
         ),
     ),
-    LabelledRun("two steps", "undecided", lambda size: scaled(size, 1.0, steps=2)),
-    LabelledRun("a transformer on text, Adam", "rich", reading),
-    LabelledRun("text, output scale 300", "lazy", reading_lazily),
+    LabeledRun("two steps", "undecided", lambda size: scaled(size, 1.0, steps=2)),
+    LabeledRun("a transformer on text, Adam", "rich", reading),
+    LabeledRun("text, output scale 300", "lazy", reading_lazily),
 )
 
 
-def judged(run: LabelledRun, size: Size, seed: int) -> dict[str, Any]:
+def judged(run: LabeledRun, size: Size, seed: int) -> dict[str, Any]:
     """What a run is, and what is said of it."""
     seed_everything(seed, verbose=False)
     monitor = run.fit(size)

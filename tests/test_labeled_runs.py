@@ -8,7 +8,7 @@ import pytest
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 sys.path.append(str(BENCHMARKS))
-from labelled_runs import RESULTS, RUNS, SMALL, judged  # noqa: E402
+from labeled_runs import RESULTS, RUNS, SMALL, judged  # noqa: E402
 
 
 @pytest.mark.parametrize("run", RUNS, ids=lambda run: run.name)
