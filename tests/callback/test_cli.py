@@ -195,7 +195,7 @@ def test_the_help_explains_every_option(run: Callable[..., LightningCLI], capsys
         assert len(explained) > 50, name
         default = "null" if parameter.default is None else parameter.default
         assert f"default: {default}" in explained, name
-    assert "A loss to follow instead of that of `training_step`, a function of outputs and targets." in described
+    assert "The loss to follow instead of `training_step`'s, as a function of outputs and targets." in described
     assert "known subclasses: torch.Tensor" not in described
 
 
