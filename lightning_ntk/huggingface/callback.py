@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader, Dataset
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from typing_extensions import override
 
 from lightning_ntk.comparison.expected_gradient import ExpectedGradient
 from lightning_ntk.comparison.run_comparison import RunComparison
@@ -21,21 +22,23 @@ from lightning_ntk.comparison.step_functions import StepComparison
 from lightning_ntk.data.reference import Reference, evenly_spaced
 from lightning_ntk.linearization.parameters import trainable_parameters
 from lightning_ntk.linearization.step import StepLinearization
+from lightning_ntk.report.measured_run import MeasuredRun
 from lightning_ntk.training.base import StepSettings
 from lightning_ntk.training.twin import Twin
 from lightning_ntk.utilities.user_warnings import warn_user
 from lightning_ntk.utilities.validation import require_integer, require_steps
 
 
-class LinearizationCallback(TrainerCallback):
+class LinearizationCallback(MeasuredRun, TrainerCallback):
     """Compares a run of the transformers Trainer with its linearized network.
 
     It is the counterpart of `LinearizationMonitor` for Lightning.
 
     The linearized network is trained in lockstep by a copy of the run's optimizer, on the loss that the model returns.
     The weights of the run are bitwise those of a run without the callback. The scalars are in `history` and, with the
-    prefix `ntk/`, in `trainer.state.log_history`. In the first step and in every measured step, the gradient of the run
-    is compared with that of the linearized loss, as `gradient_mismatch`.
+    prefix `ntk/`, in `trainer.state.log_history`. When training ends, one line says how lazy it was. In the first step
+    and in every measured step, the gradient of the run is compared with that of the linearized loss, as
+    `gradient_mismatch`.
 
     It supports one process and one device, in full precision and in bf16, for runs from their start.
 
@@ -55,12 +58,9 @@ class LinearizationCallback(TrainerCallback):
 
     Example:
         >>> callback = LinearizationCallback(steps=100)
-        >>> callback.history
-        []
+        >>> callback
+        LinearizationCallback('ntk': nothing measured)
     """
-
-    history: list[dict[str, float]]
-    """One row for each measurement: "step" and every scalar, without the prefix."""
 
     def __init__(
         self,
@@ -85,6 +85,7 @@ class LinearizationCallback(TrainerCallback):
         self.name = name
         self.history = []
         self.comparison: RunComparison | None = None
+        self._lost, self._warnings = False, dict[str, None]()
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -97,7 +98,7 @@ class LinearizationCallback(TrainerCallback):
         self._optimizer: Optimizer = getattr(optimizer, "optimizer", optimizer)  # Accelerate wraps it
         self._batches = 0  # of the epoch
         self._mismatch: float | None = None
-        self.history, self._lost = [], False
+        self.history, self._lost, self._warnings = [], False, {}
         self.comparison = self._capture()
         self._measure()
         self._hook = self._model.register_forward_pre_hook(self._before_forward, with_kwargs=True)
@@ -130,10 +131,27 @@ class LinearizationCallback(TrainerCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Measures the last step of a stopped run, and removes the hook."""
+        """Measures the last step of a stopped run, removes the hook, and says the verdict."""
         self._hook.remove()
         if self.history[-1]["step"] != state.global_step:
             self._measure()
+        print(f"LinearizationCallback: {self.verdict.describe()}")
+
+    @override
+    def _initial_weights(self) -> Mapping[str, Tensor]:
+        return {} if self.comparison is None else self.comparison.initial_weights
+
+    @override
+    def _doubts(self) -> list[str]:
+        return ["the linearized network was lost before the run ended"] if self._lost else []
+
+    @override
+    def _notes(self) -> list[str]:
+        return list(self._warnings)
+
+    def _warn(self, sentence: str) -> None:
+        self._warnings[sentence] = None
+        warn_user(sentence)
 
     def _capture(self) -> RunComparison:
         shadow = copy.deepcopy(self._model).train()
@@ -201,7 +219,7 @@ class LinearizationCallback(TrainerCallback):
         sentence = f"LinearizationCallback does not follow the loss of this run in step {number}. {mismatch.describe()}"
         if number == 1:
             raise ValueError(f"{sentence} It follows the loss that the model itself returns.")
-        warn_user(sentence)
+        self._warn(sentence)
 
     def _measure(self) -> None:
         if self.comparison is None or self._lost:
@@ -223,7 +241,7 @@ class LinearizationCallback(TrainerCallback):
             if comparison.steps == 0:
                 raise
             self._lost = True
-            warn_user(
+            self._warn(
                 f"LinearizationCallback has lost the linearized network in step {comparison.steps + 1}, and measurements "
                 f"end; training goes on. {type(error).__name__}: {error}"
             )

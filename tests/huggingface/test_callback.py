@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, Subset
 from lightning_ntk import LinearizationMonitor
 from lightning_ntk.comparison import RunComparison, StepComparison
 from lightning_ntk.data.reference import Reference
+from lightning_ntk.functional import judge
 from lightning_ntk.linearization import StepLinearization
 from lightning_ntk.training import StepSettings, Twin
 from tests.training_steps.test_after_one_step import assert_same
@@ -125,6 +126,37 @@ def test_accumulated_batches_are_those_of_the_run(name: str, options: dict[str, 
     mismatches = [row["gradient_mismatch"] for row in callback.history[1:]]
     assert max(mismatches) <= (0.05 if options else 1e-5)
     assert callback.history[1]["relative_weight_distance"] <= (0.05 if options else 1e-4)
+
+
+def test_a_run_has_a_verdict_and_a_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """As under Lightning, in one line at the end; and a run whose linearized network was lost has none."""
+    pytest.importorskip("matplotlib")
+    seed_everything(0, verbose=False)
+    module = Family(bert(), "classes")
+    callback = LinearizationCallback(steps=5)
+    model = copy.deepcopy(module.model)
+    train(model, module.dataset(), tmp_path, callback, max_steps=12)
+    assert callback.verdict == judge(callback.history)
+    assert callback.verdict.word != "undecided"
+    assert capsys.readouterr().out.splitlines()[-1] == f"LinearizationCallback: {callback.verdict.describe()}"
+    assert repr(callback) == f"LinearizationCallback('ntk': {callback.verdict.word} after 12 steps)"
+    assert callback.summary().splitlines()[-1].split()[0] == "12"
+    assert len(callback.to_pandas()) == len(callback.history) == 4
+    assert (
+        f"<strong>{callback.verdict.word.capitalize()}.</strong>" in callback.report(tmp_path / "page.html").read_text()
+    )
+
+    failures = ["no more"]
+
+    def fail_once(*_: Any) -> None:
+        if callback.comparison is not None and callback.comparison.steps == 11 and failures:
+            raise RuntimeError(failures.pop())
+
+    hook = module.model.get_input_embeddings().register_forward_pre_hook(fail_once)
+    with pytest.warns(UserWarning, match="has lost the linearized network in step 12"):
+        train(module.model, module.dataset(), tmp_path, callback, max_steps=12)
+    hook.remove()
+    assert "was lost before the run ended" in callback.verdict.reason
 
 
 @pytest.mark.parametrize(
