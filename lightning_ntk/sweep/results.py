@@ -3,9 +3,6 @@
 It has one row per configuration and step.
 """
 
-import csv
-import importlib
-import io
 import itertools
 import math
 import os
@@ -16,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lightning_ntk.functional.verdict import Verdict, judge
+from lightning_ntk.sweep import formats
 from lightning_ntk.sweep.configurations import Configuration
 from lightning_ntk.sweep.equal_loss import row_at_loss
 from lightning_ntk.sweep.queue import Entry
@@ -129,7 +127,7 @@ class Results:
         distances = [tag for tag in self.scalars if tag.endswith("/relative_weight_distance")]
         kept, left = set(), width - 1
         for name in dict.fromkeys(["trial", *varying, *self._step, *distances, *self.columns]):
-            needed = 3 + max(len(name), *(len(_shown(row.get(name, ""))) for row in rows))
+            needed = 3 + max(len(name), *(len(formats.as_cell(row.get(name, ""))) for row in rows))
             if needed <= left:
                 kept.add(name)
                 left -= needed
@@ -292,12 +290,7 @@ class Results:
 
         Missing values are empty.
         """
-        text = io.StringIO()
-        names = self._names(columns)
-        writer = csv.DictWriter(text, names, restval="", extrasaction="ignore", lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(self.rows if rows is None else rows)
-        return text.getvalue()
+        return formats.as_csv(self.rows if rows is None else rows, self._names(columns))
 
     def markdown(self, rows: Sequence[TableRow] | None = None, columns: Sequence[str] | None = None) -> str:
         """The table as Markdown, numbers with five digits.
@@ -308,13 +301,7 @@ class Results:
         """
         rows = self.final if rows is None else rows
         names = self._names(self.columns_within(100, rows) if columns is None else columns)
-        cells = [[_shown(row.get(name, "")) for name in names] for row in rows]
-        widths = [max(map(len, column)) for column in zip(names, *cells, strict=True)]
-        lines = [names, ["-" * width for width in widths], *cells]
-        return "\n".join(
-            "| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) + " |"
-            for line in lines
-        )
+        return formats.as_markdown(rows, names)
 
     def report(
         self,
@@ -355,13 +342,11 @@ class Results:
 
     def to_parquet(self, path: str | os.PathLike[str]) -> None:
         """Writes the whole table to a Parquet file, with pyarrow."""
-        columns = {name: [row.get(name) for row in self.rows] for name in self.columns}
-        table = _optional("pyarrow").table(columns)
-        _optional("pyarrow.parquet").write_table(table, os.fspath(path))
+        formats.write_parquet(path, self.rows, self.columns)
 
     def to_pandas(self) -> "pandas.DataFrame":
         """The whole table as a data frame of pandas."""
-        return _optional("pandas").DataFrame(self.rows, columns=self.columns)
+        return formats.as_data_frame(self.rows, self.columns)
 
     def _names(self, columns: Sequence[str] | None) -> list[str]:
         names = list(self.columns if columns is None else columns)
@@ -380,19 +365,3 @@ class Results:
 def _require(argument: str, name: str, known: Sequence[str]) -> None:
     if name not in known:
         raise ValueError(f"Expected argument `{argument}` to be one of {list(known)} but got {name!r}.")
-
-
-def _optional(module: str) -> Any:
-    try:
-        return importlib.import_module(module)
-    except ModuleNotFoundError as error:
-        package = module.partition(".")[0]
-        raise ModuleNotFoundError(
-            f"This export needs {package}, which is not installed: pip install {package}."
-        ) from error
-
-
-def _shown(value: Any) -> str:
-    if isinstance(value, float):
-        return f"{value:.0f}" if math.isfinite(value) and value.is_integer() and abs(value) < 1e9 else f"{value:.5g}"
-    return str(value)
