@@ -10,7 +10,7 @@ from lightning_ntk.data.targets import match_targets
 from lightning_ntk.dynamics.sgd import SGDSettings
 from lightning_ntk.dynamics.stability import max_learning_rate
 from lightning_ntk.functional.regimes import change_sums, low_rank_measure, rank_of
-from lightning_ntk.functional.trace import Estimate, ProbeVectors, gram_matrices, interval, probe_vectors
+from lightning_ntk.functional.trace import Estimate, KernelMoments, ProbeVectors, gram_matrices, interval, probe_vectors
 from lightning_ntk.functional.weights import ratio_of_norms
 from lightning_ntk.linearization.activations import activations_of
 from lightning_ntk.linearization.jacobian import StreamedJacobian
@@ -123,8 +123,10 @@ class RegimePanel:
         outputs = passes.predict()
         jacobian = StreamedJacobian(passes, outputs)
         generator = torch.Generator().manual_seed(self._seed)
-        curvature, images = self._curvature(network, jacobian, outputs, generator)
+        curvature, of_halves, images = self._curvature(network, jacobian, outputs, generator)
         scalars = curvature.scalars("regime/curvature")
+        if self._is_mean and len(outputs) > 1:
+            scalars["regime/curvature_of_halves"] = of_halves
         if settings is not None and self._is_mean:
             edge = [settings.lr / limit if (limit := max_learning_rate(settings, k)) else torch.inf for k in curvature]
             scalars |= Estimate(*edge).scalars("regime/edge")
@@ -133,10 +135,10 @@ class RegimePanel:
 
     def _curvature(
         self, network: Linearization, jacobian: StreamedJacobian, outputs: Tensor, generator: torch.Generator
-    ) -> tuple[Estimate, Tensor]:
+    ) -> tuple[Estimate, float, Tensor]:
         r"""Computes :math:`\lambda_\text{max}(J^\top H J)` by Lanczos in weight space.
 
-        Also returns the images J v of its vectors.
+        Also returns the mean of both halves of the samples in the Krylov space, and the images J v of its vectors.
         """
         shapes = {name: p.shape for name, p in network.params.items()}
         targets = self._objective.targets.to(outputs.device)
@@ -150,14 +152,17 @@ class RegimePanel:
         if width > _MOST_CONSTANT:
             levels = torch.linalg.qr(torch.randn(width, _MOST_CONSTANT, generator=generator, dtype=torch.float64))[0].T
         block = levels.unsqueeze(1).expand(-1, len(outputs), -1).to(outputs.device)
-        krylov, images = LanczosProcess(_start(jacobian, hessian, block, generator)), list(block)
+        krylov = LanczosProcess(_start(jacobian, hessian, block, generator))
+        images: list[Tensor] = []
+        curved: list[Tensor] = []
         while krylov.num_products < self._products and not krylov.exhausted:
-            image = jacobian.jvp(_by_name(krylov.newest, shapes))
-            images.append(image)
-            krylov.add(_flat(jacobian.vjp(hessian(image).unsqueeze(0)), 0))
+            images.append(jacobian.jvp(_by_name(krylov.newest, shapes)))
+            curved.append(hessian(images[-1]))
+            krylov.add(_flat(jacobian.vjp(curved[-1].unsqueeze(0)), 0))
         modes = krylov.modes()
         largest = modes.eigenvalues[-1].item()
-        return Estimate(largest, largest, modes.largest_eigenvalue), torch.stack(images)
+        estimate = Estimate(largest, largest, modes.largest_eigenvalue)
+        return estimate, _of_halves(torch.stack(images), torch.stack(curved)), torch.cat([block, torch.stack(images)])
 
     def _kernel(self, network: Linearization, jacobian: StreamedJacobian, vectors: ProbeVectors) -> dict[str, float]:
         targets, device = self._targets, network.device
@@ -167,10 +172,10 @@ class RegimePanel:
         gram = _summed(grams)
         square, centered_square = targets.square().sum(), centered.square().sum()
         moments, around = vectors.moments(gram[:-2, :-2]), vectors.centered_moments(gram[:-2, :-2])
-        scalars = interval(moments.trace).scalars("regime/trace")
-        scalars |= interval(rank_of(*moments)).scalars("regime/effective_rank")
-        scalars |= _alignment(gram[-2, -2], square, moments.square).scalars("regime/alignment")
-        scalars |= _alignment(gram[-1, -1], centered_square, around.square).scalars("regime/centered_alignment")
+        scalars = interval(moments.trace, moments.known_trace).scalars("regime/trace")
+        scalars |= interval(rank_of(moments.trace, moments.square)).scalars("regime/effective_rank")
+        scalars |= _alignment(gram[-2, -2], square, moments).scalars("regime/alignment")
+        scalars |= _alignment(gram[-1, -1], centered_square, around).scalars("regime/centered_alignment")
         layers: dict[str, Tensor] = {}
         for name, own in grams.items():
             layer = plain_name(name).rpartition(".")[0] or name
@@ -178,8 +183,8 @@ class RegimePanel:
         for layer, own in layers.items():
             moments, around = vectors.moments(own[:-2, :-2]), vectors.centered_moments(own[:-2, :-2])
             prefix = f"regime/layer/{layer}"
-            scalars |= _alignment(own[-2, -2], square, moments.square).scalars(f"{prefix}/alignment")
-            estimate = _alignment(own[-1, -1], centered_square, around.square)
+            scalars |= _alignment(own[-2, -2], square, moments).scalars(f"{prefix}/alignment")
+            estimate = _alignment(own[-1, -1], centered_square, around)
             scalars |= estimate.scalars(f"{prefix}/centered_alignment")
         return scalars
 
@@ -254,6 +259,16 @@ def _start(
     return start
 
 
+def _of_halves(images: Tensor, curved: Tensor) -> float:
+    """The mean largest curvature of both halves of the samples, each a mean over its own samples."""
+    largest: list[float] = []
+    for start in (0, 1):
+        own, other = images[:, start::2], curved[:, start::2]
+        gram = own.flatten(1) @ other.flatten(1).T * (images.shape[1] / own.shape[1])
+        largest.append(torch.linalg.eigvalsh(gram.double().cpu())[-1].item())
+    return sum(largest) / 2
+
+
 def _unit(vector: Tensor) -> Tensor:
     unit: Tensor = vector / vector.norm().clamp_min(torch.finfo(vector.dtype).tiny)
     return unit
@@ -263,9 +278,13 @@ def _summed(grams: Mapping[str, Tensor]) -> Tensor:
     return torch.stack(list(grams.values())).sum(0)
 
 
-def _alignment(product: Tensor, target_square: Tensor, kernel_square: Tensor) -> Estimate:
-    """Computes the alignment from numerators and estimated squared norms, `(1 + m,)`."""
-    return interval(torch.nan_to_num(product / (target_square * kernel_square.sqrt())))
+def _alignment(product: Tensor, target_square: Tensor, moments: KernelMoments) -> Estimate:
+    """Computes the alignment from its numerator and the estimated norm of the kernel."""
+    value, low, high = interval(moments.square, moments.known_square)
+    norms = (
+        target_square * torch.tensor([value, high, low], dtype=product.dtype).sqrt()
+    )  # a large kernel has a small alignment
+    return Estimate(*torch.nan_to_num(product / norms).tolist())
 
 
 def _flat(pulled: Tensors, index: int) -> Tensor:

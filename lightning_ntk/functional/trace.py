@@ -44,10 +44,14 @@ class KernelMoments(NamedTuple):
     Attributes:
         trace: `(1 + m,)` in float64: from all m random vectors, then without the first, the second, ...
         square: The squared Frobenius norm, likewise.
+        known_trace: The part of the trace that needs no estimate: that of the basis.
+        known_square: The part of the squared norm, likewise.
     """
 
     trace: Tensor
     square: Tensor
+    known_trace: float
+    known_square: float
 
 
 class ProbeVectors(NamedTuple):
@@ -147,12 +151,15 @@ def kernel_moments(gram: Tensor, known: int) -> KernelMoments:
         >>> moments = kernel_moments(torch.diag(torch.tensor([2.0, 1.0])), known=2)
         >>> moments.trace, moments.square  # of a complete basis
         (tensor([3.], dtype=torch.float64), tensor([5.], dtype=torch.float64))
+        >>> moments.known_trace, moments.known_square
+        (3.0, 5.0)
     """
     gram = gram.double()
     inner, cross, rest = gram[:known, :known], gram[:known, known:], gram[known:, known:]
     trace, square, count = inner.trace(), inner.square().sum(), len(rest)
+    known_parts = trace.item(), square.item()
     if count == 0:
-        return KernelMoments(trace.reshape(1), square.reshape(1))
+        return KernelMoments(trace.reshape(1), square.reshape(1), *known_parts)
     diagonal, crossed = rest.diagonal(), cross.square().sum(0)
     pairs = (rest - torch.diag(diagonal)).square().sum(0)
     weights = torch.cat([torch.ones(1, count), 1 - torch.eye(count)]).double()  # one row for each set of vectors
@@ -162,27 +169,35 @@ def kernel_moments(gram: Tensor, known: int) -> KernelMoments:
     return KernelMoments(
         trace + weights @ diagonal / left,
         square + 2 * weights @ crossed / left + paired / (left * (left - 1)),
+        *known_parts,
     )
 
 
-def interval(values: Tensor) -> Estimate:
-    """Computes a 95 % interval of a positive quantity by the jackknife.
+def interval(values: Tensor, known: float = 0.0) -> Estimate:
+    r"""Computes a 95 % interval of a positive quantity by the jackknife.
 
-    It uses the logarithm of the quantity and Student's t.
+    The interval is symmetric in the logarithm of what is estimated, since estimates of squares are skewed. Student's t has
+    fewer degrees of freedom where the m values without a vector have heavy tails: with their excess kurtosis
+    :math:`\kappa`, a variance of m values is as certain as one of :math:`2 / (2 / (m - 1) + \kappa / m)` degrees.
 
     Args:
         values: `(1 + m,)`: the quantity from all m random vectors, then without each one of them; `(1,)` if it is exact.
+        known: The part of the quantity that is not estimated.
     """
     value, count = values[0].item(), len(values) - 1
-    if count == 0 or value <= 0:
+    if count == 0 or value <= known:
         return Estimate(value, value, value)
-    logs = values.clamp_min(torch.finfo(values.dtype).tiny).log()
-    spread = (logs[1:] - logs[1:].mean()).square().sum() * (count - 1) / count
-    half = student_quantile(count - 1) * spread.sqrt().item()
-    return Estimate(value, value * math.exp(-half), value * math.exp(half))
+    logs = (values - known).clamp_min(torch.finfo(values.dtype).tiny).log()[1:]
+    squares = (logs - logs.mean()).square()
+    if not (variance := squares.mean().item()):
+        return Estimate(value, value, value)
+    kurtosis = max(squares.square().mean().item() / variance**2 - 3, 0.0)
+    degrees = max(2 / (2 / (count - 1) + kurtosis / count), 2.0)
+    factor = math.exp(student_quantile(degrees) * math.sqrt(variance * (count - 1)))
+    return Estimate(value, known + (value - known) / factor, known + (value - known) * factor)
 
 
-def student_quantile(degrees: int) -> float:
+def student_quantile(degrees: float) -> float:
     """The 97.5 % quantile of Student's t, two degrees of freedom or more.
 
     See Abramowitz & Stegun (1964, 26.7.5).
@@ -191,14 +206,14 @@ def student_quantile(degrees: int) -> float:
         >>> round(student_quantile(15), 3)
         2.131
     """
-    z, n = _QUANTILE, degrees
+    z, n = _QUANTILE, float(degrees)
     terms = [
         (z**3 + z) / 4,
         (5 * z**5 + 16 * z**3 + 3 * z) / 96,
         (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384,
         (79 * z**9 + 776 * z**7 + 1482 * z**5 - 1920 * z**3 - 945 * z) / 92160,
     ]
-    return z + math.fsum(term / float(n) ** power for power, term in enumerate(terms, 1))
+    return z + math.fsum(term / n**power for power, term in enumerate(terms, 1))
 
 
 def gram_matrices(pulled: Mapping[str, Tensor]) -> dict[str, Tensor]:

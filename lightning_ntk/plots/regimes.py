@@ -23,6 +23,8 @@ _BY_LAYER = {
     "activation_change": "Change of activations by layer",
 }
 _MOST_LAYERS = len(PALETTE)
+# Panels that depend on the number of samples, with the scalar that the halves of the samples rescale.
+_OF_HALVES = {"Edge of stability": f"{_PREFIX}edge", "Largest curvature": f"{_PREFIX}curvature"}
 
 
 def plot_regimes(history: Run, title: str | None = None) -> Drawing:
@@ -57,6 +59,8 @@ def plot_regimes(history: Run, title: str | None = None) -> Drawing:
         if heading == "Edge of stability":
             axis.axhline(1, color=GREY, linewidth=1, zorder=1)
             axis.set_ylabel("learning rate / largest stable one", fontsize=9)
+        if heading in _OF_HALVES:
+            _draw_halves(axis, history, _OF_HALVES[heading])
         if any(labels.values()):
             axis.legend(frameon=False, fontsize=8)
     return Drawing(figure, axes)
@@ -85,6 +89,16 @@ def _draw(axis: Any, history: History, labels: Mapping[str, str]) -> None:
     step_axis(axis, steps)
     value_axis(axis, seen)
     tidy(axis)
+
+
+def _draw_halves(axis: Any, history: History, key: str) -> None:
+    """A faint line for half of the samples: far above the curve, all samples would be below it."""
+    whole, halves = f"{_PREFIX}curvature", f"{_PREFIX}curvature_of_halves"
+    rows = [row for row in history if key in row and row.get(whole) and halves in row]
+    if rows:
+        values = [row[key] * row[halves] / row[whole] for row in rows]
+        axis.plot([row["step"] for row in rows], values, color=GREY, linestyle=":", label="half of the samples")
+        axis.legend(frameon=False, fontsize=8)
 
 
 def _bars(rows: Sequence[Mapping[str, float]], key: str) -> list[list[float]] | None:

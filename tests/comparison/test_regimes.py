@@ -73,7 +73,14 @@ def test_curvature_is_that_of_the_gauss_newton_matrix() -> None:
     outputs = model.outputs.clone().requires_grad_()
     hessian = torch.autograd.functional.hessian(lambda f: cross_entropy(f, labels), outputs).reshape(33, 33)
     expected = torch.linalg.eigvalsh(model.jacobian.T @ hessian @ model.jacobian)[-1].item()
-    assert panel.measure(weights)["regime/curvature"] == pytest.approx(expected, rel=1e-9)
+    scalars = panel.measure(weights)
+    assert scalars["regime/curvature"] == pytest.approx(expected, rel=1e-9)
+    halves = []
+    for half in (range(0, 11, 2), range(1, 11, 2)):
+        rows = [3 * i + k for i in half for k in range(3)]
+        root = model.jacobian[rows].T @ (hessian[rows][:, rows] * 11 / len(half)) @ model.jacobian[rows]
+        halves.append(torch.linalg.eigvalsh(root)[-1].item())
+    assert scalars["regime/curvature_of_halves"] == pytest.approx(sum(halves) / 2, rel=1e-6)
     assert "regime/edge" not in panel.measure(weights)
 
 

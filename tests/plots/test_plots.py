@@ -540,5 +540,11 @@ def test_regimes_have_bars_where_they_are_estimated() -> None:
         pytest.approx((0.05 + step / 200, 0.15 + step / 200)) for step in STEPS
     ]
     assert axes[4].get_legend().get_texts()[0].get_text() == "body.0"
+
+    halves = [row(step) | {"regime/curvature": 2.0, "regime/curvature_of_halves": 3.0} for step in STEPS]
+    _, axes = plot_regimes(halves)
+    assert [axis.get_title() for axis in axes] == titles
+    (dotted,) = [line for line in axes[2].get_lines() if line.get_label() == "half of the samples"]
+    assert dotted.get_ydata() == pytest.approx([1.5 * row["regime/edge"] for row in halves])
     with pytest.raises(ValueError, match="regime/alignment"):
         plot_regimes(make_history())
