@@ -126,7 +126,4 @@ class RunResults(Callback):
         return pd.DataFrame(self.history)
 
     def __repr__(self) -> str:
-        state = (
-            "nothing measured" if not self.history else f"{self.verdict.word} after {self.history[-1]['step']:g} steps"
-        )
-        return f"{type(self).__name__}({self.name!r}: {state})"
+        return f"{type(self).__name__}({self.name!r}: {self.verdict.state()})"

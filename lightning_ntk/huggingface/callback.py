@@ -19,6 +19,7 @@ from lightning_ntk.comparison.run_comparison import RunComparison
 from lightning_ntk.comparison.schedule import is_scheduled
 from lightning_ntk.comparison.step_functions import StepComparison
 from lightning_ntk.data.reference import Reference, evenly_spaced
+from lightning_ntk.functional.verdict import judge
 from lightning_ntk.linearization.parameters import trainable_parameters
 from lightning_ntk.linearization.step import StepLinearization
 from lightning_ntk.training.base import StepSettings
@@ -227,6 +228,9 @@ class LinearizationCallback(TrainerCallback):
                 f"LinearizationCallback has lost the linearized network in step {comparison.steps + 1}, and measurements "
                 f"end; training goes on. {type(error).__name__}: {error}"
             )
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.name!r}: {judge(self.history).state()})"
 
 
 def _require_supported(args: TrainingArguments, state: TrainerState) -> None:
