@@ -91,7 +91,7 @@ def find_closest(training: ModalTraining, displacement: Mapping[str, Tensor], un
     return ClosestTime(time, distance, min(1.0, norm(inside[0]) / moved), outside / moved)
 
 
-def _norm_outside(vector: Tensors, others: Sequence[Tensors]) -> float:
+def _norm_outside(vector: Mapping[str, Tensor], others: Sequence[Mapping[str, Tensor]]) -> float:
     """The norm of a vector without its projection on the span of others, which it makes orthogonal one by one."""
     basis: list[Tensors] = []
     for other in [*others, vector]:
