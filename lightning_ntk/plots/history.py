@@ -42,7 +42,7 @@ LABELS = {
     "kernel_velocity": "kernel velocity (per step)\n" r"$(1 - \cos(\Theta_s, \Theta_t)) \,/\, (t - s)$",
     "closest_time": "closest time of the linearized network (steps)",
     "closest_distance": "relative weight distance at the closest time",
-    "distance_floor": "smallest relative weight distance at any time",
+    "distance_floor": "lower bound of the relative weight distance",
 }
 
 

@@ -145,7 +145,7 @@ def plot_effective_time(history: Run, title: str | None = None) -> Drawing:
         "How much of the distance is a matter of time": {
             "relative_weight_distance": "at the same step",
             "closest_distance": "at the closest time",
-            "distance_floor": "smallest in the span of $J^\\top$",
+            "distance_floor": "lower bound at any time",
         },
     }
     figure, (time, distance) = _draw_panels(history, title, groups)
