@@ -149,7 +149,7 @@ class RunComparison:
         """Follows the optimizer itself, right before it steps.
 
         Returns:
-            What the step does and the linearized network does not: kinds, and phrases to follow "the run".
+            What the step does and the linearized network does not, as kinds, and phrases to follow "the run".
         """
         if self._optimizer is None:
             return

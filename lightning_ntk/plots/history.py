@@ -54,7 +54,7 @@ def read_history(path: str | Path, name: str = "ntk") -> list[dict[str, float]]:
         name: The monitor's `name`, the prefix of its columns.
 
     Returns:
-        One row for each measured step, in the order of the log: "step" and the scalars, without the prefix.
+        One row for each measured step, in the order of the log, with "step" and the scalars without the prefix.
 
     Raises:
         FileNotFoundError: If there is no such file.
