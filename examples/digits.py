@@ -7,6 +7,7 @@ trained ones.
 
     python examples/digits.py
     python examples/digits.py --width 512 --output-scale 3
+    python examples/digits.py --lr 1 --regime
     tensorboard --logdir runs
 """
 
@@ -22,6 +23,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_ntk import LinearizationMonitor
+from lightning_ntk.plots import plot_regimes
 
 
 class DigitClassifier(LightningModule):
@@ -71,6 +73,9 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--samples", type=int, default=1797, help="training images, up to 1797")
     parser.add_argument("--batch-size", type=int, default=None, help="images in a step; default: all of them")
     parser.add_argument("--seed", type=int, default=0, help="seed of the initial weights")
+    parser.add_argument(
+        "--regime", action="store_true", help="measure the panel of regimes too, with a figure of its own"
+    )
     parser.add_argument("--output", type=Path, default=Path("runs"), help="directory of logs and figure")
     return parser.parse_args(arguments)
 
@@ -80,7 +85,7 @@ def train(arguments: argparse.Namespace) -> tuple[LinearizationMonitor, Path, fl
     seed_everything(arguments.seed, verbose=False)
     data = load_images(arguments.samples)
     loader = DataLoader(data, batch_size=arguments.batch_size or len(data), shuffle=arguments.batch_size is not None)
-    monitor = LinearizationMonitor(per_parameter=True)
+    monitor = LinearizationMonitor(per_parameter=True, regime=arguments.regime)
     setting = f"width{arguments.width}-lr{arguments.lr:g}-scale{arguments.output_scale:g}-seed{arguments.seed}"
     logger = TensorBoardLogger(arguments.output, name=f"digits/{setting}", default_hp_metric=False)
     trainer = Trainer(
@@ -105,6 +110,8 @@ def main() -> None:
     print(monitor.summary())
     figure, _ = monitor.plot()
     figure.savefig(directory / "digits.png", dpi=200)
+    if arguments.regime:
+        plot_regimes(monitor).figure.savefig(directory / "regimes.svg")
     print(
         f"\nfit: {elapsed:.1f} s, of which capture {monitor.seconds['capture']:.1f} s and "
         f"{len(monitor.history)} measurements {monitor.seconds['measurements']:.1f} s"

@@ -37,7 +37,7 @@ from transformers import AutoModel, BertConfig, BertModel, PreTrainedTokenizerFa
 from transformers.utils import logging as transformers_logging
 
 from lightning_ntk import LinearizationMonitor
-from lightning_ntk.plots.style import LINES, PALETTE, tidy
+from lightning_ntk.plots.style import LINES, PALETTE, mark_thresholds, tidy
 from lightning_ntk.sweep import Results, Sweep
 from lightning_ntk.training import kernel_regression
 
@@ -255,23 +255,27 @@ def plot(results: Results) -> Figure:
             )
         for number, (name, points, style) in enumerate(curves):
             draw(axis, points, name, style, 1.06 ** (number - 1.5))
-        axis.set_title(method, fontsize=10)
+        axis.set_title(method[0].upper() + method[1:], fontsize=10)
     panels[0].set_ylabel(f"accuracy on {results.final[0]['test']} held-out posts")
     for method, color, marker in zip(RATES, PALETTE[:3], "os^", strict=True):
         for key, line, name in (("relative_weight_distance", "-", "weights"), ("taylor_gap", ":", "Taylor gap")):
             points = means(results, key, method)
             if points[-1][1] > 1e-4:  # the probe is linear
                 draw(distances, points, f"{method}, {name}", {"color": color, "marker": marker, "linestyle": line}, 1.0)
-    distances.set_title("relative distance from the linearization", fontsize=10)
-    distances.set_ylim(bottom=0)
+    distances.set_title("Relative distance from the linearization", fontsize=10)
+    distances.set_ylim(0, 1.9)  # room for the legend
+    mark_thresholds(distances)
     for axis in (*panels, distances):
         axis.set_xscale("log")
         sizes = sorted({row["samples"] for row in results.final})
         axis.set_xticks(sizes, [str(size) for size in sizes])
         axis.set_xticks([], minor=True)
         axis.set_xlabel("training posts of each class")
-        axis.legend(frameon=False, fontsize=8)
         tidy(axis)
+    for axis in panels[1:]:
+        axis.tick_params(labelleft=False)
+    panels[0].legend(frameon=False, fontsize=8, loc="lower right")
+    distances.legend(frameon=False, fontsize=8, loc="upper left")
     return figure
 
 
@@ -318,8 +322,8 @@ def main() -> None:
     results = sweep.results.where({"length": options.length, "test": options.test, "tiny": options.tiny})
     results.to_csv(options.output / "fine_tuning.csv")
     print(f"{table(results)}\n\n{sum(row['seconds'] for row in results.final):.0f} s of processor time")
-    figure = options.output / "fine_tuning.png"
-    plot(results).savefig(figure, dpi=100)
+    figure = options.output / "fine_tuning.svg"
+    plot(results).savefig(figure)
     print(f"Figure: {figure}")
 
 

@@ -32,9 +32,18 @@ from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader, Dataset
 
 from lightning_ntk import LinearizationMonitor
+from lightning_ntk.plots.style import GREY, LINEARIZED, TAYLOR, TRAINED, mark_thresholds, tidy
 
 BATCH_SIZE = 12
-COLORS = {"trained": "#0072B2", "linearized": "#D55E00", "Taylor expansion": "#009E73"}
+COLORS = {"trained": TRAINED, "linearized": LINEARIZED, "Taylor expansion": TAYLOR}
+PARTS = {
+    "norm_1.weight": "norm 1",
+    "attention.weight": "query, key, value",
+    "projection.weight": "projection",
+    "norm_2.weight": "norm 2",
+    "mlp.0.weight": "MLP, in",
+    "mlp.2.weight": "MLP, out",
+}
 
 
 class Block(nn.Module):
@@ -197,7 +206,7 @@ def train(arguments: argparse.Namespace) -> tuple[LinearizationMonitor, Path, fl
     network = GPT(characters, arguments.block, arguments.layers, arguments.heads, arguments.width)
     evaluation = Windows(held_out, arguments.block, arguments.block)
     monitor = LinearizationMonitor(None, evaluation=evaluation, reference_samples=arguments.samples, per_parameter=True)
-    logger = TensorBoardLogger(arguments.output, name="language_model")
+    logger = TensorBoardLogger(arguments.output, name="language_model", default_hp_metric=False)
     trainer = Trainer(
         max_steps=arguments.steps,
         max_epochs=-1,
@@ -216,19 +225,11 @@ def train(arguments: argparse.Namespace) -> tuple[LinearizationMonitor, Path, fl
 
 def by_layer(history: list[dict[str, float]]) -> dict[str, dict[str, float]]:
     """The last relative weight distance of each tensor, by layer and part of it."""
-    parts = {
-        "norm_1.weight": "norm 1",
-        "attention.weight": "query, key, value",
-        "projection.weight": "projection",
-        "norm_2.weight": "norm 2",
-        "mlp.0.weight": "MLP, in",
-        "mlp.2.weight": "MLP, out",
-    }
     layers: dict[str, dict[str, float]] = {}
     for name, value in history[-1].items():
         if name.startswith("parameter/network.blocks."):
             number, _, part = name.removeprefix("parameter/network.blocks.").partition(".")
-            layers.setdefault(f"layer {int(number) + 1}", {})[parts[part]] = value
+            layers.setdefault(f"layer {int(number) + 1}", {})[PARTS[part]] = value
         elif name.startswith("parameter/"):
             layers.setdefault("outside", {})[name.removeprefix("parameter/network.").removesuffix(".weight")] = value
     return layers
@@ -244,9 +245,10 @@ def plot(history: list[dict[str, float]]) -> Figure:
         values = [row[f"evaluation/{key}perplexity"] for row in rows]
         perplexity.plot(steps, values, color=color, marker=marker, markersize=4, label=name)
     for length, name in ((1, "unigrams"), (2, "bigrams"), (3, "trigrams")):
-        perplexity.axhline(ngram_perplexity(length), color="#999999", linestyle=":", linewidth=1)
+        perplexity.axhline(ngram_perplexity(length), color=GREY, linestyle=":", linewidth=1)
         perplexity.text(1, ngram_perplexity(length), name, color="#666666", fontsize=8, va="bottom")
-    perplexity.set(title="held-out text", ylabel="perplexity per character", yscale="log")
+    perplexity.set(ylabel="perplexity per character", yscale="log")
+    perplexity.set_title("Held-out text", fontsize=10)
     perplexity.set_yticks([5, 10, 20, 50, 100], ["5", "10", "20", "50", "100"])
     perplexity.set_yticks([], minor=True)
     distances = {
@@ -257,14 +259,15 @@ def plot(history: list[dict[str, float]]) -> Figure:
         later = [row for row in rows if row["step"] > 1]  # after one step it is zero to rounding
         values = [row[key] for row in later]
         distance.plot([row["step"] for row in later], values, color=color, marker=marker, markersize=4, label=label)
-    distance.set(title="distance from the linearization", ylabel="relative distance", yscale="log")
+    distance.set(ylabel="relative distance", yscale="log")
+    distance.set_title("Distance from the linearization", fontsize=10)
     for axis in (perplexity, distance):
         axis.set(xlabel="optimizer step", xscale="log")
-        axis.grid(alpha=0.25, which="both", linewidth=0.5)
-        axis.spines[["top", "right"]].set_visible(False)
+        tidy(axis)
         axis.legend(frameon=False, fontsize=8)
+    mark_thresholds(distance)
     blocks = {name: values for name, values in by_layer(history).items() if name != "outside"}
-    kinds = list(next(iter(blocks.values())))
+    kinds = list(PARTS.values())
     image = layers.imshow([[blocks[name][kind] for name in blocks] for kind in kinds], cmap="cividis", aspect="auto")
     for row, kind in enumerate(kinds):
         for column, name in enumerate(blocks):
@@ -274,7 +277,7 @@ def plot(history: list[dict[str, float]]) -> Figure:
     layers.set_yticks(range(len(kinds)), kinds)
     layers.tick_params(length=0)
     layers.spines[:].set_visible(False)
-    layers.set_title(f"relative weight distance by layer, step {history[-1]['step']:.0f}")
+    layers.set_title(f"Relative weight distance by layer, step {history[-1]['step']:.0f}", fontsize=10)
     figure.colorbar(image, ax=layers, pad=0.02).outline.set_visible(False)
     return figure
 
@@ -297,9 +300,9 @@ def main() -> None:
         print(f"{layer:>10}: " + ", ".join(f"{part} {value:.2f}" for part, value in parts.items()))
     counts = ", ".join(f"{ngram_perplexity(length):.2f}" for length in (1, 2, 3))
     print(f"perplexity of unigrams, bigrams and trigrams: {counts}")
-    plot(monitor.history).savefig(directory / "language_model.png", dpi=110)
+    plot(monitor.history).savefig(directory / "language_model.svg")
     print(f"fit: {elapsed:.1f} s, of which {len(monitor.history)} measurements {monitor.seconds['measurements']:.1f} s")
-    print(f"Figure: {directory / 'language_model.png'}\nLogs:   tensorboard --logdir {arguments.output}")
+    print(f"Figure: {directory / 'language_model.svg'}\nLogs:   tensorboard --logdir {arguments.output}")
 
 
 if __name__ == "__main__":

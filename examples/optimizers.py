@@ -28,6 +28,7 @@ from torch.optim import Optimizer
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_ntk import LinearizationMonitor
+from lightning_ntk.plots import plot_runs
 
 OPTIMIZERS: dict[str, Callable[[Iterable[nn.Parameter]], Optimizer]] = {
     "SGD": lambda parameters: torch.optim.SGD(parameters, lr=0.3),
@@ -95,39 +96,25 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=600, help="optimizer steps")
     parser.add_argument("--samples", type=int, default=1000, help="training images, up to 1497")
     parser.add_argument("--seed", type=int, default=0, help="seed of the initial weights and the minibatches")
-    parser.add_argument("--output", type=Path, default=Path("runs/optimizers.png"), help="where the figure goes")
+    parser.add_argument("--output", type=Path, default=Path("runs/optimizers.svg"), help="where the figure goes")
     return parser.parse_args()
 
 
-def plot(runs: list[tuple[str, list[dict[str, float]]]]) -> Figure:
+def plot(runs: dict[str, list[dict[str, float]]]) -> Figure:
     """The relative weight distance of every run, over steps and over the training loss."""
     figure = Figure(figsize=(9.5, 3.8), layout="constrained")
     over_steps, over_loss = figure.subplots(1, 2, sharey=True)
-    # Three colors of the Okabe-Ito palette, which stay apart for color-blind readers.
-    for (name, history), color, marker in zip(runs, ("#0072B2", "#D55E00", "#009E73"), "osD", strict=True):
-        rows = [row for row in history if row["step"] > 1]
-        distances = [row["relative_weight_distance"] for row in rows]
-        style = {"color": color, "marker": marker, "markersize": 4, "label": name}
-        over_steps.plot([row["step"] for row in rows], distances, **style)
-        over_loss.plot([row["loss"] for row in rows], distances, **style)
-    over_steps.set(
-        xlabel="optimizer step", ylabel=r"$\|w_t - w_\mathrm{lin}(t)\| \,/\, \|w_t - w_0\|$", title="over time"
-    )
-    over_loss.set(xlabel="cross-entropy on the training set", title="over the loss (time runs to the right)")
-    over_loss.invert_xaxis()
-    over_loss.legend(frameon=False)
-    for axis in (over_steps, over_loss):
-        axis.set_xscale("log")
-        axis.set_yscale("log")
-        axis.grid(alpha=0.25, which="both", linewidth=0.5)
-        axis.spines[["top", "right"]].set_visible(False)
+    plot_runs(runs, ["relative_weight_distance"], "over time", ax=over_steps)
+    plot_runs(runs, ["relative_weight_distance"], "over the loss, which falls to the right", x="loss", ax=over_loss)
+    over_steps.get_legend().remove()
+    over_loss.set_ylabel("")
     return figure
 
 
 def main() -> None:
     """Trains with every optimizer, prints the last measurements and saves the figure."""
     arguments = parse_arguments()
-    runs = [(name, train(name, arguments)) for name in OPTIMIZERS]
+    runs = {name: train(name, arguments) for name in OPTIMIZERS}
     columns = [
         "relative_weight_distance",
         "loss",
@@ -136,10 +123,10 @@ def main() -> None:
         "evaluation/linearized_accuracy",
     ]
     print(f"{'optimizer':>20}" + "".join(f"{column:>32}" for column in columns))
-    for name, history in runs:
+    for name, history in runs.items():
         print(f"{name:>20}" + "".join(f"{history[-1][column]:32.4f}" for column in columns))
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    plot(runs).savefig(arguments.output, dpi=150)
+    plot(runs).savefig(arguments.output)
     print(f"Figure: {arguments.output}")
 
 

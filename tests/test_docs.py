@@ -44,6 +44,12 @@ def same(printed: str, shown: str) -> bool:
     return all(float(a) == pytest.approx(float(b), rel=0.05, abs=1e-5) for a, b in pairs)
 
 
+def test_no_description_of_a_returned_value_is_read_as_its_type() -> None:
+    for module in (ROOT / "lightning_ntk").rglob("*.py"):
+        for first in re.findall(r"^ +Returns:\n +(.*)$", module.read_text(), flags=re.MULTILINE):
+            assert ": " not in re.sub(r":\w+:`[^`]*`|`[^`]*`", "", first), f"{module}: {first}"
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_snippets_print_what_the_page_shows(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,7 +18,8 @@ EXAMPLES = Path(__file__).parent.parent / "examples"
 
 
 def test_digits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    options = ["--width", "16", "--steps", "12", "--samples", "60", "--output-scale", "2", "--output", str(tmp_path)]
+    options = ["--width", "16", "--steps", "12", "--samples", "60", "--output-scale", "2", "--regime"]
+    options += ["--output", str(tmp_path)]
     monkeypatch.setattr(sys, "argv", ["digits.py", *options])
     runpy.run_path(str(EXAMPLES / "digits.py"), run_name="__main__")
     printed = capsys.readouterr().out
@@ -26,6 +27,7 @@ def test_digits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.
     assert "step  distance" in printed
     (figure,) = tmp_path.rglob("*.png")
     assert figure.stat().st_size > 10_000
+    assert (figure.parent / "regimes.svg").stat().st_size > 10_000
     events = EventAccumulator(str(figure.parent))
     events.Reload()
     assert [event.step for event in events.Scalars("ntk/weight_distance")] == [0, 1, 2, 3, 4, 6, 7, 10, 12]
@@ -42,12 +44,12 @@ def test_digits_in_minibatches_are_replayed(
 
 
 def test_three_optimizers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    options = ["--width", "16", "--steps", "6", "--samples", "100", "--output", str(tmp_path / "optimizers.png")]
+    options = ["--width", "16", "--steps", "6", "--samples", "100", "--output", str(tmp_path / "optimizers.svg")]
     monkeypatch.setattr(sys, "argv", ["optimizers.py", *options])
     runpy.run_path(str(EXAMPLES / "optimizers.py"), run_name="__main__")
     printed = capsys.readouterr().out
     assert "AdamW" in printed
-    assert (tmp_path / "optimizers.png").stat().st_size > 10_000
+    assert (tmp_path / "optimizers.svg").stat().st_size > 10_000
 
 
 def test_a_sweep_of_widths_and_seeds(
@@ -111,7 +113,7 @@ def test_language_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys:
     runpy.run_path(str(EXAMPLES / "language_model.py"), run_name="__main__")
     printed = capsys.readouterr().out
     assert "layer 2: norm 1" in printed
-    (figure,) = tmp_path.rglob("*.png")
+    (figure,) = tmp_path.rglob("*.svg")
     assert figure.stat().st_size > 10_000
     history = read_history(figure.parent)
     last = history[-1]
@@ -127,7 +129,7 @@ def test_fine_tuning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
         runpy.run_path(str(EXAMPLES / "fine_tuning.py"), run_name="__main__")
         printed = capsys.readouterr().out
         assert "| LoRA | 6 | " in printed
-    assert (tmp_path / "fine_tuning.png").stat().st_size > 10_000
+    assert (tmp_path / "fine_tuning.svg").stat().st_size > 10_000
     rows = list(csv.DictReader((tmp_path / "fine_tuning.csv").open()))
     (probe,) = (row for row in rows if row["method"] == "linear probe" and row["samples"] == "4" and row["seed"] == "0")
     # A linear network is its own linearization.

@@ -49,7 +49,7 @@ def test_slopes_over_the_width(tmp_path: Path, run: Run) -> None:
     assert found["kernel change", "tanh"] < -0.3
     assert found["change/hidden", "tanh"] < -0.5  # at these widths; the exponents of wide networks are -1/2, -1 and -1
     assert len(table(printed, "steps")) == 2
-    require_figures(tmp_path, "widths-ntk.png", "widths-standard.png")
+    require_figures(tmp_path, "widths-ntk.svg", "widths-standard.svg")
     assert (tmp_path / "widths.csv").read_text().count("\n") == 1 + 8 * 3
 
 
@@ -59,7 +59,7 @@ def test_slopes_over_the_output_scale(tmp_path: Path, run: Run) -> None:
     for quantity in ("relative weight distance", "taylor gap", "kernel change", "relative displacement"):
         assert found[quantity, "centered"] == pytest.approx(-1, abs=0.01)
         assert found[quantity, "not centered"] == pytest.approx(0, abs=0.1)
-    require_figures(tmp_path, "output-scale.png")
+    require_figures(tmp_path, "output-scale.svg")
 
 
 def test_kernels_through_training(tmp_path: Path, run: Run) -> None:
@@ -70,7 +70,7 @@ def test_kernels_through_training(tmp_path: Path, run: Run) -> None:
     assert float(kernels[-1][2]) == float(kernels[0][3]) > 0
     captured = table(printed, "captured")
     assert [cells[:2] for cells in captured] == [["0", "12"], ["4", "8"]]
-    require_figures(tmp_path, "late-kernels.png")
+    require_figures(tmp_path, "late-kernels.svg")
 
 
 def test_learning_rates_through_the_edge(tmp_path: Path, run: Run) -> None:
@@ -80,7 +80,7 @@ def test_learning_rates_through_the_edge(tmp_path: Path, run: Run) -> None:
     assert "= 0.5, and no longer at 2." in printed
     stable, unstable = table(printed, "lr")
     assert float(stable[3]) < 1 < 1e6 < float(unstable[3])  # the loss of the linearized network
-    require_figures(tmp_path, "learning-rate.png")
+    require_figures(tmp_path, "learning-rate.svg")
 
 
 def test_published_formulas(tmp_path: Path, run: Run) -> None:
@@ -92,7 +92,7 @@ def test_published_formulas(tmp_path: Path, run: Run) -> None:
         errors[row[2]].append(float(row[3]))
     assert 5 * max(errors["lightning_ntk"]) < max(errors["published"]) < 1e-2
     assert "sigma_w = 1: condition number of the kernel" in printed
-    require_figures(tmp_path, "closed-forms.png")
+    require_figures(tmp_path, "closed-forms.svg")
 
 
 def test_kernels_before_and_after_training(tmp_path: Path, run: Run) -> None:
@@ -101,7 +101,7 @@ def test_kernels_before_and_after_training(tmp_path: Path, run: Run) -> None:
     assert (first[0], last[0], len(first)) == ("0", "300", 5)
     for before, after in zip(first[1:], last[1:], strict=True):  # the kernels' errors and the networks'
         assert float(after) < float(before)
-    require_figures(tmp_path, "after-kernel.png")
+    require_figures(tmp_path, "after-kernel.svg")
 
 
 def test_sharpness_of_the_panel_is_that_of_the_hessian(tmp_path: Path, run: Run) -> None:
@@ -113,7 +113,7 @@ def test_sharpness_of_the_panel_is_that_of_the_hessian(tmp_path: Path, run: Run)
         assert float(few) == pytest.approx(float(all_images), rel=0.1)
         assert float(hessian) == pytest.approx(float(all_images), rel=2 * float(loss))
     assert "lr = 0.5: the edge goes from" in printed
-    require_figures(tmp_path, "sharpening.png")
+    require_figures(tmp_path, "sharpening.svg")
 
 
 def test_generalization_after_the_fit(tmp_path: Path, run: Run) -> None:
@@ -125,7 +125,7 @@ def test_generalization_after_the_fit(tmp_path: Path, run: Run) -> None:
         assert int(training) < int(test)
         assert linearized_test == "> 150"
     assert float(rows["4", "0.2"][-1]) < float(rows["1", "0.2"][-1])  # lazier
-    require_figures(tmp_path, "grokking.png")
+    require_figures(tmp_path, "grokking.svg")
 
 
 def test_alignment_by_layer(tmp_path: Path, run: Run) -> None:
@@ -133,4 +133,4 @@ def test_alignment_by_layer(tmp_path: Path, run: Run) -> None:
     rows = table(printed, "kernel")
     assert [row[0] for row in rows] == ["all", "layer 1", "layer 2", "layer 3"]
     assert float(rows[0][3].split()[0]) > 1.1
-    require_figures(tmp_path, "alignment.png")
+    require_figures(tmp_path, "alignment.svg")

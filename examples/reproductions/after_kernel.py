@@ -15,13 +15,14 @@ import argparse
 from pathlib import Path
 
 import torch
-from drawing import COLORS, MARKERS, finish, from_step_zero, grid_of_panels, markdown, save
+from drawing import COLORS, MARKERS, finish, grid_of_panels, markdown, one_legend, save
 from late_kernels import average, log_steps
 from lightning.pytorch import LightningModule
 from setting import AtSteps, FullBatch, digits, quiet_trainer
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
+from lightning_ntk.plots.style import label_few_decades, step_axis
 from lightning_ntk.training import kernel_regression
 
 KINDS = ("kernel", "network")
@@ -85,7 +86,7 @@ def run(options: argparse.Namespace, width: int, seed: int) -> Errors:
 
 def draw(runs: dict[int, list[Errors]], path: Path) -> None:
     """Errors over steps, a panel for each width: means, and the range over seeds."""
-    figure, axes = grid_of_panels(1, len(runs))
+    figure, axes = grid_of_panels(1, len(runs), sharey=True)
     for axis, (width, own) in zip(axes, runs.items(), strict=True):
         steps = list(own[0])
         for index, kind in enumerate(KINDS):
@@ -101,10 +102,13 @@ def draw(runs: dict[int, list[Errors]], path: Path) -> None:
                 label=label,
             )
             axis.fill_between(steps, low, high, color=COLORS[index], alpha=0.15, linewidth=0)
-        finish(axis, "optimizer step", "test error (%)", title=f"width {width}")
-        from_step_zero(axis, -0.05)
-        axis.set_ylim(1, 100)
-        axis.set_yticks([1, 2, 5, 10, 20, 50, 100], ["1", "2", "5", "10", "20", "50", "100"])
+        finish(axis, "", "test error (%)", title=f"Width {width}", legend=None)
+        step_axis(axis, steps)
+    axes[0].set_ylim(1, 99)
+    label_few_decades(axes[0].yaxis)
+    for axis in axes[1:]:
+        axis.set_ylabel("")
+    one_legend(figure, axes[0])
     save(figure, path)
 
 
@@ -126,7 +130,7 @@ def main() -> None:
     ]
     header = ["step", *(f"{kind}, width {width}" for width, kind in columns)]
     print(f"\nTest errors in %, means over {len(options.seeds)} seeds\n\n{markdown(header, lines)}\n")
-    draw(runs, options.output / "after-kernel.png")
+    draw(runs, options.output / "after-kernel.svg")
 
 
 if __name__ == "__main__":

@@ -14,12 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from drawing import COLORS, MARKERS, finish, from_step_zero, grid_of_panels, markdown, save
+from drawing import COLORS, MARKERS, finish, grid_of_panels, markdown, one_legend, save
 from late_kernels import Classifier, average, labeled, log_steps
 from setting import quiet_trainer
 from torch.utils.data import DataLoader
 
 from lightning_ntk import LinearizationMonitor
+from lightning_ntk.plots.style import step_axis
 
 KINDS = ("centered_alignment", "alignment")
 History = list[dict[str, float]]
@@ -75,7 +76,7 @@ def table(runs: list[History]) -> str:
 
 def draw(runs: list[History], path: Path) -> None:
     """Alignments over steps, centered and not, means over seeds, a curve for each layer."""
-    figure, axes = grid_of_panels(1, len(KINDS), width=5.4)
+    figure, axes = grid_of_panels(1, len(KINDS), sharey=True)
     steps = [row["step"] for row in runs[0]]
     for axis, kind in zip(axes, KINDS, strict=True):
         for place, name in enumerate(layers_of(runs[0])):
@@ -86,9 +87,12 @@ def draw(runs: list[History], path: Path) -> None:
             )
         values = [mean(runs, index, kind) for index in range(len(steps))]
         axis.plot(steps, values, "--", color="#000000", linewidth=1.5, label="all")
-        finish(axis, "optimizer step", f"{kind.replace('_', ' ')} of kernel and labels", scales="linear-linear")
-        from_step_zero(axis)
-        axis.set_ylim(bottom=0)
+        title = "Centered" if kind.startswith("centered") else "Not centered"
+        finish(axis, "", "", scales="linear-linear", title=title, legend=None)
+        step_axis(axis, steps)
+    axes[0].set_ylabel("alignment of kernel and labels")
+    axes[0].set_ylim(bottom=0)
+    one_legend(figure, axes[0])
     save(figure, path)
 
 
@@ -106,7 +110,7 @@ def main() -> None:
     runs = [run(options, seed) for seed in options.seeds]
     losses = ", ".join(f"{history[-1]['loss']:.2g}" for history in runs)
     print(f"\nAlignments, means over {len(runs)} seeds; training losses at the end: {losses}\n\n{table(runs)}\n")
-    draw(runs, options.output / "alignment.png")
+    draw(runs, options.output / "alignment.svg")
 
 
 if __name__ == "__main__":

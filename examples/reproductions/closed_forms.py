@@ -27,7 +27,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from drawing import COLORS, MARKERS, finish, grid_of_panels, markdown, save
+from drawing import COLORS, MARKERS, finish, grid_of_panels, markdown, one_legend, save
 from lightning.pytorch import Callback, LightningModule, Trainer
 from ntk_parametrization import mlp
 from scipy.sparse.linalg import expm_multiply
@@ -183,8 +183,8 @@ def compare(options: argparse.Namespace, sigma_w: float) -> tuple[list[dict[str,
     return rows, seconds
 
 
-def draw(rows: list[dict[str, Any]], axes: Any, title: str) -> None:
-    """Errors of the weights and the distances that would be logged, over time."""
+def draw(rows: list[dict[str, Any]], axes: Any, title: str, labeled: bool) -> None:
+    """Errors of the weights and the distances that would be logged, over time; `labeled` names the vertical axes."""
     for regime in REGIMES:
         truths = [row for row in rows if row["method"] == "reference" and row["regime"] == regime]
         axes[1].plot(
@@ -202,10 +202,10 @@ def draw(rows: list[dict[str, Any]], axes: Any, title: str) -> None:
                     label=f"{method}{' formula' if index else ''}, {regime}",
                     markerfacecolor=COLORS[index] if regime == "discrete" else "none",
                 )  # fmt: skip
-    x = "optimizer step t"
     error = "relative error of the weights\n" r"$\|w - w_\mathrm{lin}(t)\| \,/\, \|w_\mathrm{lin}(t) - w_0\|$"
-    finish(axes[0], x, error, title=title)
-    finish(axes[1], x, "relative weight distance reported\n" r"$\|w_t - w\| \,/\, \|w_t - w_0\|$", title=title)
+    finish(axes[0], "", error if labeled else "", title=title, legend=None)
+    distance = "relative weight distance reported\n" r"$\|w_t - w\| \,/\, \|w_t - w_0\|$"
+    finish(axes[1], "optimizer step t", distance if labeled else "", legend=None)
 
 
 def report(rows: list[dict[str, Any]], seconds: dict[str, float]) -> str:
@@ -241,15 +241,19 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("reproductions"), help="directory of the figure")
     options = parser.parse_args()
     columns = len(options.sigma_w)
-    figure, axes = grid_of_panels(2, columns, width=4.5)
+    figure, axes = grid_of_panels(2, columns, width=4.2, height=3.4, sharex=True, sharey="row")
     for column, sigma_w in enumerate(options.sigma_w):
         rows, seconds = compare(options, sigma_w)
         condition = seconds.pop("condition")
         print(f"\nsigma_w = {sigma_w:.3g}: condition number of the kernel {condition:.3g}\n")
         print(report(rows, seconds), flush=True)
-        title = rf"$\sigma_w$ = {sigma_w:.3g}, condition number {condition:.1e}"
-        draw(rows, axes[column::columns], title)
-    save(figure, options.output / "closed-forms.png")
+        digits, exponent = f"{condition:.1e}".split("e")
+        title = rf"$\sigma_w$ = {sigma_w:.3g}, condition number ${digits}\times10^{{{int(exponent)}}}$"
+        draw(rows, axes[column::columns], title, labeled=column == 0)
+    for axis in axes:
+        axis.minorticks_off()
+    one_legend(figure, axes[-1])
+    save(figure, options.output / "closed-forms.svg")
 
 
 if __name__ == "__main__":

@@ -4,40 +4,44 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import matplotlib
 from matplotlib.figure import Figure
 
+from lightning_ntk.plots.style import GREY, PALETTE, tidy
+from lightning_ntk.plots.style import MARKERS as MARKERS
 from lightning_ntk.sweep import PowerLaw, log_log_slope
 
-# The Okabe-Ito palette, which stays apart for color-blind readers; markers and lines tell curves apart in print.
-COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-MARKERS = "osD^vPX"
+COLORS = PALETTE
 Points = Sequence[tuple[float, float]]
 
 
-def grid_of_panels(rows: int, columns: int, *, width: float = 4.9, height: float = 3.9) -> tuple[Figure, list[Any]]:
-    """A figure with panels, sized in inches each, row by row."""
+def grid_of_panels(
+    rows: int, columns: int, *, width: float = 4.9, height: float = 3.9, **shared: Any
+) -> tuple[Figure, list[Any]]:
+    """A figure with panels, sized in inches each, row by row; `sharey="row"` shares the vertical axes of a row."""
     figure = Figure(figsize=(width * columns, height * rows), layout="constrained")
-    return figure, list(figure.subplots(rows, columns, squeeze=False).flat)
+    return figure, list(figure.subplots(rows, columns, squeeze=False, **shared).flat)
 
 
-def finish(axis: Any, x: str, y: str, *, scales: str = "log-log", title: str = "", **legend: Any) -> None:
-    """Names and scales of the axes ("linear-log" is a logarithmic vertical one), grid and legend."""
+def finish(axis: Any, x: str, y: str, *, scales: str = "log-log", title: str = "", legend: str | None = "best") -> None:
+    """Names and scales of the axes ("linear-log" is a logarithmic vertical one), grid, and where the legend is, if any."""
     horizontal, vertical = scales.split("-")
     axis.set_xscale(horizontal)
     axis.set_yscale(vertical)
     axis.set_xlabel(x)
     axis.set_ylabel(y)
     axis.set_title(title, fontsize=10)
-    axis.grid(alpha=0.25, which="both", linewidth=0.5)
-    axis.spines[["top", "right"]].set_visible(False)
-    if axis.get_legend_handles_labels()[0]:
-        axis.legend(**{"edgecolor": "none", "framealpha": 0.8, "fontsize": 8} | legend)
+    tidy(axis)
+    if legend and axis.get_legend_handles_labels()[0]:
+        axis.legend(loc=legend, edgecolor="none", framealpha=0.8, fontsize=8)
 
 
-def from_step_zero(axis: Any, left: float = 0) -> None:
-    """Puts optimizer steps on a logarithmic horizontal axis that begins with step 0."""
-    axis.set_xscale("symlog", linthresh=1)
-    axis.set_xlim(left=left)
+def one_legend(figure: Figure, axis: Any, columns: int = 10) -> None:
+    """The legend of all panels, below them; they have the same curves."""
+    handles, labels = axis.get_legend_handles_labels()
+    figure.legend(
+        handles, labels, loc="outside lower center", ncols=min(columns, len(labels)), frameon=False, fontsize=9
+    )
 
 
 def number(value: float) -> str:
@@ -50,7 +54,7 @@ def draw_power_law(axis: Any, points: Points, label: str, index: int, *, filled:
     law = log_log_slope([x for x, _ in points], [y for _, y in points])
     ends = [min(x for x, _ in points), max(x for x, _ in points)]
     color, marker = COLORS[index], MARKERS[index]
-    name = f"{label}: {number(law.slope)} [{number(law.low)}, {number(law.high)}]"
+    name = f"{label}: {number(law.slope)} [{number(law.low)}, {number(law.high)}]".replace("-", "−")
     face = color if filled else "none"
     axis.plot(*zip(*points, strict=True), marker, color=color, markersize=4.5, alpha=0.75, markerfacecolor=face)
     style = f"-{marker}" if filled else f"--{marker}"
@@ -60,17 +64,22 @@ def draw_power_law(axis: Any, points: Points, label: str, index: int, *, filled:
     return law
 
 
-def draw_reference(axis: Any, points: Points, slope: float, *, offset: float = 1.6) -> None:
-    """A dotted line of a stated slope, above (`offset` > 1) or below the points."""
+def draw_reference(axis: Any, points: Points, slope: float, *, offset: float = 1, color: str = "#555555") -> None:
+    """A dotted line of a stated slope through the fit at the last point, or `offset` times above it."""
     xs = [x for x, _ in points]
-    law = log_log_slope(xs, [y for _, y in points])
-    ends = [min(xs), max(xs)]
-    middle = (ends[0] * ends[1]) ** 0.5
-    level = offset * law.at(middle)
-    name = f"reference slope {slope:g}"
-    known = axis.get_legend_handles_labels()[1]
-    label = {} if name in known else {"label": name}
-    axis.plot(ends, [level * (x / middle) ** slope for x in ends], ":", color="#555555", linewidth=1.5, **label)
+    first, last = min(xs), max(xs)
+    level = offset * log_log_slope(xs, [y for _, y in points]).at(last)
+    axis.plot([first, last], [level * (first / last) ** slope, level], ":", color=color, linewidth=1.5)
+
+
+def draw_limit(axis: Any, level: float, name: str, *, color: str = GREY, vertical: bool = False) -> None:
+    """A faint dotted line at a value that means something, with its name."""
+    (axis.axvline if vertical else axis.axhline)(level, color=color, linestyle=(0, (1, 2)), linewidth=1, zorder=0.5)
+    place: dict[str, Any] = {"textcoords": "offset points", "color": color, "fontsize": 8, "va": "bottom", "ha": "left"}
+    if vertical:
+        axis.annotate(name, (level, 0), (3, 3), xycoords=("data", "axes fraction"), **place)
+    else:
+        axis.annotate(name, (0, level), (3, 2), xycoords=("axes fraction", "data"), **place)
 
 
 def markdown(header: Sequence[str], lines: Iterable[Sequence[Any]]) -> str:
@@ -81,7 +90,8 @@ def markdown(header: Sequence[str], lines: Iterable[Sequence[Any]]) -> str:
 
 
 def save(figure: Figure, path: Path) -> None:
-    """Writes a PNG of moderate size and says where."""
+    """Writes the figure, the same file each time, and says where."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=100)
+    with matplotlib.rc_context({"svg.hashsalt": path.stem}):
+        figure.savefig(path, metadata={"Date": None})
     print(f"Figure: {path}")

@@ -18,13 +18,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from drawing import COLORS, finish, from_step_zero, grid_of_panels, markdown, save
+from drawing import COLORS, finish, grid_of_panels, markdown, save
 from late_kernels import log_steps
 from setting import FullBatch, fit, max_learning_rate
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 from lightning_ntk import LinearizationMonitor
+from lightning_ntk.plots.style import mark_thresholds, step_axis
 
 SAMPLES = 5  # for each input
 TEST = 500
@@ -133,7 +134,7 @@ def run_table(history: History) -> str:
 
 def draw(runs: dict[float, History], path: Path) -> None:
     """Losses above, and how far the run is from lazy below, a column for each alpha."""
-    figure, axes = grid_of_panels(2, len(runs), width=4.2, height=3.3)
+    figure, axes = grid_of_panels(2, len(runs), width=4.2, height=3.3, sharex=True, sharey="row")
     for column, (alpha, history) in enumerate(runs.items()):
         upper, lower = axes[column], axes[len(runs) + column]
         steps = [row["step"] for row in history]
@@ -149,8 +150,7 @@ def draw(runs: dict[float, History], path: Path) -> None:
                 linewidth=1,
                 label=f"{label}, linearized",
             )
-        finish(upper, "optimizer step", "loss / that of zero", scales="linear-log", title=rf"$\alpha$ = {alpha:g}")
-        upper.set_ylim(1e-3, 2)
+        finish(upper, "", "", scales="linear-log", title=rf"$\alpha$ = {alpha:g}", legend=None)
         later = [row for row in history if row["step"] > 1]  # at step 1 the weights are the linearized ones
         grown = {
             "relative weight distance": [row["relative_weight_distance"] for row in later],
@@ -159,10 +159,15 @@ def draw(runs: dict[float, History], path: Path) -> None:
         }
         for index, (label, values) in enumerate(grown.items()):
             lower.plot([row["step"] for row in later], values, "-", color=COLORS[2 + index], label=label)
-        finish(lower, "optimizer step", "how far from lazy", scales="linear-log")
-        lower.set_ylim(1e-4, 10)
-        for axis in (upper, lower):
-            from_step_zero(axis)
+        finish(lower, "", "", scales="linear-log", legend=None)
+        step_axis(lower, steps)
+    first, second = axes[0], axes[len(runs)]
+    first.set(ylabel="loss / loss of the zero function", ylim=(1e-3, 2))
+    second.set(ylabel="how far from lazy", ylim=(1e-4, 10))
+    first.legend(frameon=False, fontsize=8, loc="lower left")
+    second.legend(frameon=False, fontsize=8, loc="upper left")
+    for column in range(len(runs)):
+        mark_thresholds(axes[len(runs) + column], named=column == len(runs) - 1)
     save(figure, path)
 
 
@@ -182,7 +187,7 @@ def main() -> None:
     print(f"\nFirst steps at which losses are below\n\n{delay_table(runs)}\n")
     for alpha, history in runs.items():
         print(f"alpha = {alpha:g}\n\n{run_table(history)}\n")
-    draw(runs, options.output / "grokking.png")
+    draw(runs, options.output / "grokking.svg")
 
 
 if __name__ == "__main__":

@@ -28,6 +28,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_ntk import LinearizationMonitor, empirical_ntk
 from lightning_ntk.functional import kernel_distance
+from lightning_ntk.plots.style import label_few_decades, mark_thresholds
 
 PROBE = 24  # test images whose kernel is followed
 TEST = 500  # images after those of training
@@ -190,6 +191,7 @@ def draw(runs: list[Run], last: int, steps_per_epoch: int, path: Path) -> None:
     axes[0].set_yticks(list(shown), [str(steps[i]) for i in shown])
     axes[0].set_xlabel("optimizer step")
     axes[0].set_ylabel("optimizer step")
+    axes[0].set_title("How far the kernels of two steps are apart", fontsize=10)
     figure.colorbar(image, ax=axes[0], label=r"kernel distance $1 - \cos(\Theta_s, \Theta_t)$")
 
     for index, r in enumerate(runs):
@@ -197,7 +199,7 @@ def draw(runs: list[Run], last: int, steps_per_epoch: int, path: Path) -> None:
         axes[1].plot(
             list(r.velocity), [v * steps_per_epoch for v in r.velocity.values()], "-", label=f"seed {r.seed}", **style
         )
-    finish(axes[1], "optimizer step", "kernel velocity (kernel distance per epoch)")
+    finish(axes[1], "optimizer step", "kernel distance per epoch", title="How fast the kernel turns")
 
     for index, captured in enumerate(runs[0].histories):
         color, marker = COLORS[index % len(COLORS)], MARKERS[index % len(MARKERS)]
@@ -206,13 +208,19 @@ def draw(runs: list[Run], last: int, steps_per_epoch: int, path: Path) -> None:
         means = [average([x["relative_weight_distance"] for x in row]) for row in rows if row[0]["step"] > captured]
         kept = [(s, m) for s, m in zip(since, means, strict=True) if m > 1e-4]
         axes[2].plot(
-            *zip(*kept, strict=True), marker=marker, markersize=4, color=color, label=f"captured at {captured}",
+            *zip(*kept, strict=True), marker=marker, markersize=4, color=color, label=f"at step {captured}",
         )  # fmt: skip
     finish(
         axes[2],
         "steps since the capture",
         "relative weight distance\n" r"$\|w_t - w_\mathrm{lin}(t)\| \,/\, \|w_t - w_s\|$",
+        title="Linearized (captured) at a later step",
+        legend=None,
     )
+    axes[2].legend(loc="lower right", ncols=2, frameon=False, fontsize=8)
+    axes[2].set(xlim=(0.7, None), ylim=(0.015, None))  # room for names of the thresholds, and for the legend
+    label_few_decades(axes[2].yaxis)
+    mark_thresholds(axes[2])
 
     captures = list(runs[0].histories)
     places = range(len(captures))
@@ -223,7 +231,10 @@ def draw(runs: list[Run], last: int, steps_per_epoch: int, path: Path) -> None:
     )):  # fmt: skip
         values = [100 * average([r.histories[c][place][key] for r in runs]) for c in captures]
         axes[3].plot(places, values, "-", marker=MARKERS[index], markersize=5, color=COLORS[index], label=label)
-    finish(axes[3], "step of the capture", "test accuracy (%)", scales="linear-linear")
+    finish(
+        axes[3], "step of the capture", "test accuracy (%)", scales="linear-linear",
+        title="Test accuracy before and after",
+    )  # fmt: skip
     axes[3].set_xticks(list(places), [str(c) for c in captures])
     save(figure, path)
 
@@ -248,7 +259,7 @@ def main() -> None:
         f"\nEpochs of {steps_per_epoch} steps; means over {len(runs)} seeds\n\n{kernel_table(runs, steps_per_epoch)}\n"
     )
     print(f"{capture_table(runs, options.steps)}\n")
-    draw(runs, options.steps, steps_per_epoch, options.output / "late-kernels.png")
+    draw(runs, options.steps, steps_per_epoch, options.output / "late-kernels.svg")
 
 
 if __name__ == "__main__":

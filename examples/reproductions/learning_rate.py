@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from drawing import COLORS, MARKERS, finish, grid_of_panels, markdown, save
+from drawing import COLORS, MARKERS, draw_limit, finish, grid_of_panels, markdown, save
 from ntk_parametrization import mlp
 from setting import CLASSES, FullBatch, digits, fit, max_learning_rate
 from torch import nn
@@ -118,8 +118,8 @@ def draw(results: Results, path: Path) -> None:
             )  # fmt: skip
     values = [row[y] for row in results.final for y in (RMSE, DISTANCE) if 0 < row[y] < math.inf]
     # Above the edge it grows without bound.
-    axes[0].set_ylim(min(values) / 2, 1e2)
-    axes[0].axhline(DESCRIBED, color="#555555", linestyle="-.", linewidth=1, label=f"threshold {DESCRIBED:g}")
+    axes[0].set(xlim=(0.55, 1.15), ylim=(min(values) / 2, 1e4))
+    draw_limit(axes[0], DESCRIBED, f"described below {DESCRIBED:g}")
     every = [row for row in results.rows if row["activation"] == "relu"]
     seed = min(row["seed"] for row in every)
     for index, fraction in enumerate(f for f in SHOWN if any(row["fraction"] == f for row in every)):
@@ -134,11 +134,17 @@ def draw(results: Results, path: Path) -> None:
     axes[1].set_ylim(lowest / 30, 10 * highest)
     x = "learning rate / largest stable one at initialization"
     for axis in (axes[0], axes[2]):
-        axis.axvline(1, color="#555555", linestyle=":", linewidth=1.5)
-    finish(axes[0], x, "linearized against trained: difference / change", scales="linear-log", loc="center right")
-    finish(axes[1], "optimizer step", "loss, ReLU, one seed", scales="log-log", loc="lower left")
-    axes[2].axhline(1, color="#555555", linestyle=":", linewidth=1.5)
-    finish(axes[2], x, "learning rate / largest stable one at the end", scales="linear-linear", loc="upper left")
+        draw_limit(axis, 1, "edge at initialization", vertical=True)
+    draw_limit(axes[2], 1, "edge at the end")
+    finish(
+        axes[0], x, "difference of both networks / change of the trained one", scales="linear-log",
+        title="The linearized network leaves at the edge", legend="upper left",
+    )  # fmt: skip
+    finish(axes[1], "optimizer step", "loss", title="Losses over steps, ReLU, one seed", legend="lower left")
+    finish(
+        axes[2], x, "learning rate / largest stable one at the end", scales="linear-linear",
+        title="The trained network ends below its edge", legend="lower right",
+    )  # fmt: skip
     save(figure, path)
 
 
@@ -170,7 +176,7 @@ def main() -> None:
     for activation in ACTIVATIONS:
         print(f"\n{activation}, width {options.width}, {options.steps} steps\n\n{table(results, activation)}\n")
         print(describe_until(results, activation))
-    draw(results, options.output / "learning-rate.png")
+    draw(results, options.output / "learning-rate.svg")
 
 
 if __name__ == "__main__":  # worker processes import this file

@@ -28,6 +28,7 @@ from torch.utils.data import TensorDataset
 
 from lightning_ntk import LinearizationMonitor
 from lightning_ntk.kernel.probe import KernelProbe
+from lightning_ntk.plots.style import mark_thresholds
 from lightning_ntk.sweep import Results, Sweep
 
 PROBE = 32  # samples of the kernel that is followed
@@ -115,11 +116,13 @@ def draw(results: Results, path: Path) -> None:
     for index, (centered, name) in enumerate(((True, "centered"), (False, "not centered"))):
         draw_power_law(axes[0], points(results, first, centered), name, index, filled=centered)
     draw_reference(axes[0], points(results, first, True), EXPECTED, offset=0.5)
-    finish(axes[0], r"output scale $\alpha$", label, loc="lower left")
+    finish(axes[0], r"output scale $\alpha$", label, title="Both models", legend="lower left")
+    mark_thresholds(axes[0])
     for index, (y, name) in enumerate(rest):
         draw_power_law(axes[1], points(results, y, True), name, index + 2, filled=index != 1)
-    draw_reference(axes[1], points(results, rest[-1][0], True), EXPECTED, offset=2)
-    finish(axes[1], r"output scale $\alpha$", "centered model, dimensionless", loc="upper right")
+    draw_reference(axes[1], points(results, rest[-1][0], True), EXPECTED, offset=0.5)
+    finish(axes[1], r"output scale $\alpha$", "relative size", title="Centered model", legend="upper right")
+    figure.suptitle("Slopes over the output scale with 95 % intervals; dotted: the stated slope −1", fontsize=11)
     save(figure, path)
 
 
@@ -149,7 +152,7 @@ def main() -> None:
     results = sweep.results.where(chosen)
     results.to_csv(options.output / "output_scale.csv")
     print(f"\nWidth {options.width}, {options.steps} steps\n\n{table(results)}\n\n{means(results)}\n")
-    draw(results, options.output / "output-scale.png")
+    draw(results, options.output / "output-scale.svg")
 
 
 if __name__ == "__main__":  # worker processes import this file

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from drawing import COLORS, MARKERS, finish, from_step_zero, grid_of_panels, markdown, save
+from drawing import COLORS, MARKERS, draw_limit, finish, grid_of_panels, markdown, one_legend, save
 from late_kernels import average, log_steps
 from lightning.pytorch import LightningModule
 from scipy.sparse.linalg import LinearOperator, eigsh
@@ -27,6 +27,7 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 from lightning_ntk import LinearizationMonitor
+from lightning_ntk.plots.style import step_axis
 
 History = list[dict[str, float]]
 AT_EDGE = 0.95
@@ -144,21 +145,20 @@ def draw(runs: list[Run], path: Path) -> None:
         color, steps = COLORS[index], [row["step"] for row in r.history]
         style = {"color": color, "linewidth": 1.3, "label": f"lr = {r.lr:g}"}
         axes[0].plot(steps, [row["regime/curvature"] for row in r.history], "-", **style)
-        axes[0].axhline(2 / r.lr, color=color, linewidth=1, linestyle=":")
+        draw_limit(axes[0], 2 / r.lr, f"2 / lr for lr = {r.lr:g}", color=color)
         axes[1].plot(steps, [row["regime/edge"] for row in r.history], "-", **style)
         known = r.edge_of(r.exact.hessian)
         axes[1].plot(list(known), list(known.values()), MARKERS[index], color=color, markersize=5)
         axes[2].plot(steps, [row["loss"] for row in r.history], "-", **style)
-    axes[0].plot([], [], ":", color="#555555", label="2 / lr")
     axes[1].plot([], [], "o", color="#555555", label="Hessian, all images")
-    axes[1].axhline(1, color="#555555", linewidth=1, linestyle=":")
-    finish(axes[0], "optimizer step", "largest curvature (Gauss-Newton, 32 images)", scales="linear-linear")
-    finish(axes[1], "optimizer step", "lr x curvature / 2", scales="linear-linear")
-    finish(axes[2], "optimizer step", "training loss", scales="linear-log")
-    for axis in axes:
-        from_step_zero(axis)
-    for axis in axes[:2]:
-        axis.set_ylim(bottom=0)
+    draw_limit(axes[1], 1, "edge of stability")
+    titles = ("Largest curvature (Gauss–Newton, 32 images)", "Edge: lr × curvature / 2", "Training loss")
+    for axis, title, scales in zip(axes, titles, ("linear-linear", "linear-linear", "linear-log"), strict=True):
+        finish(axis, "", "", scales=scales, title=title, legend=None)
+        step_axis(axis, steps)
+    axes[0].set_ylim(0, 1.1 * max(2 / r.lr for r in runs))
+    axes[1].set_ylim(bottom=0)
+    one_legend(figure, axes[1])
     save(figure, path)
 
 
@@ -175,7 +175,7 @@ def main() -> None:
     runs = [run(options, lr) for lr in options.lrs]
     print(f"\nCurvatures times lr / 2\n\n{table(runs)}\n")
     print("\n".join(summary(r) for r in runs))
-    draw(runs, options.output / "sharpening.png")
+    draw(runs, options.output / "sharpening.svg")
 
 
 if __name__ == "__main__":

@@ -24,14 +24,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from drawing import draw_power_law, draw_reference, finish, grid_of_panels, markdown, number, save
+from drawing import COLORS, draw_power_law, draw_reference, finish, grid_of_panels, markdown, number, save
 from ntk_parametrization import mlp
 from setting import CLASSES, FullBatch, digits, fit, max_learning_rate
 from torch import Tensor, nn
 
 from lightning_ntk import LinearizationMonitor
 from lightning_ntk.kernel.probe import KernelProbe
-from lightning_ntk.plots.style import label_at
+from lightning_ntk.plots.style import label_at, label_few_decades, mark_thresholds
 from lightning_ntk.sweep import Results, Sweep, log_log_slope
 
 ACTIVATIONS = {"tanh": (nn.Tanh, 1.5), "relu": (nn.ReLU, math.sqrt(2))}  # with sigma_w
@@ -141,24 +141,24 @@ def step_table(results: Results) -> str:
 def draw(results: Results, parametrization: str, path: Path) -> None:
     """One panel for each distance, one for the layers of the tanh network."""
     figure, axes = grid_of_panels(2, 2)
-    name = "NTK parametrization" if parametrization == "ntk" else "standard parametrization"
+    name = "NTK parametrization" if parametrization == "ntk" else "Standard parametrization"
     for axis, (y, label) in zip(axes, LABELS.items(), strict=False):
-        drawn = []
         for index, activation in enumerate(ACTIVATIONS):
             pairs = points(results, y, parametrization=parametrization, activation=activation)
             draw_power_law(axis, pairs, {"relu": "ReLU"}.get(activation, activation), index)
-            drawn += pairs
-        draw_reference(axis, drawn, EXPECTED_DISTANCES[y]["tanh"])
+            draw_reference(axis, pairs, EXPECTED_DISTANCES[y][activation], color=COLORS[index])
         finish(axis, "width", label)
-        label_at(axis, {x for x, _ in drawn})
+        label_at(axis, {x for x, _ in pairs})
+        label_few_decades(axis.yaxis)
+    mark_thresholds(axes[0])
     for index, (y, label) in enumerate(LAYERS.items()):
         pairs = points(results, y, parametrization=parametrization, activation="tanh")
         draw_power_law(axes[3], pairs, label, index + 2)
-        draw_reference(axes[3], pairs, EXPECTED[y][parametrization], offset=1.25)
-    finish(axes[3], "width", "change of weights, tanh\n" r"$\|W_t - W_0\| \,/\, \|W_0\|$")
+        draw_reference(axes[3], pairs, EXPECTED[y][parametrization], color=COLORS[index + 2])
+    finish(axes[3], "width", "change of weights, tanh\n" r"$\|W_t - W_0\| \,/\, \|W_0\|$", legend="lower left")
     label_at(axes[3], {x for x, _ in pairs})
-    axes[3].set_ylim(bottom=axes[3].get_ylim()[0] / 6)  # room for the legend
-    figure.suptitle(f"{name}: slopes over the width with 95 % intervals", fontsize=11)
+    axes[3].set_ylim(bottom=axes[3].get_ylim()[0] / 5)  # room for the legend
+    figure.suptitle(f"{name}: slopes over the width with 95 % intervals; dotted: the expected slopes", fontsize=11)
     save(figure, path)
 
 
@@ -194,7 +194,7 @@ def main() -> None:
     results.to_csv(options.output / "widths.csv")
     for parametrization in ("ntk", "standard"):
         print(f"\n{parametrization} parametrization, {options.steps} steps\n\n{table(results, parametrization)}")
-        draw(results, parametrization, options.output / f"widths-{parametrization}.png")
+        draw(results, parametrization, options.output / f"widths-{parametrization}.svg")
     print("\nntk parametrization, slopes over the width after fewer steps\n")
     print(step_table(results.where({"parametrization": "ntk"})))
 

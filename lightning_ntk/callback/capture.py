@@ -11,7 +11,7 @@ from lightning_ntk.callback.differences import forward_differences
 from lightning_ntk.callback.extras import kernel_probe, regime_panel, regression_comparison
 from lightning_ntk.callback.stored_rows import stored_loss
 from lightning_ntk.callback.training_step import ShadowStep
-from lightning_ntk.comparison.choice import choose_dynamics
+from lightning_ntk.comparison.choice import TWIN, choose_dynamics
 from lightning_ntk.comparison.expected_gradient import ExpectedGradient
 from lightning_ntk.comparison.full_batch import FullBatchCheck
 from lightning_ntk.comparison.functions import FunctionComparison
@@ -64,7 +64,7 @@ class RunCapture:
         except (ValueError, TypeError, RuntimeError, NotImplementedError) as error:
             if monitor.dynamics != "auto" or dynamics == "twin":
                 raise
-            dynamics, self.reason = "twin", f"Linearized twin in lockstep, because a kernel cannot be used: {error}"
+            dynamics, self.reason = "twin", f"{TWIN}, because a kernel cannot be used: {error}"
             built = self._beside_run()
         run.batch = None  # as large as it may be
         loss, online, training, reference, evaluation = built

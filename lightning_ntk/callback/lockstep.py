@@ -14,6 +14,7 @@ from lightning_ntk.callback.run_gradient import Gradients, RunGradient
 from lightning_ntk.callback.status import RunStatus
 from lightning_ntk.callback.step_hooks import StepHooks
 from lightning_ntk.callback.step_watch import StepWatch
+from lightning_ntk.comparison.choice import TWIN
 from lightning_ntk.comparison.optimizer import some
 from lightning_ntk.comparison.run_comparison import RunComparison
 from lightning_ntk.data.batches import copy_batch
@@ -258,7 +259,7 @@ class Lockstep:
     def _take_over(self, why: str) -> None:
         """Switches to the twin if automatically chosen dynamics do not fit."""
         self.comparison.follow_with(self._capture.twin())
-        self._capture.reason = f"Linearized twin in lockstep. {why}"
+        self._capture.reason = f"{TWIN}. {why}"
         self._status.report_once("dynamics", f"LinearizationMonitor follows the run with the linearized twin. {why}")
         self._say_missing_modes()
 

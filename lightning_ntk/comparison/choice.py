@@ -5,6 +5,7 @@ from typing import Literal, NamedTuple
 
 from lightning_ntk.utilities.memory import format_bytes
 
+TWIN = "Linearized twin, trained beside the network on the same batches"
 # Share of the free memory that the kernel of a replay may take.
 _KERNEL_SHARE = 0.5
 
@@ -39,7 +40,7 @@ def choose_dynamics(
         free: Free memory in bytes.
     """
     if no_kernel is not None:
-        return DynamicsChoice("twin", f"Linearized twin in lockstep, because {no_kernel.rstrip('.')}.")
+        return DynamicsChoice("twin", f"{TWIN}, because {no_kernel.rstrip('.')}.")
     descent = ["its loss is not a squared one"] if not_squared else []
     descent += differences("gradient_descent")
     if not descent:
@@ -52,6 +53,4 @@ def choose_dynamics(
     head = f"it is not full-batch gradient descent on a squared loss ({'; '.join(descent)})"
     if not replay:
         return DynamicsChoice("replay", f"Replay of the run's minibatches on the kernel, because {head}.")
-    return DynamicsChoice(
-        "twin", f"Linearized twin in lockstep, because no kernel dynamics describe the run: {'; '.join(replay)}."
-    )
+    return DynamicsChoice("twin", f"{TWIN}, because no kernel dynamics describe the run: {'; '.join(replay)}.")

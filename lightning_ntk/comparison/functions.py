@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lightning_ntk.comparison.scalars import compare_functions, outputs_of
 from lightning_ntk.training.problem import LinearizedProblem
+from lightning_ntk.utilities.representation import represent
 
 
 class FunctionComparison(Protocol):
@@ -81,3 +82,6 @@ class OutputComparison:
         self.outputs = outputs_of(self.problem, trained, linearized, predictions)
         pushed = self.problem.push_forward(displacement).cpu() if self._taylor else None
         return compare_functions(self.problem, *self.outputs, pushed)
+
+    def __repr__(self) -> str:
+        return represent(self, f"{self.problem}")

@@ -21,6 +21,7 @@ from lightning_ntk.linearization.passes import DataPasses
 from lightning_ntk.solvers.lanczos import LanczosProcess
 from lightning_ntk.utilities.distributed import ALONE, Processes
 from lightning_ntk.utilities.memory import format_bytes
+from lightning_ntk.utilities.representation import represent
 from lightning_ntk.utilities.validation import require_integer
 
 # Copies of the pulled-back vectors that exist at a time, in float64: the vectors, and the sums over batches.
@@ -232,6 +233,14 @@ class RegimePanel:
                 f"The panel of regimes needs {format_bytes(size)} for {vectors} vectors of the size of the weights but "
                 f"{format_bytes(free)} are free. Leave out `regime`."
             )
+
+    def __repr__(self) -> str:
+        return represent(
+            self,
+            f"kernel of {len(self._probe)} samples",
+            f"features of {len(self._features)}",
+            f"{self._random} random vectors",
+        )
 
 
 def _start(

@@ -8,6 +8,7 @@ from torch import Tensor
 from lightning_ntk.data.reference import Data
 from lightning_ntk.training.problem import LinearizedProblem
 from lightning_ntk.training.regression import kernel_regression
+from lightning_ntk.utilities.representation import represent
 
 Kernel = Literal["before", "after"]
 
@@ -53,3 +54,6 @@ class RegressionComparison:
             if fit is not None and fit.accuracy is not None:
                 scalars[f"{prefix}accuracy"] = fit.accuracy
         return scalars
+
+    def __repr__(self) -> str:
+        return represent(self, *(f"kernel {kernel} training" for kernel in self._kernels))

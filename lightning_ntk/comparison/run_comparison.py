@@ -22,6 +22,7 @@ from lightning_ntk.training.linearized_training import LinearizedTraining
 from lightning_ntk.training.modal_run import ModalRun
 from lightning_ntk.training.twin import Twin
 from lightning_ntk.utilities.contexts import preserved_rng
+from lightning_ntk.utilities.representation import represent
 
 
 class RunComparison:
@@ -148,7 +149,7 @@ class RunComparison:
         """Follows the optimizer itself, right before it steps.
 
         Returns:
-            What the step does and the linearized network does not: kinds, and phrases to follow "the run".
+            What the step does and the linearized network does not, as kinds, and phrases to follow "the run".
         """
         if self._optimizer is None:
             return
@@ -313,3 +314,8 @@ class RunComparison:
     def _fingerprints(self) -> dict[str, str]:
         data = {"reference": self.reference, "evaluation": self.evaluation}
         return {name: functions.fingerprint for name, functions in data.items() if functions is not None}
+
+    def __repr__(self) -> str:
+        sets = {"reference": self.reference, "evaluation": self.evaluation}
+        compared = [f"{name} of {len(data)} samples" for name, data in sets.items() if data is not None]
+        return represent(self, self.dynamics, f"{self.steps} steps", *compared)

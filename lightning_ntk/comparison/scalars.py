@@ -116,8 +116,8 @@ def compare_closest(training: LinearizedTraining, displacement: Mapping[str, Ten
 
     Returns:
         `closest_time` in optimizer steps at the learning rate of the capture, infinite for the limit; `closest_distance` at
-        that time, relative to :math:`|w_t - w_0|`; and, with all modes, `distance_floor` :math:`\sqrt{1 - s^2}`, the lower
-        bound at any time, where s is the share of :math:`w_t - w_0` in the span of :math:`J^\top`.
+        that time, relative to :math:`|w_t - w_0|`; and, with all modes, `distance_floor`, the share of :math:`w_t - w_0`
+        outside what linearized training can reach, a lower bound at any time.
     """
     moved = norm(displacement)
     if moved == 0:

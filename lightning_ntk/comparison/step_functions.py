@@ -19,6 +19,7 @@ from lightning_ntk.linearization.cut_step import LossCall
 from lightning_ntk.linearization.step import Evaluation, StepLinearization
 from lightning_ntk.utilities.contexts import preserved_rng
 from lightning_ntk.utilities.distributed import ALONE, Processes
+from lightning_ntk.utilities.representation import represent
 
 
 class StepComparison:
@@ -129,6 +130,9 @@ class StepComparison:
                     sums.add("taylor", *taylor_sums(own, other, start))
         self.outputs = (torch.cat([own for own, _ in kept]), torch.cat([other for _, other in kept])) if kept else None
         return sums.scalars(self._processes, taylor=self._taylor)
+
+    def __repr__(self) -> str:
+        return represent(self, f"{len(self)} samples", f"{self._step}")
 
 
 class _Sums:

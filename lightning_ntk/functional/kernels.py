@@ -19,7 +19,7 @@ def kernel_distance(initial: Tensor, kernel: Tensor) -> float:
         kernel: The kernel now, of the same shape.
 
     Returns:
-        The distance: 0 for kernels that are multiples of each other, 1 for orthogonal ones.
+        The distance, 0 for kernels that are multiples of each other, 1 for orthogonal ones.
 
     Raises:
         ValueError: If the shapes differ.
@@ -63,7 +63,7 @@ def kernel_target_alignment(kernel: Tensor, targets: Tensor) -> float:
         targets: The targets, `(N, K)` or `(N K,)`. Center them first if a constant should not count.
 
     Returns:
-        The alignment: 1 for :math:`\Theta \propto y y^\top`, which is learned in one step, and near 0 for a kernel unrelated
+        The alignment, 1 for :math:`\Theta \propto y y^\top`, which is learned in one step, and near 0 for a kernel unrelated
         to the targets.
 
     Raises:

@@ -50,7 +50,7 @@ def effective_rank(kernel: Tensor) -> float:
         kernel: The kernel, `(N K, N K)`.
 
     Returns:
-        The rank: 1 for a single direction, N K for a multiple of the identity.
+        The rank, 1 for a single direction, N K for a multiple of the identity.
 
     Raises:
         ValueError: If the kernel is not square.
@@ -81,7 +81,7 @@ def low_rank_measure(features: Tensor, outputs: Tensor) -> float:
         outputs: Outputs of the network, `(N, K)`.
 
     Returns:
-        The measure: 0 for features that span the outputs alone, all equally, as in neural collapse (rich), and up to 1 for
+        The measure, 0 for features that span the outputs alone, all equally, as in neural collapse (rich), and up to 1 for
         features most of which the outputs do not need (lazy). With N not above p, it is smaller than with many samples.
 
     Raises:

@@ -14,6 +14,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from lightning_ntk.utilities.representation import represent_fields
+
 # The 97.5 % quantile of the normal distribution.
 _QUANTILE = 1.959963984540054
 # Directions that are this small beside the largest are rounding.
@@ -52,6 +54,9 @@ class KernelMoments(NamedTuple):
     square: Tensor
     known_trace: float
     known_square: float
+
+    def __repr__(self) -> str:
+        return represent_fields(self, self._fields)
 
 
 class ProbeVectors(NamedTuple):
@@ -93,6 +98,9 @@ class ProbeVectors(NamedTuple):
         start = self.centered + self.constant
         kept = [*range(self.centered), *range(start, start + self.random)]
         return kernel_moments(gram[kept][:, kept], self.centered)
+
+    def __repr__(self) -> str:
+        return represent_fields(self, self._fields)
 
 
 def probe_vectors(images: Tensor, random: int, generator: torch.Generator) -> ProbeVectors:

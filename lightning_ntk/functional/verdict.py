@@ -38,6 +38,10 @@ class Verdict(NamedTuple):
     taylor_gap: float
     accuracy: tuple[float, float]
 
+    def state(self) -> str:
+        """The word and when, in a phrase."""
+        return "nothing measured" if math.isnan(self.distance) else f"{self.word} after {self.step} steps"
+
     def describe(self) -> str:
         """One sentence: the distance, the accuracies and the word."""
         if math.isnan(self.distance):

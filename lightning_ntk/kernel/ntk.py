@@ -16,6 +16,7 @@ from lightning_ntk.linearization.verification import check_samples
 from lightning_ntk.utilities.contexts import full_precision, preserved_rng
 from lightning_ntk.utilities.distributed import ALONE, Processes
 from lightning_ntk.utilities.memory import format_bytes
+from lightning_ntk.utilities.representation import represent
 from lightning_ntk.utilities.user_warnings import warn_user
 from lightning_ntk.utilities.validation import require_choice, require_instance, require_integer, require_number
 
@@ -196,6 +197,10 @@ class PlannedKernel:
             warn_user(f"{reason} The whole kernel is computed by contraction instead.")
         with processes.agreement():
             return _finite(assembled(plan.contract(linearization.params)), plan.outputs)
+
+    def __repr__(self) -> str:
+        columns = self._plan.rows if self._plan.columns is None else self._plan.columns
+        return represent(self, f"{len(self._plan.rows)} by {len(columns)} samples", f"{self.operations}")
 
 
 def compute_kernel(

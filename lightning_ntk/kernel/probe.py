@@ -10,6 +10,7 @@ from lightning_ntk.data.reference import Reference, evenly_spaced_rows
 from lightning_ntk.functional.kernels import kernel_change, kernel_distance
 from lightning_ntk.kernel.ntk import compute_kernel
 from lightning_ntk.linearization.linearization import Linearization
+from lightning_ntk.utilities.representation import represent
 from lightning_ntk.utilities.validation import require_integer
 
 
@@ -131,3 +132,6 @@ class KernelProbe:
             )
         self.initial = initial
         self.advance(state["previous"], state["step"])
+
+    def __repr__(self) -> str:
+        return represent(self, f"{len(self.rows)} samples", f"{self._linearization}")

@@ -13,6 +13,7 @@ from lightning_ntk.data.reference import unpack_pair
 from lightning_ntk.linearization.linearization import Linearization
 from lightning_ntk.linearization.objective import Loss, Objective
 from lightning_ntk.linearization.parameters import Tensors
+from lightning_ntk.utilities.representation import name_of, represent
 
 
 class BatchLoss(Protocol):
@@ -108,6 +109,9 @@ class PairLoss:
             outputs = network.predict(inputs)
             self._objective = Objective(self._loss, outputs, target, flat=network.flat)
         return self._objective
+
+    def __repr__(self) -> str:
+        return represent(self, name_of(self._loss), repr(self.linearization))
 
 
 def loss_gradient(objective: Objective, predictions: Tensor, target: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ from torch.utils.checkpoint import CheckpointError
 from lightning_ntk.linearization.network import FrozenNetwork, Predict
 from lightning_ntk.linearization.parameters import Tensors
 from lightning_ntk.utilities.contexts import forward_mode, isolated_pass, without_library_kernels
+from lightning_ntk.utilities.representation import parameter_count, represent
 from lightning_ntk.utilities.validation import require_instance
 
 __all__ = ["Linearization", "Predict"]
@@ -204,6 +205,11 @@ class Linearization(FrozenNetwork):
             return outputs.detach(), derivative
 
         return self._backward(inputs, push_forward)
+
+    def __repr__(self) -> str:
+        return represent(
+            self, type(self.module).__name__, parameter_count(self.params), str(self.dtype), str(self.device)
+        )
 
 
 def pulled_back(

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_ntk.data.targets import match_targets
+from lightning_ntk.utilities.representation import name_of, represent
 
 Loss: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 
@@ -140,6 +141,9 @@ class Objective:
                 f"Expected a loss of the outputs, of shape {tuple(own_shape)}, and the targets, of shape "
                 f"{tuple(targets.shape)} and type {targets.dtype}, but {self._loss!r} failed on them: {error}"
             ) from error
+
+    def __repr__(self) -> str:
+        return represent(self, f"loss={name_of(self._loss)}")
 
 
 def evaluate_loss(loss: Loss, outputs: Tensor, targets: Tensor, *, flat: bool = False) -> Tensor:

@@ -22,6 +22,7 @@ from lightning_ntk.utilities.contexts import (
     without_compilation,
     without_library_kernels,
 )
+from lightning_ntk.utilities.representation import parameter_count, represent
 from lightning_ntk.utilities.validation import require_matching
 
 Step = Callable[[Any], Tensor | None]
@@ -370,6 +371,12 @@ class StepLinearization:
     def _leave(self, *_: Any) -> None:
         if self._running:
             self._running.pop()
+
+    def __repr__(self) -> str:
+        outputs = " and ".join(f"{name} {shape}" for name, shape in self.linearized_outputs)
+        return represent(
+            self, type(self.module).__name__, parameter_count(self.params), outputs and f"outputs of {outputs}"
+        )
 
 
 class _Pass(NamedTuple):

@@ -42,7 +42,7 @@ LABELS = {
     "kernel_velocity": "kernel velocity (per step)\n" r"$(1 - \cos(\Theta_s, \Theta_t)) \,/\, (t - s)$",
     "closest_time": "closest time of the linearized network (steps)",
     "closest_distance": "relative weight distance at the closest time",
-    "distance_floor": "smallest relative weight distance at any time",
+    "distance_floor": "lower bound of the relative weight distance",
 }
 
 
@@ -54,7 +54,7 @@ def read_history(path: str | Path, name: str = "ntk") -> list[dict[str, float]]:
         name: The monitor's `name`, the prefix of its columns.
 
     Returns:
-        One row for each measured step, in the order of the log: "step" and the scalars, without the prefix.
+        One row for each measured step, in the order of the log, with "step" and the scalars without the prefix.
 
     Raises:
         FileNotFoundError: If there is no such file.

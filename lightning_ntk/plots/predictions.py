@@ -29,7 +29,7 @@ def plot_predictions(
         title: Title of the figure.
 
     Returns:
-        The figure and its axes: one panel for each output, or a single panel for more than twelve.
+        The figure and its axes, one panel for each output, or a single panel for more than twelve.
 
     Raises:
         ValueError: If the shapes differ or are not `(N, K)`, or if there are not K names.

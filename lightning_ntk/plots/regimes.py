@@ -1,7 +1,7 @@
 """The panel of regimes over optimizer steps, with its 95 % intervals."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from lightning_ntk.plots.history import History, Run, require_any, rows_of
@@ -30,7 +30,7 @@ _OF_HALVES = {"Edge of stability": f"{_PREFIX}edge", "Largest curvature": f"{_PR
 def plot_regimes(history: Run, title: str | None = None) -> Drawing:
     """Plots what the panel of regimes measured.
 
-    Estimates have 95 % intervals.
+    Bands are the 95 % intervals of estimates.
 
     Args:
         history: A monitor with `regime=True`, its history or a DataFrame, with "step" and "regime/...".
@@ -57,7 +57,7 @@ def plot_regimes(history: Run, title: str | None = None) -> Drawing:
         _draw(axis, history, labels)
         axis.set_title(heading, fontsize=10)
         if heading == "Edge of stability":
-            axis.axhline(1, color=GREY, linewidth=1, zorder=1)
+            axis.axhline(1, color=GREY, linestyle=(0, (1, 2)), linewidth=1, zorder=0.5)
             axis.set_ylabel("learning rate / largest stable one", fontsize=9)
         if heading in _OF_HALVES:
             _draw_halves(axis, history, _OF_HALVES[heading])
@@ -82,9 +82,14 @@ def _draw(axis: Any, history: History, labels: Mapping[str, str]) -> None:
         # Nothing has changed at step 0, which no logarithmic axis can show.
         told = [row for row in history if row["step"] > 0 or not key.endswith("change")]
         rows = [row for row in told if math.isfinite(row.get(key, math.nan))]
+        if not rows:
+            continue
         at, values = [row["step"] for row in rows], [row[key] for row in rows]
         style: dict[str, Any] = {"color": PALETTE[number], "marker": MARKERS[number], "markersize": 3.5}
-        axis.errorbar(at, values, yerr=_bars(rows, key), label=label or None, capsize=2, **(LINES[0] | style))
+        axis.plot(at, values, label=label or None, **(LINES[0] | style))
+        if all(f"{key}_low" in row for row in rows):
+            low, high = ([row[f"{key}_{end}"] for row in rows] for end in ("low", "high"))
+            axis.fill_between(at, low, high, color=PALETTE[number], alpha=0.15, linewidth=0)
         seen, steps = seen + values, steps + at
     step_axis(axis, steps)
     value_axis(axis, seen)
@@ -99,12 +104,3 @@ def _draw_halves(axis: Any, history: History, key: str) -> None:
         values = [row[key] * row[halves] / row[whole] for row in rows]
         axis.plot([row["step"] for row in rows], values, color=GREY, linestyle=":", label="half of the samples")
         axis.legend(frameon=False, fontsize=8)
-
-
-def _bars(rows: Sequence[Mapping[str, float]], key: str) -> list[list[float]] | None:
-    """How far the intervals reach below and above; None where nothing is estimated."""
-    if not all(f"{key}_low" in row for row in rows):
-        return None
-    below = [max(0.0, row[key] - row[f"{key}_low"]) for row in rows]
-    above = [max(0.0, row[f"{key}_high"] - row[key]) for row in rows]
-    return [below, above]

@@ -35,7 +35,7 @@ def plot_history(history: Run, title: str | None = None, ax: "Axes | None" = Non
         ax: Axes to draw the distance on, or the losses where there is no distance. Default: both, in a new figure.
 
     Returns:
-        The figure and its axes: the distance and the losses, where they were measured.
+        The figure and its axes for the distance and the losses, where they were measured.
 
     Raises:
         ValueError: If the history is empty or has none of these scalars.
@@ -133,7 +133,7 @@ def plot_effective_time(history: Run, title: str | None = None) -> Drawing:
         title: Title of the figure.
 
     Returns:
-        The figure and its two axes: the time and the distances.
+        The figure and its two axes, for the time and the distances.
 
     Raises:
         ValueError: If the history is empty or has no closest time.
@@ -145,7 +145,7 @@ def plot_effective_time(history: Run, title: str | None = None) -> Drawing:
         "How much of the distance is a matter of time": {
             "relative_weight_distance": "at the same step",
             "closest_distance": "at the closest time",
-            "distance_floor": "smallest in the span of $J^\\top$",
+            "distance_floor": "lower bound at any time",
         },
     }
     figure, (time, distance) = _draw_panels(history, title, groups)

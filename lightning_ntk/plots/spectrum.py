@@ -23,8 +23,8 @@ def plot_spectrum(
         title: Title of the figure.
 
     Returns:
-        The figure and its two axes over the rank of the mode: eigenvalues above; below, shares of the energy (points) and
-        their cumulative sum (line).
+        The figure and its two axes over the rank of the mode. Above are the eigenvalues; below, shares of the energy (points)
+        and their cumulative sum (line).
 
     Raises:
         ValueError: If the two are not vectors of one length, the residual is zero, or no eigenvalue is positive.

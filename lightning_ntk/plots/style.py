@@ -111,7 +111,7 @@ def step_axis(axis: Any, steps: Iterable[float]) -> None:
         label_few_decades(axis.xaxis)
     else:
         axis.set_xscale("symlog", linthresh=1, linscale=0.3)
-        axis.set_xlim(left=0)
+        axis.set_xlim(-0.1, 1.3 * max(steps))  # room for half a marker
 
 
 def progress_axis(axis: Any, values: Iterable[float], label: str) -> None:

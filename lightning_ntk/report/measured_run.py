@@ -59,10 +59,7 @@ class MeasuredRun:
         return pd.DataFrame(self.history)
 
     def __repr__(self) -> str:
-        state = (
-            "nothing measured" if not self.history else f"{self.verdict.word} after {self.history[-1]['step']:g} steps"
-        )
-        return f"{type(self).__name__}({self.name!r}: {state})"
+        return f"{type(self).__name__}({self.name!r}: {self.verdict.state()})"
 
     def _page(self) -> str:
         title = f"Lazy or rich? {self.name}"

@@ -9,12 +9,14 @@ from typing import Generic, Literal, NamedTuple, Protocol, TypeVar
 import torch
 from torch import Tensor
 
+from lightning_ntk.utilities.representation import represent_fields
+
 T = TypeVar("T")
 
 Stop = Literal["complete", "tolerance", "rounding", "memory"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Modes:
     """An orthonormal basis in which the dynamics of the linearized network are scalar.
 
@@ -62,6 +64,9 @@ class Modes:
         """
         relative = max(8 * torch.finfo(dtype).eps, len(self.vectors) * torch.finfo(torch.float64).eps)
         return relative * max(self.eigenvalues[-1].item(), 0.0)
+
+    def __repr__(self) -> str:
+        return represent_fields(self, self.__dataclass_fields__)
 
 
 class ErrorBound(NamedTuple):

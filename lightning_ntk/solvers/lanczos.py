@@ -64,7 +64,7 @@ class Lanczos:
             raise ValueError(f"Expected argument `tolerance` to be between 0 and 1 but got {self.tolerance}.")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class LanczosModes(Modes):
     r"""Ritz pairs of the kernel in a vector's Krylov space, as `Modes`.
 

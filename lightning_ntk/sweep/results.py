@@ -18,6 +18,7 @@ from lightning_ntk.sweep.configurations import Configuration
 from lightning_ntk.sweep.equal_loss import row_at_loss
 from lightning_ntk.sweep.queue import Entry
 from lightning_ntk.sweep.statistics import Mean, PowerLaw, geometric_mean_interval, log_log_slope, mean_interval
+from lightning_ntk.utilities.representation import represent
 
 if TYPE_CHECKING:
     import pandas
@@ -360,6 +361,15 @@ class Results:
 
     def __len__(self) -> int:
         return len(self._entries)
+
+    def __repr__(self) -> str:
+        return represent(
+            self,
+            f"{len(self.configurations)} configurations"
+            + " of ".join(["", *filter(None, [", ".join(self.parameters)])]),
+            f"{len(self.rows)} rows",
+            f"{len(self.scalars)} scalars",
+        )
 
 
 def _require(argument: str, name: str, known: Sequence[str]) -> None:

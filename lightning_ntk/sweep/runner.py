@@ -23,6 +23,7 @@ from lightning_ntk.sweep.queue import Queue, State
 from lightning_ntk.sweep.results import Results
 from lightning_ntk.sweep.storage import open_storage
 from lightning_ntk.sweep.worker import POLL, stop_signals, work, work_in_process
+from lightning_ntk.utilities.representation import represent
 from lightning_ntk.utilities.validation import require_integer
 
 # Worker processes that may die in a row before they took a trial: then something is wrong with all of them.
@@ -161,6 +162,15 @@ class Sweep:
                 stacklevel=2,
             )
         return self.results
+
+    def __repr__(self) -> str:
+        parameters = dict.fromkeys(key for configuration in self.configurations for key in configuration)
+        return represent(
+            self,
+            repr(self.name),
+            f"{len(self.configurations)} configurations of {', '.join(parameters)}",
+            f"storage={self.storage!r}",
+        )
 
 
 class _Workers:

@@ -6,6 +6,8 @@ from typing import Any, NamedTuple, Protocol
 from torch import Tensor
 from torch.optim import Optimizer
 
+from lightning_ntk.utilities.representation import represent_fields
+
 
 class LinearizedState(NamedTuple):
     """The linearized network at one time, in function space.
@@ -20,6 +22,9 @@ class LinearizedState(NamedTuple):
     coefficients: Tensor
     predictions: Tensor
     scales: tuple[float, ...] = ()
+
+    def __repr__(self) -> str:
+        return represent_fields(self, self._fields)
 
 
 class StepSettings(NamedTuple):
@@ -62,6 +67,9 @@ class StepSettings(NamedTuple):
                 if not parameter.requires_grad and parameter.grad is not None and not parameter.grad.any()
             ],
         )
+
+    def __repr__(self) -> str:
+        return represent_fields(self, self._fields)
 
 
 class OnlineTraining(Protocol):

@@ -20,7 +20,7 @@ from lightning_ntk.linearization.parameters import Tensors
 from lightning_ntk.solvers.eigh import CompleteModes
 from lightning_ntk.training.base import LinearizedState
 from lightning_ntk.training.modal import ModalTraining
-from lightning_ntk.training.off_span import displacement as displacement_of
+from lightning_ntk.training.off_span import displacements
 from lightning_ntk.utilities.validation import require_matching
 
 # Times of the first look: all whole ones up to here, then this many for each factor of ten.
@@ -31,6 +31,8 @@ _TIMES_BETWEEN = 32
 _FLOW_REFINEMENTS = 8
 # Training is over when the slowest mode has lost e^-40 of its residual.
 _LAST_EXPONENT = 40.0
+# Of a vector that others span, rounding leaves a smaller share than this.
+_DEPENDENT = 1e-6
 
 
 class ClosestTime(NamedTuple):
@@ -40,7 +42,8 @@ class ClosestTime(NamedTuple):
         time: Optimizer steps, infinite for the limit of training.
         distance: The distance of the weights there.
         in_span: The share of |w - w0| that lies in the span of J^T, or None without all modes of the kernel.
-        floor: sqrt(1 - in_span^2), the relative distance that no coefficients a can go under, or None as well.
+        floor: The least distance from w - w0 of all w0 + J^T a plus multiples of the off-span terms, relative to |w - w0|: no
+            time can go under it. None as well without all modes.
     """
 
     time: float
@@ -73,10 +76,33 @@ def find_closest(training: ModalTraining, displacement: Mapping[str, Tensor], un
             raise ValueError(f"Expected a finite displacement but that of `{name}` has NaN or infinity.")
     squared = _SquaredDistance(training, displaced)
     time, state = _closest_time(squared, training, last)
-    span = squared.in_span(problem.linearization.dtype)
-    floor = None if span is None else math.sqrt(1 - span**2)
-    nearest = displacement_of(problem, training.modal.terms, state)
-    return ClosestTime(time, norm(difference(displaced, nearest)), span, floor)
+    projections = squared.projections(problem.linearization.dtype)
+    projected = [LinearizedState(each, state.predictions, (0.0,) * len(state.scales)) for each in projections]
+    stacked = displacements(problem, training.modal.terms, [state, *projected])
+    nearest, *inside = ({name: value[i] for name, value in stacked.items()} for i in range(1 + len(projected)))
+    distance, moved = norm(difference(displaced, nearest)), math.sqrt(squared.square)
+    if not inside:
+        return ClosestTime(time, distance, None, None)
+    if moved == 0:
+        return ClosestTime(time, distance, 1.0, 0.0)
+    carried = [difference(term.vector, part) for term, part in zip(training.modal.terms, inside[1:], strict=True)]
+    # In float32, rounding along modes of small eigenvalues may leave more of the vectors than the nearest time does.
+    outside = min(distance, _norm_outside(difference(displaced, inside[0]), carried))
+    return ClosestTime(time, distance, min(1.0, norm(inside[0]) / moved), outside / moved)
+
+
+def _norm_outside(vector: Mapping[str, Tensor], others: Sequence[Mapping[str, Tensor]]) -> float:
+    """The norm of a vector without its projection on the span of others, which it makes orthogonal one by one."""
+    basis: list[Tensors] = []
+    for other in [*others, vector]:
+        rest, before = other, norm(other)
+        for axis in basis:
+            share = inner_product(axis, rest)
+            rest = {name: value - share * axis[name] for name, value in rest.items()}
+        left = norm(rest)
+        if other is not vector and left > _DEPENDENT * before:
+            basis.append({name: value / left for name, value in rest.items()})
+    return left
 
 
 class _SquaredDistance:
@@ -101,18 +127,19 @@ class _SquaredDistance:
         quadratic = (state.coefficients * (change + 2 * (carried - self.image))).sum()
         return (quadratic + scales @ self._gram @ scales - 2 * scales @ self._along).item() + self.square
 
-    def in_span(self, dtype: torch.dtype) -> float | None:
-        """The relative norm of w - w0 projected on the span of J^T.
+    def projections(self, dtype: torch.dtype) -> list[Tensor]:
+        """The coefficients a of the projections J^T a of the displacement and of the off-span terms, each `(N, K)`.
 
-        It needs all modes.
+        There are none without all modes of the kernel.
         """
         if not isinstance(self._modal.solver, CompleteModes):
-            return None
+            return []
         modes = self._modal.solver.modes[0]
         kept = modes.eigenvalues > modes.cutoff(dtype)
-        along = modes.basis.T @ self.image.flatten().to(modes.basis)
-        square = (along.cpu()[kept].square() / modes.eigenvalues[kept]).sum().item()
-        return math.sqrt(min(1.0, square / self.square)) if self.square > 0 else 1.0
+        basis, eigenvalues = modes.basis[:, kept], modes.eigenvalues[kept].to(modes.basis)
+        images = [self.image, *(term.image for term in self._modal.terms)]
+        found = [basis @ (basis.T @ image.flatten().to(basis) / eigenvalues) for image in images]
+        return [each.cpu().view_as(self.image) for each in found]
 
 
 def _closest_time(

@@ -25,6 +25,7 @@ from lightning_ntk.training.off_span import displacement, displacements, off_spa
 from lightning_ntk.training.problem import JacobianStorage, LinearizedProblem
 from lightning_ntk.training.replay import Batches, RecordedTraining
 from lightning_ntk.utilities.contexts import preserved_rng
+from lightning_ntk.utilities.representation import represent
 from lightning_ntk.utilities.user_warnings import warn_user
 from lightning_ntk.utilities.validation import require_choice, require_instance
 
@@ -379,6 +380,16 @@ class LinearizedTraining:
 
     def _add_to_initial(self, displacement: Tensors) -> Tensors:
         return {name: (start + displacement[name]).to(start) for name, start in self.linearization.params.items()}
+
+    def __repr__(self) -> str:
+        lr = f"{self.lr:g}" if isinstance(self.lr, int | float) else "a schedule"
+        modal = isinstance(self._engine, ModalTraining)
+        solved = (
+            [f"{len(self.modes.eigenvalues)} modes", f"max_learning_rate={self.max_learning_rate:.4g}"]
+            if modal
+            else ["replayed"]
+        )
+        return represent(self, f"{self.problem}", self.dynamics, f"lr={lr}", *solved)
 
 
 def _solver_options(solver: Solver | Lanczos, beside: Lanczos) -> tuple[Solver, Lanczos]:

@@ -21,6 +21,7 @@ from lightning_ntk.utilities.contexts import full_precision, preserved_rng
 from lightning_ntk.utilities.distributed import ALONE, Processes
 from lightning_ntk.utilities.errors import describe, explained
 from lightning_ntk.utilities.memory import format_bytes, mirror_upper_
+from lightning_ntk.utilities.representation import name_of, parameter_count, represent
 from lightning_ntk.utilities.validation import require_callable, require_choice, require_instance
 
 JacobianStorage = Literal["streamed", "stored"]
@@ -232,6 +233,15 @@ class LinearizedProblem:
             )
         check_kernel(self.jacobian, kernel, self.predictions, lr_scales=self.lr_scales, dtype=computed)
         return kernel
+
+    def __repr__(self) -> str:
+        samples, outputs = self.predictions.shape
+        return represent(
+            self,
+            f"{samples} samples x {outputs} outputs",
+            parameter_count(self.linearization.params),
+            f"loss={name_of(self._loss)}",
+        )
 
 
 def _checked_kernel(given: Tensor, size: int) -> Tensor:

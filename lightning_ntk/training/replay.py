@@ -16,6 +16,7 @@ from lightning_ntk.training.function_space import FunctionSpaceSGD, require_rows
 from lightning_ntk.training.off_span import displacement, off_span_terms
 from lightning_ntk.training.problem import LinearizedProblem
 from lightning_ntk.utilities.contexts import preserved_rng
+from lightning_ntk.utilities.representation import represent
 from lightning_ntk.utilities.validation import require_instance, require_number
 
 Rows: TypeAlias = Tensor | Sequence[int]
@@ -130,6 +131,9 @@ class Replay:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continues from what `state_dict` returned."""
         self._sgd.load_state_dict(state)
+
+    def __repr__(self) -> str:
+        return represent(self, f"{self.problem}", f"{self.steps} steps")
 
 
 class RecordedTraining:

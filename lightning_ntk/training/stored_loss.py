@@ -14,6 +14,7 @@ from lightning_ntk.linearization.batch_loss import BatchLoss, PairLoss, loss_gra
 from lightning_ntk.linearization.jacobian import StoredJacobian
 from lightning_ntk.linearization.parameters import Tensors
 from lightning_ntk.training.problem import LinearizedProblem
+from lightning_ntk.utilities.representation import represent
 from lightning_ntk.utilities.validation import require_matching
 
 
@@ -105,3 +106,6 @@ class StoredLoss:
     def state_dict(self) -> dict[str, Tensors]:
         """The tensors of the network, under "params", "frozen" and "buffers"."""
         return self.streamed.state_dict()
+
+    def __repr__(self) -> str:
+        return represent(self, f"{self._problem}")

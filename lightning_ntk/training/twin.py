@@ -18,6 +18,7 @@ from lightning_ntk.training.base import StepSettings
 from lightning_ntk.training.optimizer_copy import copy_optimizer, held_by, hyperparameters, require_supported_optimizer
 from lightning_ntk.utilities.contexts import preserved_rng
 from lightning_ntk.utilities.distributed import ALONE, Processes, mean_over
+from lightning_ntk.utilities.representation import parameter_count, represent
 from lightning_ntk.utilities.validation import require_matching
 
 
@@ -226,6 +227,9 @@ class Twin:
                 f"Expected finite {what} of the linearized network but got NaN or infinity in its step {self.steps + 1}: its "
                 "training diverges, as it does above the largest stable learning rate. Lower the learning rate."
             )
+
+    def __repr__(self) -> str:
+        return represent(self, type(self._optimizer).__name__, parameter_count(self._weights), f"{self.steps} steps")
 
 
 def _require_dense_gradients(module: nn.Module) -> None:

@@ -100,6 +100,31 @@ def test_the_floor_is_what_lies_outside_of_the_span() -> None:
     assert (resting.time, resting.distance) == (0, 0)
 
 
+def test_decay_and_momentum_carry_weights_that_the_floor_leaves_out() -> None:
+    model, _, arguments = problem()
+    generator = torch.Generator().manual_seed(2)
+    buffer, moved = (torch.randn(len(model.start), generator=generator, dtype=torch.float64) for _ in range(2))
+    options = {"momentum": 0.8, "weight_decay": 0.1, "momentum_buffers": model.unflatten(buffer)}
+    training = LinearizedTraining(*arguments, **OPTIONS, **options)
+    reached = torch.cat([model.jacobian, model.start[None], buffer[None]]).T
+    floor = (moved - reached @ torch.linalg.lstsq(reached, moved[:, None], driver="gelsd").solution[:, 0]).norm()
+    found = training.closest(model.unflatten(moved), until=50)
+    assert found.floor == pytest.approx((floor / moved.norm()).item(), rel=1e-9)
+    assert training.closest(training.displacement(30), until=50).floor < 1e-9
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.1])
+def test_in_float32_the_floor_is_below_the_distance_that_it_bounds(decay: float) -> None:
+    _, _, (module, (inputs, targets)) = problem()
+    training = LinearizedTraining(
+        module.float(), (inputs.float(), targets.float()), **OPTIONS | {"dtype": None}, weight_decay=decay
+    )
+    displacement = {name: value.float() for name, value in training.displacement(1).items()}
+    found = training.closest(displacement, until=50)
+    assert found.floor <= found.distance / flatten(displacement).norm().item() * (1 + 1e-12)
+    assert found.distance < 1e-5 * flatten(displacement).norm().item()
+
+
 def test_frozen_parameters_keep_their_part_of_the_distance() -> None:
     _, _, arguments = problem()
     training = LinearizedTraining(*arguments, **OPTIONS, lr_scales={"0.weight": 0.0})
