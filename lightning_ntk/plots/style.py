@@ -148,14 +148,17 @@ def mark_thresholds(axis: Any, *, named: bool = True) -> None:
     They are values of the relative weight distance, drawn only if in view.
     """
     low, high = axis.get_ylim()
-    for level, name, side in ((LAZY, f"lazy below {LAZY:g}", "top"), (RICH, f"rich from {RICH:g}", "bottom")):
+    # Where a curve that grows does not pass: over a falling loss it is steep on the left.
+    left = (0, (3, 2), "left", "bottom")
+    right = (1, (-3, -2), "right", "top")
+    places = ((LAZY, "lazy below", right), (RICH, "rich from", right if axis.xaxis_inverted() else left))
+    for level, words, (at, offset, align, side) in places:
         if low <= level <= high:
             axis.axhline(level, color=GREY, linestyle=(0, (1, 2)), linewidth=1, zorder=0.5)
-            if named:  # where a curve that grows does not pass
-                at, offset, align = (1, (-3, -2), "right") if side == "top" else (0, (3, 2), "left")
+            if named:
                 axis.annotate(
-                    name, (at, level), offset, xycoords=("axes fraction", "data"), textcoords="offset points", va=side,
-                    ha=align, color=GREY, fontsize=8, zorder=0.5,
+                    f"{words} {level:g}", (at, level), offset, xycoords=("axes fraction", "data"),
+                    textcoords="offset points", va=side, ha=align, color=GREY, fontsize=8, zorder=0.5,
                 )  # fmt: skip
 
 

@@ -49,7 +49,7 @@ _SECTIONS = {
     "The panel of regimes": _Section(
         plot_regimes,
         "A rich run aligns its kernel with the labels, makes few features out of many, and moves its activations. "
-        "Bars are 95 % intervals.",
+        "Bands are 95 % intervals.",
     ),
     "Which parameters leave first": _Section(plot_parameters, "Rows are parameters in the order of the network."),
 }
