@@ -118,7 +118,7 @@ def draw(results: Results, path: Path) -> None:
             )  # fmt: skip
     values = [row[y] for row in results.final for y in (RMSE, DISTANCE) if 0 < row[y] < math.inf]
     # Above the edge it grows without bound.
-    axes[0].set(xlim=(0.55, 1.15), ylim=(min(values) / 2, 1e4))
+    axes[0].set(xlim=(0.55, 1.3), ylim=(min(values) / 2, 1e4))
     draw_limit(axes[0], DESCRIBED, f"described below {DESCRIBED:g}")
     every = [row for row in results.rows if row["activation"] == "relu"]
     seed = min(row["seed"] for row in every)
@@ -137,13 +137,13 @@ def draw(results: Results, path: Path) -> None:
         draw_limit(axis, 1, "edge at initialization", vertical=True)
     draw_limit(axes[2], 1, "edge at the end")
     finish(
-        axes[0], x, "difference of both networks / change of the trained one", scales="linear-log",
+        axes[0], x, "difference of both networks\n/ change of the trained one", scales="linear-log",
         title="The linearized network leaves at the edge", legend="upper left",
     )  # fmt: skip
     finish(axes[1], "optimizer step", "loss", title="Losses over steps, ReLU, one seed", legend="lower left")
     finish(
         axes[2], x, "learning rate / largest stable one at the end", scales="linear-linear",
-        title="The trained network ends below its edge", legend="lower right",
+        title="The trained network ends below its edge", legend="center",
     )  # fmt: skip
     save(figure, path)
 
