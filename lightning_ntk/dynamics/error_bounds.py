@@ -38,7 +38,7 @@ from lightning_ntk.solvers.lanczos import LanczosModes
 from lightning_ntk.solvers.rounding import Rounding
 
 SAFETY = 4.0
-"""Factor between the estimate of the rounding and its bound: at most 1.1 was needed in 2000 measurements."""
+"""Factor between the estimate of the rounding and its bound; at most 1.1 was needed in 2000 measurements."""
 
 # Roundings of float64 in a product with J and in one with the kernel, in units of the largest singular value and eigenvalue.
 _JACOBIAN_ROUNDINGS = 2

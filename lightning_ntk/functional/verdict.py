@@ -7,11 +7,11 @@ from typing import Literal, NamedTuple
 Word = Literal["lazy", "intermediate", "rich", "undecided"]
 
 LAZY = 0.1
-"""Below this relative weight distance a run is lazy: the kernel at initialization tells nine tenths of where the weights went."""
+"""Below this relative weight distance a run is lazy; the kernel at initialization tells nine tenths of where the weights went."""
 RICH = 0.5
-"""From this relative weight distance on a run is rich: the linearized network misses half of the way or more."""
+"""From this relative weight distance on a run is rich; the linearized network misses half of the way or more."""
 LEAST_STEPS = 10
-"""Fewer steps than these decide nothing: after one step both networks are the same by construction."""
+"""Fewer steps than these decide nothing, because after one step both networks are the same by construction."""
 LEAST_ROUNDINGS = 100
 """A displacement of fewer roundings of the weights than these has too few correct digits."""
 GROWN = 2.0

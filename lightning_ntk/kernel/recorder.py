@@ -44,7 +44,7 @@ class Call:
     kwargs: dict[str, Any]
     output: Tensor
     result: Tensor
-    """What the network went on with: a copy of the output, so that an operation in place spares the output."""
+    """What the network went on with, a copy of the output, so that an operation in place spares the output."""
 
 
 class Usage(NamedTuple):

@@ -18,7 +18,7 @@ class HasHistory(Protocol):
 
 History: TypeAlias = Sequence[Mapping[str, float]]
 Run: TypeAlias = "History | HasHistory | DataFrame"
-"""What plots take: rows with "step" and scalars, as a list or a DataFrame, or what has measured them."""
+"""What plots take, rows with "step" and scalars as a list or a DataFrame, or what has measured them."""
 
 # Axis labels.
 LABELS = {

@@ -24,7 +24,7 @@ class MeasuredRun:
     """What the callbacks for every kind of Trainer say of a run, during it and after it."""
 
     history: list[dict[str, float]]
-    """One row for each measurement: "step" and every logged scalar, without the prefix."""
+    """One row for each measurement, with "step" and every logged scalar without the prefix."""
 
     name: str
 

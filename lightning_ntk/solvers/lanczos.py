@@ -87,7 +87,7 @@ class LanczosModes(Modes):
 
     @property
     def basis(self) -> Tensor:
-        """The Ritz vectors as columns, `(N K, k)`: V_k U."""
+        """The Ritz vectors V_k U as columns, `(N K, k)`."""
         return self.vectors @ self.rotation.to(self.vectors)
 
     def expand(self, values: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from typing import Any
 from lightning_ntk.utilities.validation import require_integer
 
 Configuration = dict[str, Any]
-"""Names and values of parameters, all of them JSON: the argument of one call of the objective."""
+"""Names and values of parameters, all of them JSON, the argument of one call of the objective."""
 
 # Columns of the result table that are not parameters.
 RESERVED = ("step", "trial")

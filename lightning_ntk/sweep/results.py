@@ -52,7 +52,7 @@ class Results:
 
     @property
     def rows(self) -> list[TableRow]:
-        """A row for each configuration and step: "trial", parameters, "step", and scalars."""
+        """A row for each configuration and step, with "trial", parameters, "step" and scalars."""
         return [self._row(entry, measured) for entry in self._entries for measured in entry.rows]
 
     @property

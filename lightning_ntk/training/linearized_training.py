@@ -213,7 +213,7 @@ class LinearizedTraining:
 
     @property
     def modes(self) -> Modes:
-        """The modes of the kernel: all N K, or Ritz pairs in their place."""
+        """The modes of the kernel, all N K of them or Ritz pairs in their place."""
         return self._modal.modal.solver.modes[0]
 
     @property
