@@ -193,3 +193,14 @@ def flatten(weights: dict[str, Tensor]) -> Tensor:
 
 def relative_error(actual: Tensor, expected: Tensor, origin: Tensor | float = 0.0) -> float:
     return ((actual - expected).norm() / (expected - origin).norm()).item()
+
+
+# PyTorch 2.9 brought the newer interface, and raises when the older one is mixed in.
+FULL = "ieee" if hasattr(torch.backends.cudnn, "conv") else "highest"
+
+
+def precisions_of_products() -> set[str]:
+    """The precisions in which float32 products run now; only `FULL` if no product runs in fewer digits."""
+    if FULL == "ieee":
+        return {switch.fp32_precision for switch in (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)}
+    return {torch.get_float32_matmul_precision(), "tf32" if torch.backends.cudnn.allow_tf32 else FULL}

@@ -1,12 +1,20 @@
 """What a release says of itself in several places is the same."""
 
+import importlib
+import json
 import re
 from importlib.metadata import metadata
+from itertools import chain
 from pathlib import Path
 
+import pytest
 import tomllib
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+from packaging.version import Version
 
 import lightning_ntk
+from lightning_ntk.utilities import contexts
 
 ROOT = Path(__file__).parent.parent
 
@@ -20,12 +28,35 @@ def test_versions_agree() -> None:
     assert heading[1] == version
 
 
-def test_the_tested_versions_are_within_the_ranges() -> None:
-    from packaging.requirements import Requirement
+def pins(file: str) -> dict[str, Version]:
+    lines = [line.split("==") for line in (ROOT / file).read_text().splitlines() if line and line[0] != "#"]
+    return {canonicalize_name(name): Version(version) for name, version in lines}
 
-    pinned = dict(
-        line.split("==") for line in (ROOT / "constraints.txt").read_text().splitlines() if line and line[0] != "#"
-    )
+
+def requirements() -> list[Requirement]:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    for requirement in map(Requirement, project["dependencies"]):
-        assert pinned[requirement.name] in requirement.specifier, requirement
+    lists = [project["dependencies"], *project["optional-dependencies"].values()]
+    return [r for r in map(Requirement, chain(*lists)) if r.name != "lightning-ntk"]
+
+
+def test_the_tested_versions_are_within_the_ranges() -> None:
+    tested = pins("constraints.txt")
+    for requirement in requirements():
+        assert tested[canonicalize_name(requirement.name)] in requirement.specifier, requirement
+
+
+def test_the_floors_are_the_oldest_versions_that_were_tested() -> None:
+    oldest = pins("tests/versions/oldest.txt")
+    result = json.loads((ROOT / "tests/versions/oldest.json").read_text())
+    assert result["failed"] == 0
+    for requirement in requirements():
+        (specifier,) = requirement.specifier
+        floor, name = Version(specifier.version), canonicalize_name(requirement.name)
+        assert oldest[name].release[: len(floor.release)] == floor.release, requirement
+        assert Version(result["versions"][name]) == oldest[name], requirement
+
+
+def test_an_older_pytorch_is_refused_in_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr("torch.compiler.set_stance")
+    with pytest.raises(ImportError, match=r"needs PyTorch 2\.6 or newer, but this is \d"):
+        importlib.reload(contexts)

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
+from lightning.pytorch import callbacks as lightning_callbacks
+from lightning.pytorch.callbacks import StochasticWeightAveraging
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.plugins.precision import MixedPrecision
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy
@@ -25,6 +26,9 @@ from lightning_ntk.utilities.distributed import ALONE, Processes
 
 NOT_DATA = (Trainer, Callback, Optimizer, Logger, _BaseDataLoaderIter)
 """What belongs to the run, and goes on."""
+
+# WeightAveraging came with Lightning 2.6.
+_AVERAGING = (StochasticWeightAveraging, getattr(lightning_callbacks, "WeightAveraging", StochasticWeightAveraging))
 
 
 def require_supported_strategy(trainer: Trainer) -> None:
@@ -190,8 +194,7 @@ def has_averaged_weights(trainer: Trainer) -> bool:
 def ends_with_averaged_weights(trainer: Trainer, callback: Callback) -> bool:
     """Whether a callback before this one replaces the weights when training ends."""
     callbacks = callbacks_of(trainer)
-    kinds = (StochasticWeightAveraging, WeightAveraging)
-    return any(isinstance(c, kinds) for c in callbacks[: callbacks.index(callback)])
+    return any(isinstance(c, _AVERAGING) for c in callbacks[: callbacks.index(callback)])
 
 
 def _averaging(trainer: Trainer) -> list[StochasticWeightAveraging]:

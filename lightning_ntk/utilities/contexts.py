@@ -15,16 +15,10 @@ from torch.overrides import TorchFunctionMode
 
 from lightning_ntk.utilities.attention import dual_attention
 
-# Every switch that lets a float32 product run in TF32 or bfloat16, through PyTorch's newer interface only: PyTorch raises
-# when `allow_tf32` is mixed in.
-_REDUCED_PRECISION_SWITCHES: tuple[Any, ...] = (
-    torch.backends.cuda.matmul,
-    torch.backends.cudnn.conv,  # type: ignore[attr-defined]
-    torch.backends.cudnn.rnn,
-    torch.backends.mkldnn.matmul,  # type: ignore[attr-defined]
-    torch.backends.mkldnn.conv,  # type: ignore[attr-defined]
-    torch.backends.mkldnn.rnn,  # type: ignore[attr-defined]
-)
+if not hasattr(torch.compiler, "set_stance"):
+    raise ImportError(f"lightning_ntk needs PyTorch 2.6 or newer, but this is {torch.__version__}. Upgrade torch.")
+
+_BACKENDS: Any = torch.backends  # whose switches depend on the version
 
 
 @contextmanager
@@ -33,8 +27,25 @@ def full_precision(device_type: str) -> Iterator[None]:
     with ExitStack() as stack:
         for kind in {"cpu", device_type}:
             stack.enter_context(torch.autocast(kind, enabled=False))
-        stack.enter_context(_attribute(_REDUCED_PRECISION_SWITCHES, "fp32_precision", "ieee"))
+        stack.enter_context(_full_precision_products())
         yield
+
+
+@contextmanager
+def _full_precision_products() -> Iterator[None]:
+    cuda, cudnn, mkldnn = _BACKENDS.cuda, _BACKENDS.cudnn, _BACKENDS.mkldnn
+    if hasattr(cudnn, "conv"):  # PyTorch 2.9 and newer, which raise when the older switches are mixed in
+        switches = (cuda.matmul, cudnn.conv, cudnn.rnn, mkldnn.matmul, mkldnn.conv, mkldnn.rnn)
+        with _attribute(switches, "fp32_precision", "ieee"):
+            yield
+        return
+    precision = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision("highest")  # products of CUDA and oneDNN
+        with _attribute((cudnn,), "allow_tf32", False):
+            yield
+    finally:
+        torch.set_float32_matmul_precision(precision)
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader, Dataset, RandomSampler, SequentialSampl
 from lightning_ntk import LinearizationMonitor
 from lightning_ntk.callback import captured_run
 from tests.callback.test_monitor import Regression, digits
-from tests.callback.trainer_runs import distance, make, train
+from tests.callback.trainer_runs import WEIGHTS_ONLY, distance, make, train
 
 
 def twelve() -> TensorDataset:
@@ -96,7 +96,7 @@ def test_a_late_capture_that_fails_is_not_tried_again(tmp_path) -> None:
                 max_steps=steps, accelerator="cpu", logger=False, enable_checkpointing=False, callbacks=[monitor],
                 enable_progress_bar=False, enable_model_summary=False, accumulate_grad_batches=3,
             )  # fmt: skip
-            trainer.fit(make(), DataLoader(digits(), batch_size=4), weights_only=True, **options)
+            trainer.fit(make(), DataLoader(digits(), batch_size=4), **WEIGHTS_ONLY, **options)
             return trainer
 
     monitor = LinearizationMonitor(Fails(*digits().tensors), capture_at=2)

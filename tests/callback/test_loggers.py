@@ -24,6 +24,7 @@ from lightning_ntk import Linearization, LinearizationMonitor
 from lightning_ntk.callback import loggers as reporting
 from lightning_ntk.data.reference import Reference
 from lightning_ntk.kernel.probe import KernelProbe
+from tests.callback.trainer_runs import WEIGHTS_ONLY
 from tests.problems import mlp
 
 pytestmark = pytest.mark.filterwarnings("ignore:The 'train_dataloader' does not have|The number of training batches")
@@ -439,9 +440,7 @@ def test_the_kernel_is_followed_with_all_dynamics_and_over_a_resumed_run(tmp_pat
     seed_everything(1, verbose=False)
     trainer = Trainer(max_steps=12, max_epochs=-1, accelerator="cpu", logger=False, callbacks=[second],
                       enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False)  # fmt: skip
-    trainer.fit(
-        Regression(), DataLoader(data(), batch_size=11), ckpt_path=str(tmp_path / "half.ckpt"), weights_only=True
-    )
+    trainer.fit(Regression(), DataLoader(data(), batch_size=11), ckpt_path=str(tmp_path / "half.ckpt"), **WEIGHTS_ONLY)
     rows = {row["step"]: row for row in second.history}
     assert rows.keys() == {0, 4, 6, 8, 12}
     for row in whole.history:

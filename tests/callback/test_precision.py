@@ -30,7 +30,7 @@ from tests.callback.trainer_runs import (
     train,
     watch,
 )
-from tests.problems import mlp
+from tests.problems import FULL, mlp, precisions_of_products
 
 
 def scaled(**options) -> MixedPrecision:
@@ -251,7 +251,7 @@ class Spying(nn.Module):
 
     def forward(self, inputs):
         seen = self.in_training if self.training else self.in_evaluation
-        seen.update(switch.fp32_precision for switch in (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul))
+        seen.update(precisions_of_products())
         return self.layer(inputs)
 
 
@@ -272,15 +272,17 @@ def test_reduced_precision_of_products_is_off_inside_and_on_outside(medium) -> N
 
     module = assert_trains_alike(run, watch(evaluation=digits(5)))
     assert torch.get_float32_matmul_precision() == "medium"
-    assert module.body.in_evaluation == {"ieee"}
-    assert "ieee" not in module.body.in_training
+    assert module.body.in_evaluation == {FULL}
+    assert FULL not in module.body.in_training
 
 
 def test_reduced_precision_is_restored_after_an_error(medium) -> None:
+    before = precisions_of_products()
     with pytest.raises(ZeroDivisionError), full_precision("cpu"):
         raise ZeroDivisionError
     assert torch.get_float32_matmul_precision() == "medium"
-    assert torch.backends.mkldnn.matmul.fp32_precision == "bf16"
+    assert precisions_of_products() == before
+    assert FULL not in before
 
 
 def test_what_was_seen_for_a_skipped_step_is_forgotten_by_the_twin() -> None:

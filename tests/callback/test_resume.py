@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_ntk import LinearizationMonitor
 from tests.callback.test_monitor import Regression, digits, fit, make_module
+from tests.callback.trainer_runs import WEIGHTS_ONLY
 
 SGD = {"lr": 0.2, "momentum": 0.9, "weight_decay": 0.01}
 CASES = {
@@ -51,7 +52,7 @@ def run(monitor: LinearizationMonitor, module: LightningModule, batch_size: int,
     loader = DataLoader(digits(), batch_size=batch_size)
     if resume:
         trainer(monitor, enable_checkpointing=False).fit(
-            module, loader, ckpt_path=path / "interrupted.ckpt", weights_only=True
+            module, loader, ckpt_path=path / "interrupted.ckpt", **WEIGHTS_ONLY
         )
         return
     saving = ModelCheckpoint(path, "interrupted", every_n_train_steps=INTERRUPTED, save_top_k=1, monitor=None)
@@ -91,7 +92,7 @@ def test_what_cannot_be_resumed_is_refused(tmp_path: Path) -> None:
     def resume(monitor: LinearizationMonitor, module: LightningModule | None = None, data=None) -> None:
         module = make_module().double() if module is None else module
         loader = DataLoader(digits() if data is None else data, batch_size=11)
-        trainer(monitor, enable_checkpointing=False).fit(module, loader, ckpt_path=checkpoint, weights_only=True)
+        trainer(monitor, enable_checkpointing=False).fit(module, loader, ckpt_path=checkpoint, **WEIGHTS_ONLY)
 
     first, _ = fit(None, make_module(), max_steps=2, precision="64-true")
     first.save_checkpoint(checkpoint)
@@ -171,7 +172,7 @@ def linear_run(
             max_steps=14, max_epochs=-1, accelerator="cpu", logger=False, enable_progress_bar=False, precision="64-true",
             enable_model_summary=False, callbacks=list(callbacks) or [monitor],
             enable_checkpointing=any(isinstance(c, OnExceptionCheckpoint) for c in callbacks), **options,
-        ).fit(module.double(), DataLoader(digits(), batch_size=batch_size), ckpt_path=path, weights_only=True)  # fmt: skip
+        ).fit(module.double(), DataLoader(digits(), batch_size=batch_size), ckpt_path=path, **WEIGHTS_ONLY)  # fmt: skip
     return [row["step"] for row in monitor.history]
 
 

@@ -1,5 +1,6 @@
 """Real Trainer runs, with monitors and without: whether they train alike, and how far the linearized networks are."""
 
+import inspect
 import random
 import warnings
 from collections.abc import Callable, Sequence
@@ -18,6 +19,10 @@ from tests.callback.test_monitor import Regression
 
 digits = cache(test_monitor.digits)
 DYNAMICS = ("gradient_descent", "replay", "twin")
+# Lightning 2.6 made this an argument of Trainer.fit.
+WEIGHTS_ONLY: dict[str, Any] = (
+    {"weights_only": True} if "weights_only" in inspect.signature(Trainer.fit).parameters else {}
+)
 
 
 def linear(outputs: int) -> nn.Module:
@@ -92,7 +97,7 @@ def train(
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "The number of training batches|The '.*_dataloader' does not have")
         if isinstance(data, DataLoader | list | dict) or not hasattr(data, "train_dataloader"):
-            trainer.fit(module, data, val, ckpt_path=resume_from, weights_only=True)
+            trainer.fit(module, data, val, ckpt_path=resume_from, **WEIGHTS_ONLY)
         else:
             trainer.fit(module, datamodule=data)
     return trainer

@@ -10,7 +10,7 @@ from lightning_ntk.data.reference import Reference
 from lightning_ntk.linearization.jacobian import StreamedJacobian
 from lightning_ntk.linearization.passes import DataPasses
 from lightning_ntk.utilities.contexts import full_precision, preserved_rng
-from tests.problems import NETWORKS, LinearModel, flatten, make
+from tests.problems import FULL, NETWORKS, LinearModel, flatten, make, precisions_of_products
 
 
 class ManualSine(torch.autograd.Function):
@@ -275,7 +275,7 @@ def test_autocast_and_reduced_precision_are_off_inside_and_restored() -> None:
     seen = []
 
     def predict(m: nn.Module, x: torch.Tensor) -> torch.Tensor:
-        seen.append((torch.is_autocast_enabled("cpu"), torch.backends.cuda.matmul.fp32_precision))
+        seen.append((torch.is_autocast_enabled("cpu"), precisions_of_products()))
         return m(x)
 
     linearization = Linearization(module, predict=predict)
@@ -284,9 +284,9 @@ def test_autocast_and_reduced_precision_are_off_inside_and_restored() -> None:
         with torch.autocast("cpu", dtype=torch.bfloat16):
             assert linearization.predict(inputs).dtype == torch.float32
             assert module(inputs).dtype == torch.bfloat16
-        assert seen == [(False, "ieee")]
+        assert seen == [(False, {FULL})]
         assert torch.get_float32_matmul_precision() == "medium"
-        assert torch.backends.cuda.matmul.fp32_precision == "tf32"
+        assert FULL not in precisions_of_products()
     finally:
         torch.set_float32_matmul_precision("highest")
     with pytest.raises(KeyError), full_precision("cpu"):
