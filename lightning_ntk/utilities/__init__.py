@@ -1,1 +1,1 @@
-"""Python and torch only: contexts, attention, process groups, progress, memory, validation, errors, lazy imports, texts, shapes."""
+"""Python and torch only: contexts, attention, processes, progress, memory, validation, errors, warnings, imports, reprs, shapes."""
