@@ -1,1 +1,1 @@
-"""Python and torch only: contexts, attention, processes, progress, memory, validation, errors, warnings, imports, reprs, shapes."""
+"""Python and torch only: contexts, attention, processes, progress, memory, checks, errors, warnings, imports, reprs, shapes."""
