@@ -10,8 +10,15 @@ from sphinx.application import Sphinx
 HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]
 
+import jaxtyping  # noqa: E402
+
 from lightning_ntk import __version__  # noqa: E402
+from lightning_ntk.utilities import shapes  # noqa: E402
 from make_matrix import PLACEHOLDER, matrix_page  # noqa: E402
+
+# Before the modules that are documented: their signatures show `Float[Tensor, "N K"]`, not its stand-in `Annotated`.
+for shape in shapes.__all__:
+    setattr(shapes, shape, getattr(jaxtyping, shape))
 
 project = "lightning_ntk"
 author = "The lightning_ntk developers"

@@ -7,6 +7,10 @@ import torch
 import torch.utils.deterministic
 from hypothesis import HealthCheck, settings
 
+from tests import shape_checks
+
+shape_checks.install()
+
 # Tests run in two processes, on small tensors: threads of their own would only get in each other's way.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 torch.set_num_threads(1)

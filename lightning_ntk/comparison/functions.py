@@ -11,6 +11,7 @@ from torch import Tensor
 from lightning_ntk.comparison.scalars import compare_functions, outputs_of
 from lightning_ntk.training.problem import LinearizedProblem
 from lightning_ntk.utilities.representation import represent
+from lightning_ntk.utilities.shapes import Float64
 
 
 class FunctionComparison(Protocol):
@@ -20,7 +21,7 @@ class FunctionComparison(Protocol):
         """The number of samples."""
 
     @property
-    def outputs(self) -> tuple[Tensor, Tensor] | None:
+    def outputs(self) -> tuple[Float64[Tensor, "N K"], Float64[Tensor, "N K"]] | None:
         """Outputs of the trained and the linearized network, `(N, K)` each.
 
         They are those of the last comparison; None if they are not kept.
@@ -35,7 +36,7 @@ class FunctionComparison(Protocol):
         weights: Mapping[str, Tensor],
         displacement: Mapping[str, Tensor],
         linearized: Mapping[str, Tensor],
-        predictions: Tensor | None = None,
+        predictions: Float64[Tensor, "N K"] | None = None,
     ) -> dict[str, float]:
         """Compares trained weights (and buffers) w_t with the linearized network.
 
@@ -60,7 +61,7 @@ class OutputComparison:
     def __init__(self, problem: LinearizedProblem, *, taylor: bool = True) -> None:
         self.problem = problem
         self._taylor = taylor
-        self.outputs: tuple[Tensor, Tensor] | None = None
+        self.outputs: tuple[Float64[Tensor, "N K"], Float64[Tensor, "N K"]] | None = None
 
     def __len__(self) -> int:
         return len(self.problem.reference)
@@ -75,7 +76,7 @@ class OutputComparison:
         weights: Mapping[str, Tensor],
         displacement: Mapping[str, Tensor],
         linearized: Mapping[str, Tensor],
-        predictions: Tensor | None = None,
+        predictions: Float64[Tensor, "N K"] | None = None,
     ) -> dict[str, float]:
         """Compares trained weights with the linearized network, see `FunctionComparison`."""
         trained = {name: weights[name] for name in self.problem.linearization.params}

@@ -23,6 +23,7 @@ from lightning_ntk.training.modal_run import ModalRun
 from lightning_ntk.training.twin import Twin
 from lightning_ntk.utilities.contexts import preserved_rng
 from lightning_ntk.utilities.representation import represent
+from lightning_ntk.utilities.shapes import Float64
 
 
 class RunComparison:
@@ -130,7 +131,7 @@ class RunComparison:
         return self.online.kernel_time if isinstance(self.online, ModalRun) else None
 
     @property
-    def outputs(self) -> tuple[Tensor, Tensor] | None:
+    def outputs(self) -> tuple[Float64[Tensor, "N K"], Float64[Tensor, "N K"]] | None:
         """Outputs of the trained and the linearized network, `(N, K)` each.
 
         They are on the reference, at the last measurement.

@@ -8,6 +8,7 @@ from lightning_ntk.functional import norm, parameter_distances, prediction_rmse,
 from lightning_ntk.linearization.parameters import plain_name
 from lightning_ntk.training.linearized_training import LinearizedTraining
 from lightning_ntk.training.problem import LinearizedProblem
+from lightning_ntk.utilities.shapes import Float64
 
 
 def compare_weights(
@@ -35,8 +36,8 @@ def outputs_of(
     data: LinearizedProblem,
     weights: Mapping[str, Tensor],
     displacement: Mapping[str, Tensor],
-    predictions: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
+    predictions: Float64[Tensor, "N K"] | None = None,
+) -> tuple[Float64[Tensor, "N K"], Float64[Tensor, "N K"]]:
     """Computes outputs of the trained and the linearized network, `(N, K)` each.
 
     They are in float64 on the CPU.
@@ -53,7 +54,10 @@ def outputs_of(
 
 
 def compare_functions(
-    data: LinearizedProblem, trained: Tensor, linearized: Tensor, pushed: Tensor | None
+    data: LinearizedProblem,
+    trained: Float64[Tensor, "N K"],
+    linearized: Float64[Tensor, "N K"],
+    pushed: Float64[Tensor, "N K"] | None,
 ) -> dict[str, float]:
     r"""Compares three networks in function space, on one data set.
 
@@ -85,7 +89,9 @@ def compare_functions(
     return scalars
 
 
-def compare_modes(training: LinearizedTraining, trained: Tensor, linearized: Tensor, count: int) -> dict[str, float]:
+def compare_modes(
+    training: LinearizedTraining, trained: Float64[Tensor, "N K"], linearized: Float64[Tensor, "N K"], count: int
+) -> dict[str, float]:
     r"""Compares the residuals of both networks along the leading eigenvectors u_i of the kernel.
 
     Args:

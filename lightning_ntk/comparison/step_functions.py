@@ -20,6 +20,7 @@ from lightning_ntk.linearization.step import Evaluation, StepLinearization
 from lightning_ntk.utilities.contexts import preserved_rng
 from lightning_ntk.utilities.distributed import ALONE, Processes
 from lightning_ntk.utilities.representation import represent
+from lightning_ntk.utilities.shapes import Float64
 
 
 class StepComparison:
@@ -38,7 +39,7 @@ class StepComparison:
         processes: The processes that share the batches.
     """
 
-    outputs: tuple[Tensor, Tensor] | None = None
+    outputs: tuple[Float64[Tensor, "N K"], Float64[Tensor, "N K"]] | None = None
     """Outputs of both networks at the last comparison, `(N, K)` in float64 on the CPU each; None where they are not kept."""
 
     def __init__(
@@ -88,7 +89,7 @@ class StepComparison:
         weights: Mapping[str, Tensor],
         displacement: Mapping[str, Tensor],
         linearized: Mapping[str, Tensor],
-        predictions: Tensor | None = None,
+        predictions: Float64[Tensor, "N K"] | None = None,
     ) -> dict[str, float]:
         """Compares trained weights and buffers with the linearized network, see `FunctionComparison`.
 

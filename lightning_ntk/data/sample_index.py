@@ -12,6 +12,7 @@ from torch.utils import _pytree as pytree
 
 from lightning_ntk.data.batches import tensors_in
 from lightning_ntk.data.reference import Batch
+from lightning_ntk.utilities.shapes import Int, Shaped
 
 Layout: TypeAlias = dict[str, tuple[torch.dtype, tuple[int, ...]]]  # path of a leaf -> type and shape of one sample
 
@@ -32,7 +33,7 @@ class SampleIndex:
     the data set's are converted if that loses nothing (`precision="64-true"` makes such batches). Parts without tensors
     are not compared. A sample that repeats an earlier one is found as that one, whose kernel rows are the same.
 
-    Where inputs have an integer `attention_mask` `(b, T)`, tokens that it leaves out are padding, not content: collate
+    Where inputs have an integer `attention_mask` `(B, T)`, tokens that it leaves out are padding, not content: collate
     functions that pad to the longest sample of a batch give a sample another padding each time.
 
     Example:
@@ -62,8 +63,8 @@ class SampleIndex:
         """A hexadecimal digest of the content and order of all samples."""
         return hashlib.blake2b(self._digests, digest_size=_DIGEST_BYTES).hexdigest()
 
-    def rows(self, inputs: Any, target: Tensor | None) -> Tensor:
-        """Finds each sample's row in the data set, `(b,)`.
+    def rows(self, inputs: Any, target: Shaped[Tensor, "B ..."] | None) -> Int[Tensor, "B"]:
+        """Finds each sample's row in the data set, `(B,)`.
 
         Rows are int64 on the CPU; the tensors may be on any device.
 
@@ -142,7 +143,7 @@ def _layout(leaves: dict[str, Tensor]) -> Layout:
 
 
 def _padding(leaves: dict[str, Tensor]) -> tuple[list[str], Tensor]:
-    """The leaves that an attention mask `(b, T)` pads, and the kept positions.
+    """The leaves that an attention mask `(B, T)` pads, and the kept positions.
 
     There are none without a mask of this kind.
     """
@@ -166,7 +167,7 @@ def _comparable(layout: Layout, expected: Layout) -> bool:
 
 
 def _bytes(leaf: Tensor) -> Tensor:
-    """The values of each sample as bytes, `(b, n)`."""
+    """The values of each sample as bytes, `(B, n)`."""
     if leaf.is_floating_point() or leaf.is_complex():
         leaf = leaf + 0.0  # -0.0 becomes 0.0
     return leaf.reshape(len(leaf), math.prod(leaf.shape[1:])).contiguous().view(torch.uint8)

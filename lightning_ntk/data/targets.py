@@ -6,11 +6,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lightning_ntk.utilities.shapes import Float, Float64, Int, Shaped
+
 # Distances from a threshold at which a loss is tested for symmetry about it, in units of the distance of the two targets.
 _OFFSETS = (-0.3, 0.1, 0.4)
 
 
-def match_targets(targets: Tensor, outputs: Tensor, *, flat: bool) -> Tensor:
+def match_targets(
+    targets: Shaped[Tensor, "N ..."], outputs: Float[Tensor, "N K"], *, flat: bool
+) -> Float64[Tensor, "N K"]:
     """Converts the targets of the data to `(N, K)` in float64.
 
     They may have this shape, be class labels `(N,)`, or be `(N,)` if the network is `flat`.
@@ -43,7 +47,7 @@ def match_targets(targets: Tensor, outputs: Tensor, *, flat: bool) -> Tensor:
 class Classes:
     """The class of every sample."""
 
-    labels: Tensor  # (N,)
+    labels: Int[Tensor, "N"]
     threshold: float | None = None  # above which a single output means class 1; None if the largest output decides
 
     @classmethod
@@ -90,7 +94,7 @@ class Classes:
         threshold = middle if is_symmetric(middle) and not is_symmetric(0.0) else 0.0
         return cls((targets.flatten() == high).long(), threshold)
 
-    def accuracy(self, outputs: Tensor) -> float:
+    def accuracy(self, outputs: Float[Tensor, "N K"]) -> float:
         """The share of samples whose outputs `(N, K)` predict their class."""
         predicted = outputs.argmax(1) if self.threshold is None else (outputs.flatten() > self.threshold).long()
         return (predicted.cpu() == self.labels).double().mean().item()

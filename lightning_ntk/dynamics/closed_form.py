@@ -27,6 +27,7 @@ from lightning_ntk.dynamics.truncation import (
 from lightning_ntk.solvers.base import ErrorBound, Modes, Solved
 from lightning_ntk.solvers.lanczos import LanczosModes
 from lightning_ntk.solvers.rounding import Rounding
+from lightning_ntk.utilities.shapes import Float64
 
 _log = logging.getLogger(__name__)
 
@@ -73,7 +74,7 @@ class ClosedForm:
         filters = Filters(tuple(values for values, _ in pairs), scales)
         return Solved(filters, lambda: self._bound(modes, filters, [slopes for _, slopes in pairs], t))
 
-    def filter(self, modes: Modes, t: float | None) -> Tensor:
+    def filter(self, modes: Modes, t: float | None) -> Float64[Tensor, "m"]:
         """The filter of the residual after t steps, `(m,)`."""
         return self._pair(modes, math.inf if t is None else t)[0]
 

@@ -36,6 +36,7 @@ from lightning_ntk.dynamics.filters import Filters
 from lightning_ntk.solvers.base import ErrorBound, Modes
 from lightning_ntk.solvers.lanczos import LanczosModes
 from lightning_ntk.solvers.rounding import Rounding
+from lightning_ntk.utilities.shapes import Float64, Int
 
 SAFETY = 4.0
 """Factor between the estimate of the rounding and its bound; at most 1.1 was needed in 2000 measurements."""
@@ -50,7 +51,7 @@ _ROWS = 64
 def error_bound(
     modes: Sequence[Modes],
     filters: Filters,
-    slopes: Sequence[Tensor],
+    slopes: Sequence[Float64[Tensor, "_"]],
     truncations: Sequence[float],
     rounding: Rounding,
     norms: Sequence[float] = (),
@@ -134,7 +135,12 @@ def left_out(modes: Modes, cutoff: float, rounding: Rounding) -> float:
     return float(hidden.nan_to_num(0, math.inf, math.inf).norm())
 
 
-def divided_differences(eigenvalues: Tensor, values: Tensor, slopes: Tensor, rows: Tensor) -> Tensor:
+def divided_differences(
+    eigenvalues: Float64[Tensor, "m"],
+    values: Float64[Tensor, "m"],
+    slopes: Float64[Tensor, "m"],
+    rows: Int[Tensor, "R"],
+) -> Float64[Tensor, "R m"]:
     """Computes |phi_i - phi_j| / |lambda_i - lambda_j| for i in `rows`.
 
     It uses the mean slope where the values are too close to subtract.

@@ -10,6 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from lightning_ntk.utilities.shapes import Float64
+
 # Products of time, rate and eigenvalue below which the slope of a filter is that at zero.
 _SMALL = 1e-4
 
@@ -38,11 +40,13 @@ class Filters(NamedTuple):
         scales: :math:`s_1, \ldots`, the change of each carried vector's coefficient in the weights.
     """
 
-    values: tuple[Tensor, ...]
+    values: tuple[Float64[Tensor, "_"], ...]
     scales: tuple[float, ...] = ()
 
 
-def gradient_descent_filter(eigenvalues: Tensor, rate: float, steps: float) -> Tensor:
+def gradient_descent_filter(
+    eigenvalues: Float64[Tensor, "*shape"], rate: float, steps: float
+) -> Float64[Tensor, "*shape"]:
     r"""Computes :math:`\phi_t(\lambda) = (1 - (1 - \eta\lambda)^t) / \lambda`.
 
     The limit at zero is :math:`\eta t`.
@@ -78,7 +82,7 @@ def gradient_descent_filter(eigenvalues: Tensor, rate: float, steps: float) -> T
     return _with_limit(decayed, eigenvalues, limit=rate * steps)
 
 
-def gradient_flow_filter(eigenvalues: Tensor, time: float) -> Tensor:
+def gradient_flow_filter(eigenvalues: Float64[Tensor, "*shape"], time: float) -> Float64[Tensor, "*shape"]:
     r"""Computes :math:`\phi_t(\lambda) = (1 - e^{-\eta t\lambda}) / \lambda`.
 
     The limit at zero is :math:`\eta t`.
@@ -99,7 +103,9 @@ def gradient_flow_filter(eigenvalues: Tensor, time: float) -> Tensor:
     return _with_limit(-torch.expm1(-time * eigenvalues), eigenvalues, limit=time)
 
 
-def gradient_descent_slope(eigenvalues: Tensor, filtered: Tensor, rate: float, steps: float) -> Tensor:
+def gradient_descent_slope(
+    eigenvalues: Float64[Tensor, "*shape"], filtered: Float64[Tensor, "*shape"], rate: float, steps: float
+) -> Float64[Tensor, "*shape"]:
     r""":math:`\phi_t'(\lambda) = (\eta t (1 - \eta\lambda)^{t-1} - \phi_t) / \lambda`, to four digits.
 
     Args:
@@ -113,7 +119,9 @@ def gradient_descent_slope(eigenvalues: Tensor, filtered: Tensor, rate: float, s
     return torch.where(steps * x < _SMALL, -(rate**2) * steps * (steps - 1) / 2, slope)
 
 
-def gradient_flow_slope(eigenvalues: Tensor, filtered: Tensor, time: float) -> Tensor:
+def gradient_flow_slope(
+    eigenvalues: Float64[Tensor, "*shape"], filtered: Float64[Tensor, "*shape"], time: float
+) -> Float64[Tensor, "*shape"]:
     r""":math:`\phi_t'(\lambda) = (\eta t e^{-\eta t\lambda} - \phi_t) / \lambda`, to four digits.
 
     Args:
@@ -125,7 +133,7 @@ def gradient_flow_slope(eigenvalues: Tensor, filtered: Tensor, time: float) -> T
     return torch.where(x < _SMALL, -(time**2) / 2, _divide(time * (-x).exp() - filtered, eigenvalues))
 
 
-def minimum_norm_filter(eigenvalues: Tensor, cutoff: float) -> Tensor:
+def minimum_norm_filter(eigenvalues: Float64[Tensor, "*shape"], cutoff: float) -> Float64[Tensor, "*shape"]:
     r""":math:`\phi_\infty(\lambda) = 1/\lambda` above the cutoff and 0 below: the minimum-norm solution.
 
     Args:

@@ -17,13 +17,14 @@ import torch
 from torch import Tensor
 
 from lightning_ntk.solvers.base import Modes
+from lightning_ntk.utilities.shapes import Float, Float64
 
 _PER_DECADE = 4
 # Numbers that are multiplied at once.
 _CHUNK = 2**24
 
 
-def ridge_grid(modes: Modes, dtype: torch.dtype) -> Tensor:
+def ridge_grid(modes: Modes, dtype: torch.dtype) -> Float64[Tensor, "R"]:
     """Ridges up to ten times the largest eigenvalue, four per decade.
 
     The smallest is what counts as zero for passes in `dtype`.
@@ -38,7 +39,7 @@ def ridge_grid(modes: Modes, dtype: torch.dtype) -> Tensor:
     return torch.logspace(first, last, math.ceil(_PER_DECADE * (last - first)) + 1, dtype=torch.float64)
 
 
-def leave_one_out_residuals(modes: Modes, ridges: Tensor, outputs: int) -> Tensor:
+def leave_one_out_residuals(modes: Modes, ridges: Float[Tensor, "R"], outputs: int) -> Float64[Tensor, "R N K"]:
     r"""Computes the leave-one-out residuals :math:`f^{(-n)}(x_n) - y_n`.
 
     They are those of regressions on all samples but one, with each sample left out once.

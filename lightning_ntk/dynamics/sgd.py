@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.optim.sgd import sgd
 
 from lightning_ntk.dynamics.filters import Filters, Start
+from lightning_ntk.utilities.shapes import Float64
 
 LearningRate: TypeAlias = float | Sequence[float] | Callable[[int], float]
 Decay = Literal["coupled", "decoupled", "initial"]
@@ -192,7 +193,12 @@ class ModalSGD:
     """
 
     def __init__(
-        self, eigenvalues: Sequence[Tensor], factor: float, starts: Sequence[Start] = (), *, with_slopes: bool = False
+        self,
+        eigenvalues: Sequence[Float64[Tensor, "_"]],
+        factor: float,
+        starts: Sequence[Start] = (),
+        *,
+        with_slopes: bool = False,
     ) -> None:
         self._eigenvalues = [values.clamp_min(0) for values in eigenvalues]
         self._factor = factor
@@ -228,7 +234,7 @@ class ModalSGD:
         return Filters(tuple(values[carried : carried + len(self._eigenvalues)]), tuple(scales))
 
     @property
-    def slopes(self) -> list[Tensor]:
+    def slopes(self) -> list[Float64[Tensor, "_"]]:
         """The derivatives of the filters after the steps so far.
 
         Later steps change these tensors in place.

@@ -6,10 +6,11 @@ import torch
 from torch import Tensor
 
 from lightning_ntk.functional.weights import ratio, ratio_of_norms
+from lightning_ntk.utilities.shapes import Float, Shaped
 from lightning_ntk.utilities.validation import require_same_shape
 
 
-def kernel_distance(initial: Tensor, kernel: Tensor) -> float:
+def kernel_distance(initial: Float[Tensor, "rows columns"], kernel: Float[Tensor, "rows columns"]) -> float:
     r"""Measures how far a kernel has turned away from another (Fort et al., 2020).
 
     .. math:: 1 - \frac{\langle\Theta_0, \Theta_t\rangle}{\|\Theta_0\| \, \|\Theta_t\|}
@@ -33,7 +34,7 @@ def kernel_distance(initial: Tensor, kernel: Tensor) -> float:
     return kernel_sums(initial, kernel).distance.item()
 
 
-def kernel_change(initial: Tensor, kernel: Tensor) -> float:
+def kernel_change(initial: Float[Tensor, "rows columns"], kernel: Float[Tensor, "rows columns"]) -> float:
     r"""Computes the relative change of a kernel, :math:`\|\Theta_t - \Theta_0\| / \|\Theta_0\|`.
 
     Args:
@@ -53,7 +54,9 @@ def kernel_change(initial: Tensor, kernel: Tensor) -> float:
     return kernel_sums(initial, kernel).change.item()
 
 
-def kernel_target_alignment(kernel: Tensor, targets: Tensor) -> float:
+def kernel_target_alignment(
+    kernel: Float[Tensor, "rows rows"], targets: Shaped[Tensor, "N K"] | Shaped[Tensor, "rows"]
+) -> float:
     r"""Computes the cosine between the kernel and the targets' kernel (Cristianini et al., 2001).
 
     .. math:: \frac{y^\top \Theta y}{\|\Theta\| \, \|y\|^2}

@@ -6,12 +6,13 @@ import torch
 from torch import Tensor
 
 from lightning_ntk.functional.weights import ratio_of_norms
+from lightning_ntk.utilities.shapes import Float
 from lightning_ntk.utilities.validation import require_same_shape
 
 _PART = 2**20
 
 
-def prediction_rmse(outputs: Tensor, linearized_outputs: Tensor) -> float:
+def prediction_rmse(outputs: Float[Tensor, "N K"], linearized_outputs: Float[Tensor, "N K"]) -> float:
     r"""Computes the root mean square difference between the outputs of two networks.
 
     .. math:: \sqrt{\frac{1}{N K} \sum_{n,k} \bigl(f(x_n; w_t) - f_\text{lin}(x_n; t)\bigr)_k^2}
@@ -31,7 +32,9 @@ def prediction_rmse(outputs: Tensor, linearized_outputs: Tensor) -> float:
     return root_mean(*error_sums(outputs, linearized_outputs)).item()
 
 
-def taylor_gap(outputs: Tensor, taylor_outputs: Tensor, initial_outputs: Tensor) -> float:
+def taylor_gap(
+    outputs: Float[Tensor, "N K"], taylor_outputs: Float[Tensor, "N K"], initial_outputs: Float[Tensor, "N K"]
+) -> float:
     r"""Computes the share of the outputs' change that the first-order expansion misses.
 
     .. math:: \frac{\|f_t - f_0 - J (w_t - w_0)\|}{\|f_t - f_0\|}

@@ -8,10 +8,11 @@ from torch import Tensor
 
 from lightning_ntk.functional.kernels import kernel_target_alignment
 from lightning_ntk.functional.weights import ratio, ratio_of_norms
+from lightning_ntk.utilities.shapes import Float, Shaped
 from lightning_ntk.utilities.validation import require_same_shape
 
 
-def centered_kernel_target_alignment(kernel: Tensor, targets: Tensor) -> float:
+def centered_kernel_target_alignment(kernel: Float[Tensor, "N*K N*K"], targets: Shaped[Tensor, "N K"]) -> float:
     r"""Computes the centered kernel-target alignment (Cortes et al., 2012).
 
     This is the cosine between the kernel and that of the targets, both centered over the samples.
@@ -41,7 +42,7 @@ def centered_kernel_target_alignment(kernel: Tensor, targets: Tensor) -> float:
     return kernel_target_alignment(rows.reshape(kernel.shape), targets - targets.mean(0))
 
 
-def effective_rank(kernel: Tensor) -> float:
+def effective_rank(kernel: Float[Tensor, "rows rows"]) -> float:
     r"""Computes the effective rank of a kernel, :math:`R_0` of Bartlett et al. (2020).
 
     .. math:: \frac{(\operatorname{tr} \Theta)^2}{\|\Theta\|^2} = \frac{(\sum_i \lambda_i)^2}{\sum_i \lambda_i^2}
@@ -64,7 +65,7 @@ def effective_rank(kernel: Tensor) -> float:
     return rank_of(*rank_sums(kernel)).item()
 
 
-def low_rank_measure(features: Tensor, outputs: Tensor) -> float:
+def low_rank_measure(features: Float[Tensor, "N p"], outputs: Float[Tensor, "N K"]) -> float:
     r"""Computes how far features are from the fewest needed (Nam et al., 2024).
 
     It compares the features before the last layer with the fewest that the outputs need.
@@ -106,7 +107,7 @@ def low_rank_measure(features: Tensor, outputs: Tensor) -> float:
     return 1 - ratio(product, norms).item()
 
 
-def activation_change(initial: Tensor, activations: Tensor) -> float:
+def activation_change(initial: Float[Tensor, "*shape"], activations: Float[Tensor, "*shape"]) -> float:
     r"""Computes the relative change of a layer's activations, :math:`\|h_t - h_0\| / \|h_0\|`.
 
     Args:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from lightning_ntk.utilities.representation import represent_fields
+from lightning_ntk.utilities.shapes import Float, Float64
 
 # The 97.5 % quantile of the normal distribution.
 _QUANTILE = 1.959963984540054
@@ -44,14 +45,14 @@ class KernelMoments(NamedTuple):
     The first estimate uses all random vectors; each other one leaves out one vector.
 
     Attributes:
-        trace: `(1 + m,)` in float64: from all m random vectors, then without the first, the second, ...
+        trace: 1 + m estimates in float64: from all m random vectors, then without the first, the second, ...
         square: The squared Frobenius norm, likewise.
         known_trace: The part of the trace that needs no estimate: that of the basis.
         known_square: The part of the squared norm, likewise.
     """
 
-    trace: Tensor
-    square: Tensor
+    trace: Float64[Tensor, "estimates"]
+    square: Float64[Tensor, "estimates"]
     known_trace: float
     known_square: float
 
@@ -72,12 +73,12 @@ class ProbeVectors(NamedTuple):
         random: m, the number of random vectors; 0 where the basis is complete, so that nothing is estimated.
     """
 
-    vectors: Tensor
+    vectors: Float64[Tensor, "R N K"]
     centered: int
     constant: int
     random: int
 
-    def moments(self, gram: Tensor) -> KernelMoments:
+    def moments(self, gram: Float[Tensor, "R R"]) -> KernelMoments:
         r"""Trace and norm of :math:`\Theta`.
 
         Args:
@@ -90,7 +91,7 @@ class ProbeVectors(NamedTuple):
             gram = torch.cat([both[:known], both[known:split] + both[split:]])
         return kernel_moments(gram, known)
 
-    def centered_moments(self, gram: Tensor) -> KernelMoments:
+    def centered_moments(self, gram: Float[Tensor, "R R"]) -> KernelMoments:
         r"""Estimates trace and norm of the centered kernel (Cortes et al., 2012).
 
         The kernel :math:`H \Theta H` is centered over the samples.
@@ -103,7 +104,7 @@ class ProbeVectors(NamedTuple):
         return represent_fields(self, self._fields)
 
 
-def probe_vectors(images: Tensor, random: int, generator: torch.Generator) -> ProbeVectors:
+def probe_vectors(images: Float[Tensor, "T N K"], random: int, generator: torch.Generator) -> ProbeVectors:
     r"""Chooses the vectors on which to probe a kernel.
 
     Args:
@@ -138,7 +139,7 @@ def probe_vectors(images: Tensor, random: int, generator: torch.Generator) -> Pr
     return ProbeVectors(torch.cat(parts), len(centered), len(constant), random)
 
 
-def kernel_moments(gram: Tensor, known: int) -> KernelMoments:
+def kernel_moments(gram: Float[Tensor, "R R"], known: int) -> KernelMoments:
     r"""Estimates a kernel's trace and squared norm from a Gram matrix.
 
     The Gram matrix is that of pulled-back vectors. The norm is the Frobenius norm.
@@ -181,7 +182,7 @@ def kernel_moments(gram: Tensor, known: int) -> KernelMoments:
     )
 
 
-def interval(values: Tensor, known: float = 0.0) -> Estimate:
+def interval(values: Float[Tensor, "estimates"], known: float = 0.0) -> Estimate:
     r"""Computes a 95 % interval of a positive quantity by the jackknife.
 
     The interval is symmetric in the logarithm of what is estimated, since estimates of squares are skewed. Student's t has
@@ -189,7 +190,7 @@ def interval(values: Tensor, known: float = 0.0) -> Estimate:
     :math:`\kappa`, a variance of m values is as certain as one of :math:`2 / (2 / (m - 1) + \kappa / m)` degrees.
 
     Args:
-        values: `(1 + m,)`: the quantity from all m random vectors, then without each one of them; `(1,)` if it is exact.
+        values: 1 + m estimates: the quantity from all m random vectors, then without each one; the quantity alone if it is exact.
         known: The part of the quantity that is not estimated.
     """
     value, count = values[0].item(), len(values) - 1
@@ -224,7 +225,7 @@ def student_quantile(degrees: float) -> float:
     return z + math.fsum(term / n**power for power, term in enumerate(terms, 1))
 
 
-def gram_matrices(pulled: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def gram_matrices(pulled: Mapping[str, Float[Tensor, "R ..."]]) -> dict[str, Float64[Tensor, "R R"]]:
     """Computes the Gram matrices `(R, R)` of vectors `(R, *shape)`, by parameter.
 
     They are in float64 on the CPU.

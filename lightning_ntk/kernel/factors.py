@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
 from lightning_ntk.kernel.readout import Readout, cat_readouts
+from lightning_ntk.utilities.shapes import Float, Int
 
 _T = TypeVar("_T")
 
@@ -43,8 +44,8 @@ class Outer:
         input_first: Whether they are in the order `(G, I, O)` instead.
     """
 
-    inputs: Tensor
-    gradients: Tensor
+    inputs: Float[Tensor, "R G T I"] | Int[Tensor, "R G T"]
+    gradients: Float[Tensor, "R K G T O"]
     shape: torch.Size
     input_first: bool = False
 
@@ -74,7 +75,7 @@ class Outer:
         products = self.gradients.gather(4, index).unsqueeze(5) * self.inputs[:, None, :, :, None]
         return Outer(columns.unsqueeze(1).flatten(2), products.flatten(3, 4), self.shape, not self.input_first)
 
-    def dense(self) -> Tensor:
+    def dense(self) -> Float[Tensor, "R K *shape"]:
         """The Jacobian `(R, K, *shape)`."""
         rows, outputs, groups, positions, size = self.gradients.shape
         gradients = self.gradients.permute(0, 2, 1, 4, 3)
@@ -97,14 +98,14 @@ class Dense:
     The R rows are samples, or parts of samples.
     """
 
-    jacobian: Tensor
+    jacobian: Float[Tensor, "R K *shape"]
 
     @property
     def shape(self) -> torch.Size:
         """The parameter's shape."""
         return self.jacobian.shape[2:]
 
-    def dense(self) -> Tensor:
+    def dense(self) -> Float[Tensor, "R K *shape"]:
         """The Jacobian `(R, K, *shape)`."""
         return self.jacobian
 
@@ -114,7 +115,7 @@ Use: TypeAlias = tuple[str, Factor]
 """A parameter, and its Jacobian through one call."""
 
 
-def gradients_of(factor: Factor) -> Tensor:
+def gradients_of(factor: Factor) -> Float[Tensor, "R K ..."]:
     """The output gradients `(R, K, ...)`.
 
     Where they are not kept apart, it is the Jacobian.

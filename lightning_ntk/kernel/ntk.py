@@ -17,6 +17,7 @@ from lightning_ntk.utilities.contexts import full_precision, preserved_rng
 from lightning_ntk.utilities.distributed import ALONE, Processes
 from lightning_ntk.utilities.memory import format_bytes
 from lightning_ntk.utilities.representation import represent
+from lightning_ntk.utilities.shapes import Float
 from lightning_ntk.utilities.user_warnings import warn_user
 from lightning_ntk.utilities.validation import require_choice, require_instance, require_integer, require_number
 
@@ -39,7 +40,7 @@ def empirical_ntk(
     batch_size: int = 256,
     memory_limit: int | None = None,
     progress: bool = False,
-) -> Tensor:
+) -> Float[Tensor, "rows columns"]:
     r"""The empirical neural tangent kernel :math:`\Theta = J(x_1) J(x_2)^\top` (Jacot et al., 2018).
 
     Rows and columns are in sample-major order: row `n * K + k` belongs to output k of sample n.
@@ -147,7 +148,7 @@ class PlannedKernel:
         device: torch.device | None = None,
         progress: bool = False,
         processes: Processes = ALONE,
-    ) -> Tensor:
+    ) -> Float[Tensor, "rows columns"]:
         """The kernel `(N1 K, N2 K)`.
 
         Args:
@@ -215,7 +216,7 @@ def compute_kernel(
     device: torch.device | None = None,
     progress: bool = False,
     processes: Processes = ALONE,
-) -> Tensor:
+) -> Float[Tensor, "rows columns"]:
     r"""The kernel :math:`J(x_1) D J(x_2)^\top` of a linearization, `(N1 K, N2 K)`.
 
     The arguments are those of `PlannedKernel` and of its method `compute`.

@@ -1,6 +1,6 @@
 """Per-sample Jacobians of any module, by vmap over vector-Jacobian products."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -11,13 +11,16 @@ from torch.utils import _pytree as pytree
 from lightning_ntk.linearization.linearization import Linearization
 from lightning_ntk.linearization.parameters import Tensors
 from lightning_ntk.utilities.contexts import full_precision, isolated_pass
+from lightning_ntk.utilities.shapes import Float
 from lightning_ntk.utilities.user_warnings import warn_user
 
 # Samples whose activations, K times each, are held at once while their Jacobians are made.
 _VMAP_CHUNK = 32
 
 
-def sample_jacobians(linearization: Linearization, inputs: object, names: Sequence[str] | None = None) -> Tensors:
+def sample_jacobians(
+    linearization: Linearization, inputs: object, names: Sequence[str] | None = None
+) -> dict[str, Float[Tensor, "B K ..."]]:
     """Computes every sample's Jacobian, `(B, K, *shape)` for each parameter.
 
     `names` restricts the parameters.
@@ -98,7 +101,11 @@ def _row_by_row(
     return {name: torch.stack([sample[name] for sample in samples]) for name in names}
 
 
-def contract(first: Tensors, second: Tensors, dtype: torch.dtype | None = None) -> Tensor:
+def contract(
+    first: Mapping[str, Float[Tensor, "B1 K ..."]],
+    second: Mapping[str, Float[Tensor, "B2 K ..."]],
+    dtype: torch.dtype | None = None,
+) -> Float[Tensor, "B1*K B2*K"]:
     """Computes J1 J2^T, `(B1 K, B2 K)`, in `dtype`.
 
     The Jacobians are `(B1, K, *shape)` and `(B2, K, *shape)` for every parameter.

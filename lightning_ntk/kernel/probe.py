@@ -11,6 +11,7 @@ from lightning_ntk.functional.kernels import kernel_change, kernel_distance
 from lightning_ntk.kernel.ntk import compute_kernel
 from lightning_ntk.linearization.linearization import Linearization
 from lightning_ntk.utilities.representation import represent
+from lightning_ntk.utilities.shapes import Float64
 from lightning_ntk.utilities.validation import require_integer
 
 
@@ -43,9 +44,9 @@ class KernelProbe:
 
     rows: list[int]
     """The samples' places in the reference."""
-    initial: Tensor
+    initial: Float64[Tensor, "rows rows"]
     """:math:`\\Theta_0`, `(n K, n K)` in float64 on the CPU."""
-    previous: Tensor
+    previous: Float64[Tensor, "rows rows"]
     """The kernel from which the next velocity is measured, at first the initial one."""
     step: float
     """The optimizer step of `previous`."""
@@ -60,7 +61,7 @@ class KernelProbe:
         self.initial = self.kernel(linearization.params)
         self.advance(self.initial, step)
 
-    def kernel(self, weights: Mapping[str, Tensor]) -> Tensor:
+    def kernel(self, weights: Mapping[str, Tensor]) -> Float64[Tensor, "rows rows"]:
         r"""Computes :math:`\Theta` of the samples at `weights`, `(n K, n K)`.
 
         It is in float64 on the CPU.
@@ -73,7 +74,7 @@ class KernelProbe:
                 raise ValueError(f"Expected finite weights but `{name}` holds NaN or infinity: it has no kernel.")
         return compute_kernel(self._linearization.at(weights), self._reference, dtype=torch.float64).cpu()
 
-    def compare(self, kernel: Tensor, step: float | None = None) -> dict[str, float]:
+    def compare(self, kernel: Float64[Tensor, "rows rows"], step: float | None = None) -> dict[str, float]:
         r"""Computes a kernel's distance from the initial one, and its velocity.
 
         The kernel is not stored.
@@ -104,7 +105,7 @@ class KernelProbe:
             scalars["kernel_velocity"] = kernel_distance(self.previous, kernel) / (step - self.step)
         return scalars
 
-    def advance(self, kernel: Tensor, step: float) -> None:
+    def advance(self, kernel: Float64[Tensor, "rows rows"], step: float) -> None:
         """Makes this kernel the reference for the next velocity.
 
         It is the kernel at this optimizer step.

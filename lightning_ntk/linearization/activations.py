@@ -13,6 +13,7 @@ from torch.utils import _pytree as pytree
 
 from lightning_ntk.linearization.network import FrozenNetwork
 from lightning_ntk.linearization.parameters import plain_name
+from lightning_ntk.utilities.shapes import Float
 
 
 class Activations(NamedTuple):
@@ -24,9 +25,9 @@ class Activations(NamedTuple):
         features: Inputs of the last such module, `(B, p)`, where that is an `nn.Linear` with K outputs; else None.
     """
 
-    outputs: Tensor
+    outputs: Float[Tensor, "B K"]
     layers: dict[str, Tensor]
-    features: Tensor | None
+    features: Float[Tensor, "B p"] | None
 
 
 def activations_of(network: FrozenNetwork, inputs: Any) -> Activations:

@@ -14,6 +14,7 @@ from lightning_ntk.linearization.linearization import Linearization
 from lightning_ntk.linearization.objective import Loss, Objective
 from lightning_ntk.linearization.parameters import Tensors
 from lightning_ntk.utilities.representation import name_of, represent
+from lightning_ntk.utilities.shapes import Float, Shaped
 
 
 class BatchLoss(Protocol):
@@ -114,7 +115,9 @@ class PairLoss:
         return represent(self, name_of(self._loss), repr(self.linearization))
 
 
-def loss_gradient(objective: Objective, predictions: Tensor, target: Tensor) -> Tensor:
+def loss_gradient(
+    objective: Objective, predictions: Float[Tensor, "B K"], target: Shaped[Tensor, "B ..."]
+) -> Float[Tensor, "B K"]:
     """The gradient of the loss in the predictions of a linearized network, `(B, K)`.
 
     Raises:

@@ -15,6 +15,7 @@ from lightning_ntk.linearization.parameters import Tensors
 from lightning_ntk.linearization.passes import DataPasses, close
 from lightning_ntk.utilities.contexts import full_precision
 from lightning_ntk.utilities.distributed import sum_over
+from lightning_ntk.utilities.shapes import Float, Float64, Int
 
 _BATCHES_PER_PARTIAL_SUM = 8
 
@@ -22,13 +23,13 @@ _BATCHES_PER_PARTIAL_SUM = 8
 class Jacobian(Protocol):
     """What the dynamics need of J, however it is held."""
 
-    def jvp(self, tangent: Mapping[str, Tensor]) -> Tensor:
+    def jvp(self, tangent: Mapping[str, Tensor]) -> Float64[Tensor, "N K"]:
         """Computes J v, `(N, K)` in float64.
 
         The tangent v has the names and shapes of the parameters.
         """
 
-    def vjp(self, cotangents: Tensor) -> Tensors:
+    def vjp(self, cotangents: Float[Tensor, "T N K"]) -> dict[str, Float64[Tensor, "T ..."]]:
         """Computes J^T u for cotangents `(T, N, K)`.
 
         Every parameter has a float64 tensor `(T, *shape)`.
@@ -46,9 +47,9 @@ class StreamedJacobian:
     """
 
     passes: DataPasses
-    predictions: Tensor  # at capture, (N, K)
+    predictions: Float[Tensor, "N K"]  # at capture
 
-    def jvp(self, tangent: Mapping[str, Tensor]) -> Tensor:
+    def jvp(self, tangent: Mapping[str, Tensor]) -> Float64[Tensor, "N K"]:
         """J v, `(N, K)` in float64: one forward-mode pass."""
         product = torch.zeros_like(self.predictions, dtype=torch.float64)
         outputs = []
@@ -58,7 +59,7 @@ class StreamedJacobian:
         self._compare(outputs)
         return self.passes.processes.sum_(product)
 
-    def vjp(self, cotangents: Tensor) -> Tensors:
+    def vjp(self, cotangents: Float[Tensor, "T N K"]) -> dict[str, Float64[Tensor, "T ..."]]:
         """Computes J^T u for cotangents `(T, N, K)`.
 
         It takes one forward and T backward passes. Results are `(T, *shape)` in float64.
@@ -107,7 +108,7 @@ def _add_rows(totals: Tensors, rows: list[list[Tensor]]) -> None:
 class StoredJacobian:
     """J kept in memory, for small models: N K P numbers."""
 
-    blocks: Tensors  # the Jacobian of every parameter, (N, K, *shape)
+    blocks: dict[str, Float[Tensor, "N K ..."]]  # the Jacobian of every parameter
 
     @classmethod
     def cat(cls, batches: Iterable[Tensors], samples: int) -> "StoredJacobian":
@@ -126,11 +127,11 @@ class StoredJacobian:
             start = stop
         return cls(blocks)
 
-    def at(self, rows: Tensor) -> "StoredJacobian":
-        """The rows of some samples, `(b,)`."""
+    def at(self, rows: Int[Tensor, "B"]) -> "StoredJacobian":
+        """The rows of some samples, `(B,)`."""
         return StoredJacobian({name: block[rows.to(block.device)] for name, block in self.blocks.items()})
 
-    def jvp(self, tangent: Mapping[str, Tensor]) -> Tensor:
+    def jvp(self, tangent: Mapping[str, Tensor]) -> Float64[Tensor, "N K"]:
         """J v, `(N, K)` in float64."""
         with self._full_precision():
             products = [
@@ -139,7 +140,7 @@ class StoredJacobian:
             ]
             return torch.stack(products).sum(0, dtype=torch.float64)
 
-    def vjp(self, cotangents: Tensor) -> Tensors:
+    def vjp(self, cotangents: Float[Tensor, "T N K"]) -> dict[str, Float64[Tensor, "T ..."]]:
         """J^T u for cotangents `(T, N, K)`, results `(T, *shape)` in float64."""
         with self._full_precision():
             return {

@@ -14,6 +14,7 @@ from lightning_ntk.linearization.network import FrozenNetwork, Predict
 from lightning_ntk.linearization.parameters import Tensors
 from lightning_ntk.utilities.contexts import forward_mode, isolated_pass, without_library_kernels
 from lightning_ntk.utilities.representation import parameter_count, represent
+from lightning_ntk.utilities.shapes import Float
 from lightning_ntk.utilities.validation import require_instance
 
 __all__ = ["Linearization", "Predict"]
@@ -56,14 +57,14 @@ class Linearization(FrozenNetwork):
     _jvp_rung = 0
     _shares_forward = True
 
-    def __call__(self, params: Mapping[str, Tensor], inputs: Any) -> Tensor:
+    def __call__(self, params: Mapping[str, Tensor], inputs: Any) -> Float[Tensor, "B K"]:
         """Outputs of the linearized network, `f0 + J (params - params0)`, `(B, K)`."""
         params = self._convert_all(params)
         tangent = {name: params[name] - start for name, start in self.params.items()}
         outputs, derivative = self.predict_and_jvp(tangent, inputs)
         return outputs + derivative
 
-    def jvp(self, tangent: Mapping[str, Tensor], inputs: Any) -> Tensor:
+    def jvp(self, tangent: Mapping[str, Tensor], inputs: Any) -> Float[Tensor, "B K"]:
         """Computes the Jacobian-vector product `J v`, `(B, K)`.
 
         The tangent has the names and shapes of `params`.
@@ -73,7 +74,7 @@ class Linearization(FrozenNetwork):
         """
         return self.predict_and_jvp(tangent, inputs)[1]
 
-    def vjp(self, cotangent: Tensor, inputs: Any) -> Tensors:
+    def vjp(self, cotangent: Float[Tensor, "B K"], inputs: Any) -> Tensors:
         """Computes the vector-Jacobian product `J^T u`.
 
         The cotangent is `(B, K)`; the result has the names and shapes of `params`.
@@ -81,7 +82,9 @@ class Linearization(FrozenNetwork):
         require_instance("cotangent", cotangent, Tensor, "a tensor (B, K)")
         return self.predict_and_vjp([cotangent], inputs)[1][0]
 
-    def predict_and_jvp(self, tangent: Mapping[str, Tensor], inputs: Any) -> tuple[Tensor, Tensor]:
+    def predict_and_jvp(
+        self, tangent: Mapping[str, Tensor], inputs: Any
+    ) -> tuple[Float[Tensor, "B K"], Float[Tensor, "B K"]]:
         """Outputs and `J v`, both `(B, K)`, in one pass."""
         tangent = self._convert_all(tangent)
         inputs = self.convert(inputs)
@@ -109,7 +112,9 @@ class Linearization(FrozenNetwork):
                         raise
                     self._jvp_rung += 1
 
-    def predict_and_vjp(self, cotangents: Sequence[Tensor] | Tensor, inputs: Any) -> tuple[Tensor, list[Tensors]]:
+    def predict_and_vjp(
+        self, cotangents: Sequence[Float[Tensor, "B K"]] | Float[Tensor, "T B K"], inputs: Any
+    ) -> tuple[Float[Tensor, "B K"], list[Tensors]]:
         """Computes outputs `(B, K)` and `J^T u` for several cotangents `(B, K)`.
 
         It takes one forward pass and a backward pass for each cotangent.

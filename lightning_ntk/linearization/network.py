@@ -16,6 +16,7 @@ from lightning_ntk.linearization.parameters import Tensors, call_with, overwritt
 from lightning_ntk.utilities.contexts import isolated_pass
 from lightning_ntk.utilities.distributed import Processes
 from lightning_ntk.utilities.errors import describe, explained
+from lightning_ntk.utilities.shapes import Float
 from lightning_ntk.utilities.validation import require_callable, require_float64, require_matching, require_values
 
 T = TypeVar("T")
@@ -154,11 +155,11 @@ class FrozenNetwork:
         for buffer in self.buffers.values():
             processes.broadcast_(buffer)
 
-    def predict(self, inputs: Any) -> Tensor:
+    def predict(self, inputs: Any) -> Float[Tensor, "B K"]:
         """Outputs of the network at the captured weights, `(B, K)`."""
         return self.predict_at(self.params, inputs)
 
-    def predict_at(self, params: Mapping[str, Tensor], inputs: Any) -> Tensor:
+    def predict_at(self, params: Mapping[str, Tensor], inputs: Any) -> Float[Tensor, "B K"]:
         """Computes outputs `(B, K)` of the (non-linear) network at other weights.
 
         Buffers and frozen weights are the captured ones.
@@ -173,7 +174,7 @@ class FrozenNetwork:
                 self._overwrites = bool(overwritten(used, given))
         return outputs
 
-    def forward(self, params: Mapping[str, Tensor], inputs: Any) -> Tensor:
+    def forward(self, params: Mapping[str, Tensor], inputs: Any) -> Float[Tensor, "B K"]:
         """Outputs `(B, K)` at `params`: differentiable, for use under `torch.func` inside `isolated_pass`."""
         return self.apply(self.spare(params), inputs, lambda outputs: outputs)
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from lightning_ntk.data.targets import match_targets
 from lightning_ntk.utilities.representation import name_of, represent
+from lightning_ntk.utilities.shapes import Float, Float64, Shaped
 
 Loss: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 
@@ -41,7 +42,9 @@ class Objective:
     dtype: torch.dtype
     """The type of gradients."""
 
-    def __init__(self, loss: Loss, outputs: Tensor, targets: Tensor, *, flat: bool = False) -> None:
+    def __init__(
+        self, loss: Loss, outputs: Float[Tensor, "N K"], targets: Shaped[Tensor, "N ..."], *, flat: bool = False
+    ) -> None:
         self._loss, self._flat = loss, flat
         self._losses: dict[torch.device, Loss] = {}
         self.dtype = self._dtype = torch.float64 if outputs.numel() < _LARGE else outputs.dtype
@@ -65,14 +68,14 @@ class Objective:
             raise self._reason
         return self.factor
 
-    def factor_of(self, outputs: Tensor, targets: Tensor) -> float:
+    def factor_of(self, outputs: Float[Tensor, "N K"], targets: Float[Tensor, "N K"]) -> float:
         """The factor of a squared loss for other samples.
 
         There may be fewer of them. Their targets are prepared, on the CPU.
         """
         return measure_loss_factor(self._loss_on(outputs.device), outputs, targets, flat=self._flat)
 
-    def is_mean(self, outputs: Tensor) -> bool:
+    def is_mean(self, outputs: Float[Tensor, "N K"]) -> bool:
         """Whether a squared loss is a mean over samples.
 
         Its factor is then inverse to their number. The initial predictions of the samples are given.
@@ -81,7 +84,7 @@ class Objective:
         factor = self.factor_of(outputs[:part].cpu(), self.targets[:part])
         return abs(factor * part - self.require_factor() * total) <= 1e-6 * abs(factor * part)
 
-    def prepare(self, targets: Tensor, outputs: Tensor) -> Tensor:
+    def prepare(self, targets: Shaped[Tensor, "B ..."], outputs: Float[Tensor, "B K"]) -> Shaped[Tensor, "B ..."]:
         """Converts targets to what the loss takes.
 
         These are rows `(B, K)` for a squared loss; other losses take the targets unchanged.
@@ -90,16 +93,18 @@ class Objective:
             return match_targets(targets, outputs, flat=self._flat).to(self._dtype)
         return targets.detach().to(outputs.device, self._dtype if targets.is_floating_point() else None)
 
-    def value(self, outputs: Tensor, targets: Tensor) -> Tensor:
+    def value(self, outputs: Float[Tensor, "B K"], targets: Shaped[Tensor, "B ..."]) -> Float64[Tensor, ""]:
         """The loss of outputs `(B, K)` and prepared targets, a scalar in float64."""
         loss = self._loss_on(outputs.device)
         return evaluate_loss(loss, outputs.detach().to(self._dtype), targets, flat=self._flat).double()
 
-    def gradient(self, outputs: Tensor, targets: Tensor) -> Tensor:
+    def gradient(self, outputs: Float[Tensor, "B K"], targets: Shaped[Tensor, "B ..."]) -> Float[Tensor, "B K"]:
         """The gradient of the loss in outputs `(B, K)`, for prepared targets."""
         return _gradient(self._loss_on(outputs.device), outputs.to(self._dtype), targets, self._flat).to(self.dtype)
 
-    def hessian_product(self, outputs: Tensor, targets: Tensor, vector: Tensor) -> Tensor:
+    def hessian_product(
+        self, outputs: Float[Tensor, "B K"], targets: Shaped[Tensor, "B ..."], vector: Float[Tensor, "B K"]
+    ) -> Float[Tensor, "B K"]:
         """Computes H u for the Hessian of the loss in outputs `(B, K)`.
 
         The targets are prepared, and the vector is `(B, K)`.
@@ -146,7 +151,9 @@ class Objective:
         return represent(self, f"loss={name_of(self._loss)}")
 
 
-def evaluate_loss(loss: Loss, outputs: Tensor, targets: Tensor, *, flat: bool = False) -> Tensor:
+def evaluate_loss(
+    loss: Loss, outputs: Float[Tensor, "N K"], targets: Shaped[Tensor, "N ..."], *, flat: bool = False
+) -> Float[Tensor, ""]:
     """The scalar loss of outputs `(N, K)`; a `flat` one takes `(N,)`."""
     if flat:
         outputs, targets = outputs.squeeze(1), targets.squeeze(1) if targets.dim() > 1 else targets
@@ -157,7 +164,9 @@ def evaluate_loss(loss: Loss, outputs: Tensor, targets: Tensor, *, flat: bool = 
     return value.reshape(())
 
 
-def measure_loss_factor(loss: Loss, outputs: Tensor, targets: Tensor, *, flat: bool = False) -> float:
+def measure_loss_factor(
+    loss: Loss, outputs: Float[Tensor, "N K"], targets: Shaped[Tensor, "N K"], *, flat: bool = False
+) -> float:
     r"""Measures the factor c of a squared loss.
 
     Its gradient in the outputs is :math:`c (f - Y)`.

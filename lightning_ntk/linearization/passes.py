@@ -12,6 +12,7 @@ from lightning_ntk.data.sample_index import SampleIndex
 from lightning_ntk.linearization.linearization import Linearization
 from lightning_ntk.utilities.distributed import ALONE, Processes
 from lightning_ntk.utilities.progress import track
+from lightning_ntk.utilities.shapes import Float, Shaped
 
 
 @dataclass(frozen=True)
@@ -41,12 +42,12 @@ class DataPasses:
         total = sum(-(-len(part) // self.reference.batch_size) for part in ranges)
         return track(self.reference.batches(*ranges), description, total=total, enabled=self.progress)
 
-    def predict(self, params: Mapping[str, Tensor] | None = None) -> Tensor:
+    def predict(self, params: Mapping[str, Tensor] | None = None) -> Float[Tensor, "N K"]:
         """The outputs of all samples, `(N, K)`, at the captured weights or at `params`."""
         network = self.linearization if params is None else self.linearization.at(params)
         return self._join([network.predict(batch.inputs) for batch in self.batches("predictions")])
 
-    def first(self) -> tuple[Tensor, Tensor, SampleIndex]:
+    def first(self) -> tuple[Float[Tensor, "N K"], Shaped[Tensor, "N ..."], SampleIndex]:
         """The first pass: outputs `(N, K)`, targets, and samples by content.
 
         Targets are on the CPU as the data gives them.

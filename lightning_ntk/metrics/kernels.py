@@ -8,6 +8,7 @@ from torch import Tensor
 from lightning_ntk.functional.kernels import KernelSums, alignment, alignment_sums, kernel_sums
 from lightning_ntk.metrics.base import SummedMetric
 from lightning_ntk.plots.history import LABELS
+from lightning_ntk.utilities.shapes import Float, Float64, Shaped
 
 
 class _KernelMetric(SummedMetric):
@@ -20,7 +21,7 @@ class _KernelMetric(SummedMetric):
         super().__init__(**kwargs)
         self.add_sums("kernel_sums", 3)
 
-    def update(self, initial_kernel: Tensor, kernel: Tensor) -> None:
+    def update(self, initial_kernel: Float[Tensor, "rows columns"], kernel: Float[Tensor, "rows columns"]) -> None:
         """Adds two kernels, or one block of both, `(N1 K, N2 K)` each.
 
         A block is for example the rows of one process.
@@ -43,7 +44,7 @@ class KernelDistance(_KernelMetric):
     plot_upper_bound = 2.0
     label = LABELS["kernel_distance"]
 
-    def compute(self) -> Tensor:
+    def compute(self) -> Float64[Tensor, ""]:
         """Returns the distance, a scalar in float64."""
         return KernelSums(*self.kernel_sums).distance
 
@@ -62,7 +63,7 @@ class KernelChange(_KernelMetric):
 
     label = LABELS["kernel_change"]
 
-    def compute(self) -> Tensor:
+    def compute(self) -> Float64[Tensor, ""]:
         """Returns the change, a scalar in float64."""
         return KernelSums(*self.kernel_sums).change
 
@@ -88,7 +89,12 @@ class KernelTargetAlignment(SummedMetric):
         super().__init__(**kwargs)
         self.add_sums("alignment_sums", 3)
 
-    def update(self, kernel: Tensor, targets: Tensor, column_targets: Tensor | None = None) -> None:
+    def update(
+        self,
+        kernel: Float[Tensor, "rows columns"],
+        targets: Shaped[Tensor, "N1 K"] | Shaped[Tensor, "rows"],
+        column_targets: Shaped[Tensor, "N2 K"] | Shaped[Tensor, "columns"] | None = None,
+    ) -> None:
         r"""Adds a kernel or a block of it.
 
         Args:
@@ -99,6 +105,6 @@ class KernelTargetAlignment(SummedMetric):
         columns = targets if column_targets is None else column_targets
         self.alignment_sums += torch.stack(alignment_sums(kernel, targets, columns))
 
-    def compute(self) -> Tensor:
+    def compute(self) -> Float64[Tensor, ""]:
         """Returns the alignment, a scalar in float64."""
         return alignment(*self.alignment_sums)

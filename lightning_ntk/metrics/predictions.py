@@ -9,6 +9,7 @@ from lightning_ntk.functional.predictions import error_sums, root_mean, taylor_s
 from lightning_ntk.functional.weights import ratio_of_norms
 from lightning_ntk.metrics.base import SummedMetric
 from lightning_ntk.plots.history import LABELS
+from lightning_ntk.utilities.shapes import Float, Float64
 
 
 class PredictionRMSE(SummedMetric):
@@ -36,14 +37,14 @@ class PredictionRMSE(SummedMetric):
         super().__init__(**kwargs)
         self.add_sums("error_sums", 2)
 
-    def update(self, outputs: Tensor, linearized_outputs: Tensor) -> None:
+    def update(self, outputs: Float[Tensor, "B K"], linearized_outputs: Float[Tensor, "B K"]) -> None:
         """Adds a batch of outputs of both networks, `(B, K)` each.
 
         Both are from the same time.
         """
         self.error_sums += torch.stack(error_sums(outputs, linearized_outputs))
 
-    def compute(self) -> Tensor:
+    def compute(self) -> Float64[Tensor, ""]:
         """Returns the root mean square, a scalar in float64."""
         return root_mean(*self.error_sums)
 
@@ -73,7 +74,9 @@ class TaylorGap(SummedMetric):
         super().__init__(**kwargs)
         self.add_sums("taylor_sums", 2)
 
-    def update(self, outputs: Tensor, taylor_outputs: Tensor, initial_outputs: Tensor) -> None:
+    def update(
+        self, outputs: Float[Tensor, "B K"], taylor_outputs: Float[Tensor, "B K"], initial_outputs: Float[Tensor, "B K"]
+    ) -> None:
         """Adds one batch.
 
         Args:
@@ -83,6 +86,6 @@ class TaylorGap(SummedMetric):
         """
         self.taylor_sums += torch.stack(taylor_sums(outputs, taylor_outputs, initial_outputs))
 
-    def compute(self) -> Tensor:
+    def compute(self) -> Float64[Tensor, ""]:
         """Returns the gap, a scalar in float64; 0 if the outputs have not changed."""
         return ratio_of_norms(*self.taylor_sums)

@@ -15,6 +15,7 @@ from lightning_ntk.functional.regimes import (
 )
 from lightning_ntk.functional.weights import ratio_of_norms
 from lightning_ntk.metrics.base import SummedMetric
+from lightning_ntk.utilities.shapes import Float, Float64, Shaped
 
 
 class EffectiveRank(SummedMetric):
@@ -37,7 +38,7 @@ class EffectiveRank(SummedMetric):
         super().__init__(**kwargs)
         self.add_sums("rank_sums", 2)
 
-    def update(self, kernel: Tensor, first_row: int = 0) -> None:
+    def update(self, kernel: Float[Tensor, "rows columns"], first_row: int = 0) -> None:
         r"""Adds a kernel or some of its rows.
 
         Args:
@@ -46,7 +47,7 @@ class EffectiveRank(SummedMetric):
         """
         self.rank_sums += torch.stack(rank_sums(kernel, first_row))
 
-    def compute(self) -> Tensor:
+    def compute(self) -> Float64[Tensor, ""]:
         """Returns the rank, a scalar in float64."""
         return rank_of(*self.rank_sums)
 
@@ -77,7 +78,7 @@ class CenteredKernelTargetAlignment(SummedMetric):
         self.add_state("rows", [], dist_reduce_fx="cat")
         self.add_state("targets", [], dist_reduce_fx="cat")
 
-    def update(self, kernel: Tensor, targets: Tensor) -> None:
+    def update(self, kernel: Float[Tensor, "N1*K columns"], targets: Shaped[Tensor, "N1 K"]) -> None:
         r"""Adds a kernel or some of its rows.
 
         Args:
@@ -87,7 +88,7 @@ class CenteredKernelTargetAlignment(SummedMetric):
         self.rows.append(kernel)
         self.targets.append(targets)
 
-    def compute(self) -> Tensor:
+    def compute(self) -> Float64[Tensor, ""]:
         """Returns the alignment, a scalar in float64."""
         rows, targets = dim_zero_cat(self.rows), dim_zero_cat(self.targets)
         return torch.tensor(centered_kernel_target_alignment(rows, targets), dtype=torch.float64, device=rows.device)
@@ -119,7 +120,7 @@ class LowRankMeasure(SummedMetric):
         self.add_state("features", [], dist_reduce_fx="cat")
         self.add_state("outputs", [], dist_reduce_fx="cat")
 
-    def update(self, features: Tensor, outputs: Tensor) -> None:
+    def update(self, features: Float[Tensor, "N p"], outputs: Float[Tensor, "N K"]) -> None:
         """Adds features `(N, p)` and outputs of the network `(N, K)`.
 
         The features are those before the last linear layer, for the same samples.
@@ -127,7 +128,7 @@ class LowRankMeasure(SummedMetric):
         self.features.append(features)
         self.outputs.append(outputs)
 
-    def compute(self) -> Tensor:
+    def compute(self) -> Float64[Tensor, ""]:
         """Returns the measure, a scalar in float64."""
         features, outputs = dim_zero_cat(self.features), dim_zero_cat(self.outputs)
         return torch.tensor(low_rank_measure(features, outputs), dtype=torch.float64, device=features.device)
@@ -153,10 +154,10 @@ class ActivationChange(SummedMetric):
         super().__init__(**kwargs)
         self.add_sums("change_sums", 2)
 
-    def update(self, initial: Tensor, activations: Tensor) -> None:
+    def update(self, initial: Float[Tensor, "*shape"], activations: Float[Tensor, "*shape"]) -> None:
         """Adds activations of some samples at the initial weights and now, of one shape."""
         self.change_sums += torch.stack(change_sums(initial, activations))
 
-    def compute(self) -> Tensor:
+    def compute(self) -> Float64[Tensor, ""]:
         """Returns the change, a scalar in float64."""
         return ratio_of_norms(*self.change_sums)

@@ -10,6 +10,7 @@ from lightning_ntk.functional.predictions import root_mean
 from lightning_ntk.functional.weights import WeightSums, difference, weight_sums
 from lightning_ntk.metrics.base import SummedMetric
 from lightning_ntk.plots.history import LABELS
+from lightning_ntk.utilities.shapes import Float64
 from lightning_ntk.utilities.validation import require_choice, require_matching
 
 
@@ -85,7 +86,7 @@ class WeightDistance(_LinearizedWeightMetric):
         self.normalization = normalization
         self.label = LABELS["weight_distance" if normalization == "absolute" else "relative_weight_distance"]
 
-    def compute(self) -> Tensor:
+    def compute(self) -> Float64[Tensor, ""]:
         """Returns the distance, a scalar in float64; 0 if neither network has moved."""
         sums = WeightSums(*self.weight_sums)
         if self.normalization == "relative":
@@ -112,7 +113,7 @@ class WeightCosine(_LinearizedWeightMetric):
     plot_lower_bound, plot_upper_bound = -1.0, 1.0
     label = LABELS["weight_cosine"]
 
-    def compute(self) -> Tensor:
+    def compute(self) -> Float64[Tensor, ""]:
         """Returns the cosine, a scalar in float64; 1 if neither network has moved."""
         return WeightSums(*self.weight_sums).cosine
 
@@ -135,7 +136,7 @@ class WeightNormRatio(_LinearizedWeightMetric):
     plot_lower_bound = 0.0
     label = LABELS["weight_norm_ratio"]
 
-    def compute(self) -> Tensor:
+    def compute(self) -> Float64[Tensor, ""]:
         """Returns the ratio, a scalar in float64; 1 if neither network has moved."""
         return WeightSums(*self.weight_sums).norm_ratio
 
@@ -169,6 +170,6 @@ class Displacement(_WeightMetric):
         self.displacement_square += weight_sums(moved, moved).displacement
         self.displacement_updates += 1
 
-    def compute(self) -> Tensor:
+    def compute(self) -> Float64[Tensor, ""]:
         """Returns the displacement, a scalar in float64."""
         return root_mean(self.displacement_square, self.displacement_updates)

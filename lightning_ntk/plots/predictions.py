@@ -7,6 +7,7 @@ from torch import Tensor
 
 from lightning_ntk.functional.predictions import prediction_rmse
 from lightning_ntk.plots.style import GREY, TRAINED, Drawing, panels, tidy
+from lightning_ntk.utilities.shapes import Float
 from lightning_ntk.utilities.validation import require_same_shape
 
 # With more outputs than this, all share one panel.
@@ -16,7 +17,11 @@ _MANY_POINTS = 3000
 
 
 def plot_predictions(
-    outputs: Tensor, linearized_outputs: Tensor, *, names: Sequence[str] | None = None, title: str | None = None
+    outputs: Float[Tensor, "N K"],
+    linearized_outputs: Float[Tensor, "N K"],
+    *,
+    names: Sequence[str] | None = None,
+    title: str | None = None,
 ) -> Drawing:
     """Draws outputs of the linearized network over those of the trained one.
 

@@ -6,10 +6,15 @@ import torch
 from torch import Tensor
 
 from lightning_ntk.plots.style import GREY, LINEARIZED, TRAINED, Drawing, new_figure, tidy
+from lightning_ntk.utilities.shapes import Float
 
 
 def plot_spectrum(
-    eigenvalues: Tensor, residual: Tensor, *, time: float | None = None, title: str | None = None
+    eigenvalues: Float[Tensor, "m"],
+    residual: Float[Tensor, "m"],
+    *,
+    time: float | None = None,
+    title: str | None = None,
 ) -> Drawing:
     r"""Draws the eigenvalues of the kernel and the residual's energy in each mode.
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_ntk.utilities.representation import represent_fields
+from lightning_ntk.utilities.shapes import Float64
 
 T = TypeVar("T")
 
@@ -27,30 +28,30 @@ class Modes:
             `(m,)`, float64 on the CPU.
     """
 
-    eigenvalues: Tensor
-    vectors: Tensor
-    coordinates: Tensor
+    eigenvalues: Float64[Tensor, "m"]
+    vectors: Float64[Tensor, "rows m"]
+    coordinates: Float64[Tensor, "m"]
 
     @property
-    def basis(self) -> Tensor:
+    def basis(self) -> Float64[Tensor, "rows m"]:
         """The eigenvectors as columns, `(N K, m)`."""
         return self.vectors
 
-    def coefficients(self, filtered: Tensor) -> Tensor:
+    def coefficients(self, filtered: Float64[Tensor, "m"]) -> Float64[Tensor, "rows"]:
         """Computes the coefficients a = -U (phi * U^T r) on the CPU.
 
         They are `(N K,)`. The linearized weights are `w0 + J^T a`.
         """
         return -self.expand(filtered * self.coordinates)
 
-    def prediction_change(self, filtered: Tensor) -> Tensor:
+    def prediction_change(self, filtered: Float64[Tensor, "m"]) -> Float64[Tensor, "rows"]:
         """Computes the change of predictions, `(N K,)` on the CPU.
 
         It is f_lin - f0 = -U (lambda * phi * U^T r).
         """
         return -self.expand(self.eigenvalues.clamp_min(0) * filtered * self.coordinates)
 
-    def expand(self, values: Tensor) -> Tensor:
+    def expand(self, values: Float64[Tensor, "m"]) -> Float64[Tensor, "rows"]:
         """The vector with coordinates `(m,)` in the eigenvectors, `(N K,)` on the CPU."""
         return (self.vectors @ values.to(self.vectors)).cpu()
 
@@ -149,7 +150,7 @@ class ModalSolver(Protocol):
         """
 
 
-def signs(basis: Tensor, coordinates: Tensor) -> Tensor:
+def signs(basis: Float64[Tensor, "rows m"], coordinates: Float64[Tensor, "m"]) -> Float64[Tensor, "m"]:
     """The signs `(m,)` of eigenvectors that make a vector's coordinates positive.
 
     The eigenvectors are the columns of `basis`; the coordinates are `(m,)`.

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from lightning_ntk.solvers.base import Modes, Solved, signs
 from lightning_ntk.utilities.progress import track_operations
+from lightning_ntk.utilities.shapes import Float
 
 T = TypeVar("T")
 
@@ -16,7 +17,9 @@ T = TypeVar("T")
 _ROWS_OF_SECONDS = 2000
 
 
-def eigh_modes(kernel: Tensor, *vectors: Tensor, progress: bool = False) -> tuple[Modes, ...]:
+def eigh_modes(
+    kernel: Float[Tensor, "rows rows"], *vectors: Float[Tensor, "rows"], progress: bool = False
+) -> tuple[Modes, ...]:
     """Computes all modes of a kernel `(N K, N K)` for several vectors.
 
     The vectors are `(N K,)`. Their modes differ in the coordinates only.
@@ -42,7 +45,9 @@ class CompleteModes:
     These are `(N, K)` each, the carried vectors by their images.
     """
 
-    def __init__(self, kernel: Tensor, vectors: Sequence[Tensor], *, progress: bool = False) -> None:
+    def __init__(
+        self, kernel: Float[Tensor, "N*K N*K"], vectors: Sequence[Float[Tensor, "N K"]], *, progress: bool = False
+    ) -> None:
         self.modes: Sequence[Modes] = eigh_modes(kernel, *(vector.flatten() for vector in vectors), progress=progress)
 
     @property

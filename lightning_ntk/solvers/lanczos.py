@@ -16,6 +16,7 @@ from lightning_ntk.solvers.base import ErrorBound, Modes, Solved, Stop, signs
 from lightning_ntk.solvers.products import Product
 from lightning_ntk.utilities.distributed import ALONE, Processes
 from lightning_ntk.utilities.progress import track_operations
+from lightning_ntk.utilities.shapes import Float64
 from lightning_ntk.utilities.validation import require_choice, require_number
 
 T = TypeVar("T")
@@ -80,17 +81,17 @@ class LanczosModes(Modes):
         diagonal: :math:`\alpha_1, \ldots, \alpha_k`, with :math:`\alpha_l = |J^\top v_l|^2`, not negative.
     """
 
-    rotation: Tensor
-    coupling: Tensor
+    rotation: Float64[Tensor, "k k"]
+    coupling: Float64[Tensor, "k"]
     next_curvature: float
-    diagonal: Tensor
+    diagonal: Float64[Tensor, "k"]
 
     @property
-    def basis(self) -> Tensor:
+    def basis(self) -> Float64[Tensor, "rows k"]:
         """The Ritz vectors V_k U as columns, `(N K, k)`."""
         return self.vectors @ self.rotation.to(self.vectors)
 
-    def expand(self, values: Tensor) -> Tensor:
+    def expand(self, values: Float64[Tensor, "k"]) -> Float64[Tensor, "rows"]:
         """The vector with coordinates `(k,)` in the Ritz vectors, `(N K,)` on the CPU."""
         return super().expand(self.rotation @ values)
 
@@ -116,7 +117,7 @@ class LanczosProcess:
     3. has no tolerance of its own: the caller stops when the answer is good enough, not the eigenpairs.
     """
 
-    def __init__(self, vector: Tensor) -> None:
+    def __init__(self, vector: Float64[Tensor, "rows"]) -> None:
         self._norm = vector.norm().item()
         # A network without residual does not move, but its largest eigenvalue still means something.
         start = vector / self._norm if self._norm > 0 else torch.ones_like(vector) / math.sqrt(len(vector))
@@ -142,11 +143,11 @@ class LanczosProcess:
         return bool(self._off_diagonal) and self._off_diagonal[-1] == 0
 
     @property
-    def newest(self) -> Tensor:
+    def newest(self) -> Float64[Tensor, "rows"]:
         """The basis vector whose product with the kernel comes next, `(N K,)`."""
         return self._vectors[len(self._diagonal)]
 
-    def add(self, vector: Tensor) -> None:
+    def add(self, vector: Float64[Tensor, "rows"]) -> None:
         """Takes the product of the kernel with `newest`; the space must not be exhausted."""
         index = len(self._diagonal)
         self._reserve(index + 2)
@@ -217,7 +218,7 @@ class LanczosSolver:
     def __init__(
         self,
         product: Product,
-        vectors: Sequence[Tensor],
+        vectors: Sequence[Float64[Tensor, "rows"]],
         *,
         tolerance: float,
         max_products: int,

@@ -8,6 +8,7 @@ from torch import Tensor
 from lightning_ntk.linearization.parameters import Tensors
 from lightning_ntk.utilities.contexts import preserved_rng
 from lightning_ntk.utilities.distributed import ALONE, Processes
+from lightning_ntk.utilities.shapes import Float
 
 # Maps vectors `(T, N K)` to their products with the kernel, in float64.
 Product = Callable[[Tensor], Tensor]
@@ -16,7 +17,7 @@ Product = Callable[[Tensor], Tensor]
 _WIDENED_AT_ONCE = {"cpu": 2**18, "cuda": 2**25}
 
 
-def kernel_product(kernel: Tensor, processes: Processes = ALONE) -> Product:
+def kernel_product(kernel: Float[Tensor, "rows rows"], processes: Processes = ALONE) -> Product:
     """Products with a dense kernel `(N K, N K)`, shared by the processes.
 
     Each has some of its rows. They are exact for its numbers, whatever their type.

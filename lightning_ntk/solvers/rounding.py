@@ -13,6 +13,7 @@ from lightning_ntk.functional.weights import difference, norm
 from lightning_ntk.linearization.linearization import Linearization
 from lightning_ntk.linearization.parameters import Tensors
 from lightning_ntk.utilities.contexts import preserved_rng
+from lightning_ntk.utilities.shapes import Float, Float64
 
 # Samples that are measured, in batches from all over the data set.
 _SAMPLES, _BATCH = 128, 64
@@ -47,10 +48,10 @@ class Rounding(NamedTuple):
 def measure_rounding(
     linearization: Linearization,
     reference: Reference,
-    predictions: Tensor,
-    targets: Tensor,
+    predictions: Float[Tensor, "N K"],
+    targets: Float64[Tensor, "N K"],
     *,
-    kernel: Tensor | None = None,
+    kernel: Float[Tensor, "N*K N*K"] | None = None,
     lr_scales: Mapping[str, float] | None = None,
 ) -> Rounding:
     """Compares passes over some of the samples with passes in float64.

@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_ntk.utilities.representation import represent_fields
+from lightning_ntk.utilities.shapes import Float64
 
 
 class LinearizedState(NamedTuple):
@@ -19,8 +20,8 @@ class LinearizedState(NamedTuple):
             buffer of a late start. Usually there are none.
     """
 
-    coefficients: Tensor
-    predictions: Tensor
+    coefficients: Float64[Tensor, "N K"]
+    predictions: Float64[Tensor, "N K"]
     scales: tuple[float, ...] = ()
 
     def __repr__(self) -> str:
@@ -90,7 +91,7 @@ class OnlineTraining(Protocol):
     def displacement(self) -> Mapping[str, Tensor]:
         """Computes w_lin - w0 after the steps so far, by parameter name in float64."""
 
-    def predictions(self) -> Tensor | None:
+    def predictions(self) -> Float64[Tensor, "N K"] | None:
         """Computes the outputs on the training set, `(N, K)`.
 
         They are in float64 on the CPU; None where they would take a pass.

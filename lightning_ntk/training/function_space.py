@@ -20,6 +20,7 @@ from lightning_ntk.dynamics.sgd import LinearSGD, SGDSettings
 from lightning_ntk.linearization.objective import Objective
 from lightning_ntk.utilities.contexts import full_precision
 from lightning_ntk.utilities.distributed import ALONE, Processes
+from lightning_ntk.utilities.shapes import Float, Float64, Int, Shaped
 
 # Numbers of the kernel a sample from which a CPU reads them where they lie, three times faster than gathered ones.
 _DIRECT_NUMBERS = 8192
@@ -38,7 +39,7 @@ class FunctionSpaceSGD:
     Args:
         kernel: Theta, `(N K, N K)`, symmetric, rows in sample-major order; read in its own type and never copied as a whole.
         predictions: f0, `(N, K)`.
-        objective: The loss, of outputs `(b, K)` and the targets of their samples.
+        objective: The loss, of outputs `(B, K)` and the targets of their samples.
         carried: For every carried vector e its coefficients at step 0, and its image J e, `(N, K)`.
         decays: Whether steps may have weight decay. It pulls the weights to zero if w0 is carried, and else to w0.
         processes: The processes whose gradients a step averages, as distributed training does; each accumulates its own batches.
@@ -59,11 +60,11 @@ class FunctionSpaceSGD:
     @torch.inference_mode(False)
     def __init__(
         self,
-        kernel: Tensor,
-        predictions: Tensor,
+        kernel: Float[Tensor, "N*K N*K"],
+        predictions: Float[Tensor, "N K"],
         objective: Objective,
         *,
-        carried: Sequence[tuple[Start, Tensor]] = (),
+        carried: Sequence[tuple[Start, Float[Tensor, "N K"]]] = (),
         decays: bool = False,
         processes: Processes = ALONE,
     ) -> None:
@@ -99,14 +100,14 @@ class FunctionSpaceSGD:
         self.steps = 0
 
     @torch.inference_mode(False)
-    def accumulate(self, rows: Tensor, target: Tensor, *, scale: float = 1.0) -> None:
+    def accumulate(self, rows: Int[Tensor, "B"], target: Shaped[Tensor, "B ..."], *, scale: float = 1.0) -> None:
         """Adds the gradient of a batch to the gradient of the next step.
 
         It is the gradient of the loss at the linearized predictions.
 
         Args:
-            rows: Which samples the batch holds, `(b,)` integers; a sample may come more than once, and counts as often.
-            target: Targets of the batch, as the data gives them, `(b, ...)`.
+            rows: Which samples the batch holds, `(B,)` integers; a sample may come more than once, and counts as often.
+            target: Targets of the batch, as the data gives them, `(B, ...)`.
             scale: Factor of the loss, `1 / accumulate_grad_batches` for example.
 
         Raises:
@@ -178,7 +179,7 @@ class FunctionSpaceSGD:
         self._rows, self._gradients = [], []
 
     @property
-    def coefficients(self) -> Tensor:
+    def coefficients(self) -> Float64[Tensor, "N K"]:
         """The coefficients a of the Jacobian's rows, `(N, K)` in float64.
 
         Raises:
@@ -187,7 +188,7 @@ class FunctionSpaceSGD:
         return self._finite(self._coefficients).clone()
 
     @property
-    def predictions(self) -> Tensor:
+    def predictions(self) -> Float64[Tensor, "N K"]:
         """f_lin on all samples, `(N, K)` in float64.
 
         Raises:
@@ -246,14 +247,14 @@ class FunctionSpaceSGD:
 
 
 def require_rows(rows: Tensor, samples: int, what: str = "argument `rows`") -> None:
-    """Raises a ValueError unless these are rows of samples, `(b,)`.
+    """Raises a ValueError unless these are rows of samples, `(B,)`.
 
     The values of a tensor on a GPU are not checked.
     """
     valid = rows.dim() == 1 and len(rows) > 0 and not rows.is_floating_point() and rows.dtype != torch.bool
     if not valid or (rows.device.type == "cpu" and not 0 <= int(rows.min()) <= int(rows.max()) < samples):
         raise ValueError(
-            f"Expected {what} to be rows of the training set, integers (b,) from 0 to {samples - 1}, but got {rows.tolist()}."
+            f"Expected {what} to be rows of the training set, integers (B,) from 0 to {samples - 1}, but got {rows.tolist()}."
         )
 
 

@@ -26,6 +26,7 @@ from lightning_ntk.training.problem import JacobianStorage, LinearizedProblem
 from lightning_ntk.training.replay import Batches, RecordedTraining
 from lightning_ntk.utilities.contexts import preserved_rng
 from lightning_ntk.utilities.representation import represent
+from lightning_ntk.utilities.shapes import Float, Float64, Shaped
 from lightning_ntk.utilities.user_warnings import warn_user
 from lightning_ntk.utilities.validation import require_choice, require_instance
 
@@ -115,7 +116,7 @@ class LinearizedTraining:
         horizon: float | None = None,
         tolerance: float = 1e-6,
         jacobian: JacobianStorage = "streamed",
-        ntk: Tensor | None = None,
+        ntk: Float[Tensor, "rows rows"] | None = None,
         predict: Predict | None = None,
         unpack: Unpack | None = None,
         batch_size: int = 256,
@@ -194,13 +195,13 @@ class LinearizedTraining:
         return {name: value.clone() for name, value in self.linearization.params.items()}
 
     @property
-    def initial_predictions(self) -> Tensor:
+    def initial_predictions(self) -> Float[Tensor, "N K"]:
         """f0, `(N, K)` in the type of the passes."""
         return self.problem.predictions
 
     @property
-    def targets(self) -> Tensor:
-        """Y, `(N, K)` in float64 on the CPU, class labels as one-hot rows."""
+    def targets(self) -> Float64[Tensor, "N K"] | Shaped[Tensor, "N ..."]:
+        """Y on the CPU: for a squared loss `(N, K)` in float64, class labels as one-hot rows; else as the data gives them."""
         return self.problem.objective.targets
 
     @property
@@ -226,7 +227,7 @@ class LinearizedTraining:
         return solver.num_products if isinstance(solver, LanczosSolver) else 0
 
     @property
-    def eigenvalues(self) -> Tensor:
+    def eigenvalues(self) -> Float64[Tensor, "m"]:
         """Eigenvalues of the kernel, ascending, `(m,)` in float64.
 
         These are all N K of them, or the Ritz values of Lanczos.
@@ -275,7 +276,7 @@ class LinearizedTraining:
         """
         return {name: value.clone() for name, value in self._displacement(t).items()}
 
-    def predictions(self, t: float | None, data: Data | None = None) -> Tensor:
+    def predictions(self, t: float | None, data: Data | None = None) -> Float[Tensor, "M K"]:
         """Outputs of the linearized network after `t` steps.
 
         On the training set they come from the modes, without a pass. On other data they are `f0 + J (w_lin(t) - w0)`, which

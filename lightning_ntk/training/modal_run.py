@@ -21,6 +21,7 @@ from lightning_ntk.training.base import LinearizedState, StepSettings
 from lightning_ntk.training.function_space import require_prepared_decay
 from lightning_ntk.training.modes import ModalProblem
 from lightning_ntk.training.off_span import displacement
+from lightning_ntk.utilities.shapes import Float64
 
 
 class ModalRun:
@@ -110,7 +111,7 @@ class ModalRun:
         """w_lin - w0, by parameter name in float64: one pass over the training set."""
         return displacement(self._modal.problem, self._modal.terms, self.state())
 
-    def predictions(self) -> Tensor:
+    def predictions(self) -> Float64[Tensor, "N K"]:
         """Outputs on the training set, `(N, K)` in float64 on the CPU."""
         return self.state().predictions
 

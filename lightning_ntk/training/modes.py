@@ -16,6 +16,7 @@ from lightning_ntk.solvers.selection import Sizes, Solver, choose_solver, expect
 from lightning_ntk.training.base import LinearizedState
 from lightning_ntk.training.off_span import OffSpanTerm
 from lightning_ntk.training.problem import LinearizedProblem
+from lightning_ntk.utilities.shapes import Float
 
 _log = logging.getLogger(__name__)
 
@@ -41,7 +42,7 @@ class ModalProblem:
         *,
         solver: Solver,
         lanczos: Lanczos,
-        ntk: Tensor | None,
+        ntk: Float[Tensor, "rows rows"] | None,
     ) -> None:
         self.problem = problem
         self.terms = terms

@@ -16,6 +16,7 @@ from lightning_ntk.functional.weights import inner_product
 from lightning_ntk.linearization.parameters import Tensors
 from lightning_ntk.training.base import LinearizedState
 from lightning_ntk.training.problem import LinearizedProblem
+from lightning_ntk.utilities.shapes import Float
 from lightning_ntk.utilities.validation import require_matching
 
 
@@ -33,7 +34,7 @@ class OffSpanTerm(NamedTuple):
     start: Start
     limit: float
     vector: Tensors
-    image: Tensor
+    image: Float[Tensor, "N K"]
     norm: float
 
     @classmethod

@@ -22,6 +22,7 @@ from lightning_ntk.utilities.distributed import ALONE, Processes
 from lightning_ntk.utilities.errors import describe, explained
 from lightning_ntk.utilities.memory import format_bytes, mirror_upper_
 from lightning_ntk.utilities.representation import name_of, parameter_count, represent
+from lightning_ntk.utilities.shapes import Float, Float64, Int
 from lightning_ntk.utilities.validation import require_callable, require_choice, require_instance
 
 JacobianStorage = Literal["streamed", "stored"]
@@ -161,8 +162,8 @@ class LinearizedProblem:
         }
 
     @preserved_rng()
-    def rows(self, batch: Any) -> Tensor:
-        """Finds a batch's samples in the training set by content, `(b,)`.
+    def rows(self, batch: Any) -> Int[Tensor, "B"]:
+        """Finds a batch's samples in the training set by content, `(B,)`.
 
         Raises:
             UnknownSamplesError: If the batch has samples that are not in the training set.
@@ -170,7 +171,7 @@ class LinearizedProblem:
         return self.samples.rows(*self.reference.unpack(batch))
 
     @preserved_rng()
-    def predict(self, weights: Mapping[str, Tensor]) -> Tensor:
+    def predict(self, weights: Mapping[str, Tensor]) -> Float[Tensor, "N K"]:
         """Computes outputs of the (non-linear) network at other weights, `(N, K)`.
 
         It takes one forward pass over the training set.
@@ -178,7 +179,7 @@ class LinearizedProblem:
         return self._passes.predict(weights)
 
     @preserved_rng()
-    def push_forward(self, tangent: Mapping[str, Tensor]) -> Tensor:
+    def push_forward(self, tangent: Mapping[str, Tensor]) -> Float64[Tensor, "N K"]:
         """Computes J v, `(N, K)` in float64.
 
         The tangent v has the names and shapes of the weights.
@@ -186,14 +187,14 @@ class LinearizedProblem:
         return self.jacobian.jvp(tangent)
 
     @preserved_rng()
-    def pull_back(self, coefficients: Tensor) -> Tensors:
+    def pull_back(self, coefficients: Float[Tensor, "T N K"]) -> dict[str, Float64[Tensor, "T ..."]]:
         """Computes D J^T a for coefficients `(T, N, K)`.
 
         Every parameter has a tensor `(T, *shape)` in float64.
         """
         return self.scaled(self.jacobian.vjp(coefficients))
 
-    def loss_of(self, predictions: Tensor) -> float:
+    def loss_of(self, predictions: Float[Tensor, "N K"]) -> float:
         """The loss of predictions `(N, K)` on the training set, in float64."""
         return self.objective.value(predictions.detach().cpu(), self.objective.targets).item()
 
@@ -206,7 +207,9 @@ class LinearizedProblem:
         return self._planned
 
     @preserved_rng()
-    def kernel(self, given: Tensor | None = None, *, dtype: torch.dtype) -> Tensor:
+    def kernel(
+        self, given: Float[Tensor, "rows rows"] | None = None, *, dtype: torch.dtype
+    ) -> Float[Tensor, "rows rows"]:
         r"""Computes the kernel :math:`J D J^\top` of the training set.
 
         It is verified against one random vector-Jacobian product.

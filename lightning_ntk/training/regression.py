@@ -16,6 +16,7 @@ from lightning_ntk.solvers.base import Modes
 from lightning_ntk.solvers.lanczos import Lanczos
 from lightning_ntk.training.modes import ModalProblem
 from lightning_ntk.training.problem import LinearizedProblem
+from lightning_ntk.utilities.shapes import Float, Float64
 from lightning_ntk.utilities.validation import require_choice, require_number
 
 
@@ -28,7 +29,7 @@ class Fit(NamedTuple):
         accuracy: The share of samples whose class they predict; None where the targets are not classes.
     """
 
-    predictions: Tensor
+    predictions: Float64[Tensor, "M K"]
     loss: float
     accuracy: float | None
 
@@ -53,12 +54,12 @@ class KernelRegression:
     """
 
     ridge: float
-    coefficients: Tensor
+    coefficients: Float64[Tensor, "N K"]
     train: Fit
     test: Fit | None
     leave_one_out: Fit | None
-    ridges: Tensor
-    errors: Tensor
+    ridges: Float64[Tensor, "R"]
+    errors: Float64[Tensor, "R"] | Float64[Tensor, "0"]
 
     def __repr__(self) -> str:
         fits = {"train": self.train, "leave-one-out": self.leave_one_out, "test": self.test}
@@ -77,7 +78,7 @@ def kernel_regression(
     lr: float | None = None,
     dynamics: Dynamics = "gradient_descent",
     loss: Loss | None = None,
-    ntk: Tensor | None = None,
+    ntk: Float[Tensor, "rows rows"] | None = None,
     predict: Predict | None = None,
     unpack: Unpack | None = None,
     batch_size: int = 256,

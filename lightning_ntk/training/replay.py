@@ -17,6 +17,7 @@ from lightning_ntk.training.off_span import displacement, off_span_terms
 from lightning_ntk.training.problem import LinearizedProblem
 from lightning_ntk.utilities.contexts import preserved_rng
 from lightning_ntk.utilities.representation import represent
+from lightning_ntk.utilities.shapes import Float, Float64, Int, Shaped
 from lightning_ntk.utilities.validation import require_instance, require_number
 
 Rows: TypeAlias = Tensor | Sequence[int]
@@ -51,7 +52,7 @@ class Replay:
         hyperparameters: Hyperparameters,
         *,
         momentum_buffers: Mapping[str, Tensor] | None = None,
-        ntk: Tensor | None = None,
+        ntk: Float[Tensor, "rows rows"] | None = None,
     ) -> None:
         self.problem = problem
         self.terms = off_span_terms(problem, hyperparameters, momentum_buffers)
@@ -75,8 +76,8 @@ class Replay:
         """Steps taken so far."""
         return self._sgd.steps
 
-    def rows(self, batch: Any) -> Tensor:
-        """The rows of a batch's samples in the training set, `(b,)`.
+    def rows(self, batch: Any) -> Int[Tensor, "B"]:
+        """The rows of a batch's samples in the training set, `(B,)`.
 
         Raises:
             UnknownSamplesError: If the batch has samples that are not in the training set.
@@ -93,8 +94,8 @@ class Replay:
         assert target is not None  # as in the training set
         self.accumulate_rows(self.rows(batch), target, scale=scale)
 
-    def accumulate_rows(self, rows: Tensor, target: Tensor, *, scale: float = 1.0) -> None:
-        """Adds the loss gradient of these rows `(b,)` of the training set."""
+    def accumulate_rows(self, rows: Int[Tensor, "B"], target: Shaped[Tensor, "B ..."], *, scale: float = 1.0) -> None:
+        """Adds the loss gradient of these rows `(B,)` of the training set."""
         self._sgd.accumulate(rows, target, scale=scale)
 
     def step(self, settings: StepSettings) -> None:
@@ -120,7 +121,7 @@ class Replay:
         """w_lin - w0, by parameter name in float64: one pass over the training set."""
         return displacement(self.problem, self.terms, self.state())
 
-    def predictions(self) -> Tensor:
+    def predictions(self) -> Float64[Tensor, "N K"]:
         """Outputs on the training set, `(N, K)` in float64 on the CPU."""
         return self._sgd.predictions.cpu()
 
@@ -149,7 +150,7 @@ class RecordedTraining:
         batches: Batches,
         *,
         momentum_buffers: Mapping[str, Tensor] | None = None,
-        ntk: Tensor | None = None,
+        ntk: Float[Tensor, "rows rows"] | None = None,
     ) -> None:
         require_instance("batches", batches, list | tuple, "a list with the rows of every step")
         self._hyperparameters = hyperparameters

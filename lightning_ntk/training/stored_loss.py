@@ -15,6 +15,7 @@ from lightning_ntk.linearization.jacobian import StoredJacobian
 from lightning_ntk.linearization.parameters import Tensors
 from lightning_ntk.training.problem import LinearizedProblem
 from lightning_ntk.utilities.representation import represent
+from lightning_ntk.utilities.shapes import Int
 from lightning_ntk.utilities.validation import require_matching
 
 
@@ -67,8 +68,8 @@ class StoredLoss:
         """w0, the trainable parameters by name."""
         return self.streamed.params
 
-    def rows(self, batch: Any) -> Tensor:
-        """The rows of a batch's samples in the training set, `(b,)`.
+    def rows(self, batch: Any) -> Int[Tensor, "B"]:
+        """The rows of a batch's samples in the training set, `(B,)`.
 
         Raises:
             UnknownSamplesError: If the batch has samples that are not in the training set.

@@ -1,1 +1,1 @@
-"""Python and torch only: contexts, attention, process groups, progress, memory, validation, errors, warnings, lazy imports."""
+"""Python and torch only: contexts, attention, processes, progress, memory, checks, errors, warnings, imports, reprs, shapes."""

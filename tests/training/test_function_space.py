@@ -309,8 +309,8 @@ def test_what_has_no_meaning_in_function_space_is_refused() -> None:
     ("rows", "count", "message"),
     [
         (torch.tensor([0.0, 1.0]), 2, "integers"),
-        (torch.tensor([[0, 1]]), 1, r"integers \(b,\)"),
-        (torch.tensor([], dtype=torch.long), 0, r"integers \(b,\)"),
+        (torch.tensor([[0, 1]]), 1, r"integers \(B,\)"),
+        (torch.tensor([], dtype=torch.long), 0, r"integers \(B,\)"),
         (torch.tensor([0, 11]), 2, r"from 0 to 10, but got \[0, 11\]"),
         (torch.tensor([-1, 3]), 2, r"from 0 to 10, but got \[-1, 3\]"),
         (torch.tensor([0, 1, 2]), 2, "targets of 3 samples"),
