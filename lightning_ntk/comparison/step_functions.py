@@ -15,8 +15,9 @@ from lightning_ntk.data.batches import tensors_in
 from lightning_ntk.data.reference import Reference
 from lightning_ntk.functional.predictions import error_sums, root_mean, taylor_sums
 from lightning_ntk.functional.weights import ratio_of_norms
+from lightning_ntk.linearization.cut_pass import Evaluation
 from lightning_ntk.linearization.cut_step import LossCall
-from lightning_ntk.linearization.step import Evaluation, StepLinearization
+from lightning_ntk.linearization.step import StepLinearization
 from lightning_ntk.utilities.contexts import preserved_rng
 from lightning_ntk.utilities.distributed import ALONE, Processes
 from lightning_ntk.utilities.representation import represent

@@ -10,9 +10,11 @@ import torch
 from torch import Tensor
 
 from lightning_ntk.data.reference import Reference
+from lightning_ntk.kernel.blocks import PIECE_NUMBERS, add_block, expand
+from lightning_ntk.kernel.collection import collect
 from lightning_ntk.kernel.costs import Cost
-from lightning_ntk.kernel.factors import PIECE_NUMBERS, Factors, add_block, cat_factors, expand
-from lightning_ntk.kernel.plan import Plan, collect
+from lightning_ntk.kernel.factors import Factors, cat_factors
+from lightning_ntk.kernel.plan import Plan
 from lightning_ntk.utilities.distributed import Processes
 from lightning_ntk.utilities.memory import empty_matrix, mirror_upper_
 from lightning_ntk.utilities.progress import track_operations

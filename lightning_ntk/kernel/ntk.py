@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from lightning_ntk.data.reference import Data, Reference, Unpack
 from lightning_ntk.kernel.assembly import assemble
-from lightning_ntk.kernel.plan import PlanChangedError, make_plan, verify
+from lightning_ntk.kernel.plan import PlanChangedError
+from lightning_ntk.kernel.planning import make_plan, verify
 from lightning_ntk.linearization.linearization import Linearization, Predict
 from lightning_ntk.linearization.verification import check_samples
 from lightning_ntk.utilities.contexts import full_precision, preserved_rng

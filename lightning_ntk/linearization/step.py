@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,8 +11,9 @@ from torch.utils.checkpoint import CheckpointError
 
 from lightning_ntk.data.batches import copy_batch, tensors_in
 from lightning_ntk.linearization.cut import Cut, CutRecorder
-from lightning_ntk.linearization.cut_step import CutChangedError, CutStep, LossCall
-from lightning_ntk.linearization.linearization import lacks_forward_mode, pulled_back
+from lightning_ntk.linearization.cut_pass import CutPass, Evaluation, pull_back, pushed, read
+from lightning_ntk.linearization.cut_step import CutChangedError, CutStep
+from lightning_ntk.linearization.linearization import lacks_forward_mode
 from lightning_ntk.linearization.parameters import Tensors, call_with, overwritten, plain_name, trainable_parameters
 from lightning_ntk.utilities.contexts import (
     evaluation_mode,
@@ -26,24 +27,6 @@ from lightning_ntk.utilities.representation import parameter_count, represent
 from lightning_ntk.utilities.validation import require_matching
 
 Step = Callable[[Any], Tensor | None]
-
-
-class Evaluation(NamedTuple):
-    """What a step has computed on one batch.
-
-    Attributes:
-        loss: The loss, a number.
-        outputs: The outputs of the network, or of its linearization, where they enter the loss.
-        starts: The outputs of the network at the weights around which it was linearized.
-        losses: The calls of loss functions.
-        returned: Whether the loss is the very result of one of these.
-    """
-
-    loss: Tensor
-    outputs: list[Tensor]
-    starts: list[Tensor]
-    losses: list[LossCall]
-    returned: bool
 
 
 class _StepModule(nn.Module):
@@ -136,7 +119,7 @@ class StepLinearization:
             ValueError: If there is no cut, or the step does what a linearized network cannot follow.
         """
         buffers = None if update else dict(self.module.named_buffers())
-        gradient: Tensors | None = self._run(batch, self.params, tangent, _pull_back, train=True, buffers=buffers)
+        gradient: Tensors | None = self._run(batch, self.params, tangent, pull_back, train=True, buffers=buffers)
         return gradient
 
     def gradient_at(self, batch: Any, weights: Mapping[str, Tensor]) -> Tensors | None:
@@ -146,13 +129,13 @@ class StepLinearization:
 
         The buffers here and those given stay as they are.
         """
-        gradient: Tensors | None = self._run(batch, weights, None, _pull_back, train=True, buffers=weights)
+        gradient: Tensors | None = self._run(batch, weights, None, pull_back, train=True, buffers=weights)
         return gradient
 
     def first_outputs(self, batch: Any) -> Evaluation | None:
         """The step in train mode at w0, without an update of the buffers."""
         buffers = dict(self.module.named_buffers())
-        found: Evaluation | None = self._run(batch, self.params, None, _read, train=True, buffers=buffers)
+        found: Evaluation | None = self._run(batch, self.params, None, read, train=True, buffers=buffers)
         return found
 
     def evaluate(
@@ -169,7 +152,7 @@ class StepLinearization:
             What was computed; None where the step has no loss in eval mode.
         """
         given = self.params if weights is None else weights
-        found: Evaluation | None = self._run(batch, given, tangent, _read, train=False, buffers=weights)
+        found: Evaluation | None = self._run(batch, given, tangent, read, train=False, buffers=weights)
         return found
 
     def copy(self, batch: Any) -> Any:
@@ -201,7 +184,7 @@ class StepLinearization:
         batch: Any,
         weights: Mapping[str, Tensor],
         tangent: Mapping[str, Tensor] | None,
-        then: "Callable[[_Pass], Any]",
+        then: Callable[[CutPass], Any],
         *,
         train: bool,
         buffers: Mapping[str, Tensor] | None = None,
@@ -277,7 +260,7 @@ class StepLinearization:
         batch: Any,
         params: Tensors,
         tangent: Mapping[str, Tensor] | None,
-        then: "Callable[[_Pass], Any]",
+        then: Callable[[CutPass], Any],
         buffers: Tensors,
         frozen: Mapping[str, Tensor],
         *,
@@ -314,7 +297,7 @@ class StepLinearization:
 
             def linearize(start: Tensor) -> Tensor:
                 if reverse and tangent is not None:
-                    return start.detach() + _pushed(start, leaves, tangent)
+                    return start.detach() + pushed(start, leaves, tangent)
                 primal: Tensor
                 primal, derivative = unpack_dual(start)  # type: ignore[no-untyped-call]
                 return primal.detach().clone() if derivative is None else primal.detach() + derivative.detach()
@@ -344,7 +327,7 @@ class StepLinearization:
                     )
                 if train:
                     self.linearized_outputs = [(output.module, tuple(output.start.shape)) for output in trace.outputs]
-                return then(_Pass(loss, trace, leaves, values, duals))
+                return then(CutPass(loss, trace, leaves, values, duals))
 
             return self._call({**{n: network[n] for n in leaves}, **buffers, **fixed}, batch, trace, finish)
 
@@ -379,62 +362,7 @@ class StepLinearization:
         )
 
 
-class _Pass(NamedTuple):
-    """One run along the cut, as long as its graph lives."""
-
-    loss: Tensor
-    trace: CutStep
-    leaves: Tensors
-    values: Tensors
-    duals: ExitStack
-
-
-def _pull_back(run: _Pass) -> Tensors:
-    """Computes the gradient, through the network for its linearized outputs.
-
-    It is direct for expressions of parameters alone.
-    """
-    entered = [output for output in run.trace.outputs if output.value.requires_grad]
-    wanted = [*(output.value for output in entered), *run.values.values()]
-    gradients = torch.autograd.grad(run.loss, wanted, allow_unused=True)
-    seen = [(o, g) for o, g in zip(entered, gradients, strict=False) if g is not None]
-    starts = [_primal(output.start) for output, _ in seen]
-    run.duals.close()  # or the backward pass would differentiate itself along the tangents
-    total = pulled_back(starts, [g for _, g in seen], run.leaves)
-    for name, direct in zip(run.values, gradients[len(entered) :], strict=True):
-        if direct is not None:
-            total[name] += direct
-    return total
-
-
-def _read(run: _Pass) -> Evaluation:
-    outputs = [output.value.detach() for output in run.trace.outputs]
-    starts = [_primal(output.start).detach() for output in run.trace.outputs]
-    returned = any(call.result is run.loss for call in run.trace.losses)
-    return Evaluation(run.loss.detach(), outputs, starts, run.trace.losses, returned)
-
-
 def _restore(own: Mapping[str, Tensor], kept: Mapping[str, Tensor]) -> None:
     with torch.no_grad():
         for name, buffer in own.items():
             buffer.copy_(kept[name])
-
-
-def _primal(tensor: Tensor) -> Tensor:
-    primal: Tensor = unpack_dual(tensor)[0]  # type: ignore[no-untyped-call]
-    return primal
-
-
-def _pushed(start: Tensor, leaves: Tensors, tangent: Mapping[str, Tensor]) -> Tensor:
-    """J v through two reverse passes, J v = d/du <J^T u, v>."""
-    if not start.requires_grad:
-        return torch.zeros_like(start)
-    cotangent = torch.zeros_like(start, requires_grad=True)
-    gradients = torch.autograd.grad(
-        start, list(leaves.values()), cotangent, create_graph=True, allow_unused=True, materialize_grads=True
-    )
-    product = torch.stack([(g * tangent[n]).sum() for n, g in zip(leaves, gradients, strict=True)]).sum()
-    if not product.requires_grad:
-        return torch.zeros_like(start)
-    (pushed,) = torch.autograd.grad(product, cotangent, retain_graph=True, allow_unused=True, materialize_grads=True)
-    return pushed.detach()

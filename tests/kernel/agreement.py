@@ -4,7 +4,7 @@ import torch
 
 from lightning_ntk.data.reference import Reference
 from lightning_ntk.kernel import compute_kernel
-from lightning_ntk.kernel.plan import make_plan, verify
+from lightning_ntk.kernel.planning import make_plan, verify
 from lightning_ntk.linearization import Linearization
 
 ALL = 1 << 32

@@ -5,7 +5,8 @@ from torch import nn
 from lightning_ntk import LinearizedTraining
 from lightning_ntk.data.reference import Reference
 from lightning_ntk.kernel import PlannedKernel, count_operations, empirical_ntk
-from lightning_ntk.kernel.plan import collect, make_plan
+from lightning_ntk.kernel.collection import collect
+from lightning_ntk.kernel.planning import make_plan
 from lightning_ntk.kernel.recorder import record_usage
 from lightning_ntk.linearization import Linearization
 
@@ -54,7 +55,8 @@ def test_a_kernel_is_planned_once(monkeypatch):
         recordings.append(args)
         return record_usage(*args, **options)
 
-    monkeypatch.setattr("lightning_ntk.kernel.plan.record_usage", spy)
+    for module_name in ("planning", "collection"):
+        monkeypatch.setattr(f"lightning_ntk.kernel.{module_name}.record_usage", spy)
     module, shape = NETWORKS["convolution"]
     planned = PlannedKernel(Linearization(module), Reference(randn(7, *shape)))
     assert planned.operations.kernel > planned.operations.forward > 0

@@ -6,7 +6,7 @@ from torch import nn
 
 from lightning_ntk.data.reference import Reference
 from lightning_ntk.kernel import compute_kernel
-from lightning_ntk.kernel.plan import make_plan, verify
+from lightning_ntk.kernel.planning import make_plan, verify
 from lightning_ntk.linearization import Linearization
 from tests.kernel.agreement import ALL, relative_error
 

@@ -8,7 +8,7 @@ from torch.nn.utils import parametrizations
 from lightning_ntk import empirical_ntk
 from lightning_ntk.data.reference import Reference
 from lightning_ntk.kernel import Dense, Outer, compute_kernel, register_rule
-from lightning_ntk.kernel.plan import make_plan, verify
+from lightning_ntk.kernel.planning import make_plan, verify
 from lightning_ntk.kernel.rules.layers import RULES
 from lightning_ntk.linearization import Linearization
 from tests.kernel.agreement import ALL, assert_agrees, relative_error

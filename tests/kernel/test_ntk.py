@@ -125,7 +125,7 @@ def test_a_parameter_with_learning_rate_zero_costs_nothing() -> None:
 
 
 def test_learning_rates_are_verified(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lightning_ntk.kernel.plan.scaled", lambda factor, scale: factor)
+    monkeypatch.setattr("lightning_ntk.kernel.collection.scaled", lambda factor, scale: factor)
     module, inputs, _ = make("mlp")
     lr_scales = {"0.bias": 1.01, "0.weight": 1.01}
     expected = compute_kernel(Linearization(module), Reference(inputs), lr_scales=lr_scales, method="contraction")
