@@ -12,14 +12,14 @@ from lightning_ntk.utilities.validation import require_same_shape
 _PART = 2**20
 
 
-def prediction_rmse(outputs: Float[Tensor, "N K"], linearized_outputs: Float[Tensor, "N K"]) -> float:
+def prediction_rmse(outputs: Float[Tensor, "N *K"], linearized_outputs: Float[Tensor, "N *K"]) -> float:
     r"""Computes the root mean square difference between the outputs of two networks.
 
     .. math:: \sqrt{\frac{1}{N K} \sum_{n,k} \bigl(f(x_n; w_t) - f_\text{lin}(x_n; t)\bigr)_k^2}
 
     Args:
-        outputs: Outputs of the trained network, `(N, K)`.
-        linearized_outputs: Outputs of the linearized network at the same time, `(N, K)`.
+        outputs: Outputs of the trained network, `(N, K)`, or with any other axes after the first.
+        linearized_outputs: Outputs of the linearized network at the same time, of the same shape.
 
     Raises:
         ValueError: If the shapes differ.
@@ -33,7 +33,7 @@ def prediction_rmse(outputs: Float[Tensor, "N K"], linearized_outputs: Float[Ten
 
 
 def taylor_gap(
-    outputs: Float[Tensor, "N K"], taylor_outputs: Float[Tensor, "N K"], initial_outputs: Float[Tensor, "N K"]
+    outputs: Float[Tensor, "N *K"], taylor_outputs: Float[Tensor, "N *K"], initial_outputs: Float[Tensor, "N *K"]
 ) -> float:
     r"""Computes the share of the outputs' change that the first-order expansion misses.
 

@@ -14,7 +14,7 @@ def test_rmse_of_known_outputs() -> None:
 
 
 def test_outputs_in_parts_are_those_as_a_whole(monkeypatch: pytest.MonkeyPatch) -> None:
-    now, linearized, start = torch.randn(3, 20, 11).unbind()
+    now, linearized, start = torch.randn(3, 4, 5, 11).unbind()
     whole = prediction_rmse(now, linearized), taylor_gap(now, linearized, start)
     monkeypatch.setattr(predictions, "_PART", 7)
     assert (prediction_rmse(now, linearized), taylor_gap(now, linearized, start)) == pytest.approx(whole, rel=1e-12)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from lightning_ntk.dynamics.filters import gradient_flow_slope
-from lightning_ntk.functional import kernel_change, prediction_rmse
+from lightning_ntk.functional import kernel_change
 from lightning_ntk.linearization import Linearization
 from lightning_ntk.metrics import LowRankMeasure
 from lightning_ntk.solvers.base import Modes
@@ -23,7 +23,7 @@ VECTOR, MATRIX = torch.ones(3, dtype=torch.float64), torch.eye(3, dtype=torch.fl
         pytest.param(lambda: gradient_flow_slope(VECTOR.float(), VECTOR, 1.0), "eigenvalues", id="float32"),
         pytest.param(lambda: LowRankMeasure().update(MATRIX, MATRIX[:2]), "outputs", id="metric"),
         pytest.param(lambda: Modes(VECTOR, MATRIX, VECTOR[:2]), "coordinates", id="dataclass"),
-        pytest.param(lambda: prediction_rmse(VECTOR, VECTOR), "outputs", id="missing axis"),
+        pytest.param(lambda: LowRankMeasure().update(VECTOR, MATRIX), "features", id="missing axis"),
     ],
 )
 def test_wrong_shapes_that_a_function_lets_through_are_found(call, wrong) -> None:
