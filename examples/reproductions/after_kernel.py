@@ -22,7 +22,7 @@ from setting import AtSteps, FullBatch, digits, quiet_trainer
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_ntk.plots.style import label_few_decades, step_axis
+from lightning_ntk.plots.style import label_plainly, step_axis
 from lightning_ntk.training import kernel_regression
 
 KINDS = ("kernel", "network")
@@ -105,7 +105,7 @@ def draw(runs: dict[int, list[Errors]], path: Path) -> None:
         finish(axis, "", "test error (%)", title=f"Width {width}", legend=None)
         step_axis(axis, steps)
     axes[0].set_ylim(1, 99)
-    label_few_decades(axes[0].yaxis)
+    label_plainly(axes[0].yaxis)
     for axis in axes[1:]:
         axis.set_ylabel("")
     one_legend(figure, axes[0])

@@ -28,7 +28,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_ntk import LinearizationMonitor, empirical_ntk
 from lightning_ntk.functional import kernel_distance
-from lightning_ntk.plots.style import label_few_decades, mark_thresholds
+from lightning_ntk.plots.style import label_plainly, mark_thresholds
 
 PROBE = 24  # test images whose kernel is followed
 TEST = 500  # images after those of training
@@ -219,7 +219,7 @@ def draw(runs: list[Run], last: int, steps_per_epoch: int, path: Path) -> None:
     )
     axes[2].legend(loc="lower right", ncols=2, frameon=False, fontsize=8)
     axes[2].set(xlim=(0.7, None), ylim=(0.015, None))  # room for names of the thresholds, and for the legend
-    label_few_decades(axes[2].yaxis)
+    label_plainly(axes[2].yaxis)
     mark_thresholds(axes[2])
 
     captures = list(runs[0].histories)

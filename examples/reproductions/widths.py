@@ -31,7 +31,7 @@ from torch import Tensor, nn
 
 from lightning_ntk import LinearizationMonitor
 from lightning_ntk.kernel.probe import KernelProbe
-from lightning_ntk.plots.style import label_at, label_few_decades, mark_thresholds
+from lightning_ntk.plots.style import label_at, label_plainly, mark_thresholds
 from lightning_ntk.sweep import Results, Sweep, log_log_slope
 
 ACTIVATIONS = {"tanh": (nn.Tanh, 1.5), "relu": (nn.ReLU, math.sqrt(2))}  # with sigma_w
@@ -149,7 +149,7 @@ def draw(results: Results, parametrization: str, path: Path) -> None:
             draw_reference(axis, pairs, EXPECTED_DISTANCES[y][activation], color=COLORS[index])
         finish(axis, "width", label)
         label_at(axis, {x for x, _ in pairs})
-        label_few_decades(axis.yaxis)
+        label_plainly(axis.yaxis)
     mark_thresholds(axes[0])
     for index, (y, label) in enumerate(LAYERS.items()):
         pairs = points(results, y, parametrization=parametrization, activation="tanh")

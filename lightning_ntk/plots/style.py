@@ -29,8 +29,8 @@ _WIDE = 5
 _FEW_DECADES = 100
 # Between limits that differ by less than this factor, 1, 2 and 5 may be one label or none.
 _FEW_LABELS = 4
-# Ticks below this are powers of ten.
-_PLAIN_FROM = 1e-3
+# Other ticks are powers of ten.
+_PLAIN_FROM, _PLAIN_TO = 1e-3, 1e5
 # Dots per inch of a figure in a notebook: as wide as matplotlib's own, and sharp on screens with two dots in a pixel.
 _SHOWN_DPI, _DRAWN_DPI = 80, 160
 
@@ -108,10 +108,11 @@ def step_axis(axis: Any, steps: Iterable[float]) -> None:
         axis.locator_params(axis="x", integer=True)
     elif min(steps) > 0:
         axis.set_xscale("log")
-        label_few_decades(axis.xaxis)
+        label_plainly(axis.xaxis)
     else:
         axis.set_xscale("symlog", linthresh=1, linscale=0.3)
         axis.set_xlim(-0.1, 1.3 * max(steps))  # room for half a marker
+        axis.xaxis.set_major_formatter(lambda value, _: _as_tick(value))
 
 
 def progress_axis(axis: Any, values: Iterable[float], label: str) -> None:
@@ -123,7 +124,7 @@ def progress_axis(axis: Any, values: Iterable[float], label: str) -> None:
     positive = [value for value in values if value > 0 and math.isfinite(value)]
     if positive and max(positive) > _WIDE * min(positive):
         axis.set_xscale("log")
-        label_few_decades(axis.xaxis)
+        label_plainly(axis.xaxis)
     axis.invert_xaxis()
 
 
@@ -137,7 +138,7 @@ def value_axis(axis: Any, values: Sequence[float]) -> None:
     """Makes the vertical axis logarithmic if the values on it are wide."""
     if is_wide(values):
         axis.set_yscale("log")
-        label_few_decades(axis.yaxis)
+        label_plainly(axis.yaxis)
     tidy(axis)
 
 
@@ -175,10 +176,10 @@ def draw_curve(axis: Any, along: Sequence[float], values: Sequence[float], floor
         axis.plot(places, [0.0] * len(places), **bottom, **marker)
 
 
-def label_few_decades(axis: Any) -> None:
-    """Labels a logarithmic axis that spans few powers of ten.
+def label_plainly(axis: Any) -> None:
+    """Labels a logarithmic axis with plain numbers, as far as they are short.
 
-    `xaxis` or `yaxis` gets labels at 1, 2 and 5, or evenly spaced ones.
+    An axis that spans few powers of ten, `xaxis` or `yaxis`, gets labels at 1, 2 and 5, or evenly spaced ones.
     """
     from matplotlib.ticker import LogLocator, MaxNLocator
 
@@ -187,13 +188,13 @@ def label_few_decades(axis: Any) -> None:
         axis.set_major_locator(
             LogLocator(subs=(1, 2, 5)) if high > _FEW_LABELS * low else MaxNLocator(6, steps=(1, 2, 5, 10))
         )
-        axis.set_major_formatter(lambda value, _: _as_tick(value))
         axis.set_minor_formatter("")
+    axis.set_major_formatter(lambda value, _: _as_tick(value))
 
 
 def _as_tick(value: float) -> str:
-    """Formats a plain number, or a power of ten if very small."""
-    if value >= _PLAIN_FROM:
+    """Formats a plain number, or a power of ten if very small or large."""
+    if value == 0 or _PLAIN_FROM <= value < _PLAIN_TO:
         return f"{value:g}"
     digits, exponent = f"{value:.0e}".split("e")
     power = f"10^{{{int(exponent)}}}"

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from lightning_ntk.functional.verdict import LAZY, RICH, Verdict
 from lightning_ntk.plots.history import LABELS, History
 from lightning_ntk.plots.scalars import draw_scalars
-from lightning_ntk.plots.style import MARKERS, PALETTE, label_few_decades, new_figure
+from lightning_ntk.plots.style import MARKERS, PALETTE, label_plainly, new_figure
 from lightning_ntk.report import document
 from lightning_ntk.report.table import number, spread
 from lightning_ntk.sweep.plot import plot_scaling
@@ -182,7 +182,7 @@ def _lines(places: Sequence[_Place], x: str, y: str, over: str | None) -> tuple[
     limits = [limit for axis in axes for limit in axis.get_ylim()]
     for axis in axes:
         axis.set_ylim(min(limits), max(limits))
-        label_few_decades(axis.yaxis)
+        label_plainly(axis.yaxis)
     return lines, sentences
 
 

@@ -4,7 +4,7 @@ import itertools
 from typing import TYPE_CHECKING
 
 from lightning_ntk.plots.history import LABELS
-from lightning_ntk.plots.style import MARKERS, PALETTE, Drawing, label_at, label_few_decades, panels, tidy
+from lightning_ntk.plots.style import MARKERS, PALETTE, Drawing, label_at, label_plainly, panels, tidy
 from lightning_ntk.sweep.results import Results
 from lightning_ntk.sweep.statistics import geometric_mean_interval, log_log_slope
 
@@ -73,7 +73,7 @@ def plot_scaling(
     places = {point[0] for points in series.values() for point in points}
     if len(places) <= _MOST_LABELS:
         label_at(axis, places)
-    label_few_decades(axis.yaxis)
+    label_plainly(axis.yaxis)
     tidy(axis)
     axis.legend(frameon=False, fontsize=9)
     axis.set_title(title or "", fontsize=10)
