@@ -1,5 +1,6 @@
 """Shapes in annotations are checked in the tests, and cost users nothing."""
 
+import random
 import subprocess
 import sys
 
@@ -42,6 +43,13 @@ def test_what_a_function_refuses_raises_its_own_sentence() -> None:
         ValueError, match=r"Expected tensors of one shape but got `initial` \(3, 3\), `kernel` \(2, 2\)"
     ):
         kernel_change(MATRIX, MATRIX[:2, :2])
+
+
+def test_checking_draws_no_random_numbers() -> None:
+    """Beartype looks at a random member of a sequence."""
+    linearization, state = Linearization(torch.nn.Linear(2, 1)), random.getstate()
+    linearization.predict_and_vjp([torch.ones(3, 1), torch.zeros(3, 1)], torch.ones(3, 2))
+    assert random.getstate() == state
 
 
 def test_users_need_no_jaxtyping() -> None:
