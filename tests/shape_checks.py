@@ -54,7 +54,7 @@ def checked(function: Callable[..., Any], names: dict[str, Any]) -> Callable[...
                     raise ShapeError(f"Expected `{name}` of {function.__qualname__} as {hints[name]} but got {found}.")
 
     # Which member of a sequence beartype looks at is random, and a run's random numbers are what many tests compare.
-    draws = any(not isinstance(hint, type) for hint in hints.values())
+    draws = any(get_args(hint) for hint in hints.values())
 
     def checking(*args: Any, **kwargs: Any) -> Any:
         result = function(*args, **kwargs)
