@@ -45,23 +45,23 @@ def checked(function: Callable[..., Any], names: dict[str, Any]) -> Callable[...
             hints[name] = tuple[hints[name], ...]
     bind = signature.bind
 
+    # Which member of a sequence beartype looks at is random, and a run's random numbers are what many tests compare.
+    draws = any(get_args(hint) for hint in hints.values())
+
     def check(args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
         values = bind(*args, **kwargs).arguments | {"return": result}
+        state = random.getstate() if draws else None
         with jaxtyping.jaxtyped("context"):
             for name in order:
                 if name in values and not is_bearable(values[name], hints[name]):
                     found = {name: _described(values[name]) for name in order if name in values}
                     raise ShapeError(f"Expected `{name}` of {function.__qualname__} as {hints[name]} but got {found}.")
-
-    # Which member of a sequence beartype looks at is random, and a run's random numbers are what many tests compare.
-    draws = any(get_args(hint) for hint in hints.values())
+        if state is not None:
+            random.setstate(state)
 
     def checking(*args: Any, **kwargs: Any) -> Any:
         result = function(*args, **kwargs)
-        state = random.getstate() if draws else None
         check(args, kwargs, result)
-        if state is not None:
-            random.setstate(state)
         return result
 
     return functools.update_wrapper(FunctionType(checking.__code__, names, closure=checking.__closure__), function)
