@@ -229,5 +229,6 @@ def test_the_formula_needs_all_modes_and_positive_ridges() -> None:
     some = Modes(modes.eigenvalues[:2], modes.vectors[:, :2], modes.coordinates[:2])
     with pytest.raises(ValueError, match="all modes of a kernel with 3 rows for each sample but got 2 modes"):
         leave_one_out_residuals(some, torch.ones(1), 3)
+    zero = torch.zeros(6, dtype=torch.float64)
     with pytest.raises(ValueError, match="it is zero"):
-        ridge_grid(Modes(torch.zeros(2), torch.eye(2), torch.ones(2)), torch.float64)
+        ridge_grid(Modes(zero, modes.vectors, zero), torch.float64)
