@@ -150,6 +150,8 @@ def draw(results: Results, parametrization: str, path: Path) -> None:
         finish(axis, "width", label)
         label_at(axis, {x for x, _ in pairs})
         label_plainly(axis.yaxis)
+    low, high = axes[0].get_xlim()
+    axes[0].set_xlim(low / 2, 2 * high)  # room for the names of the thresholds
     mark_thresholds(axes[0])
     for index, (y, label) in enumerate(LAYERS.items()):
         pairs = points(results, y, parametrization=parametrization, activation="tanh")
