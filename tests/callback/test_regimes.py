@@ -25,7 +25,12 @@ def test_scalars_are_those_of_the_weights_at_each_step(dynamics: str) -> None:
     train(module, loader(), [monitor], max_steps=6, max_epochs=-1)
     first, *_, last = monitor.history
     estimated = QUANTITIES | {name for name in LAYERS if name.endswith("alignment")}
-    expected = QUANTITIES | LAYERS | {"low_rank"} | {f"{name}_{end}" for name in estimated for end in ("low", "high")}
+    expected = (
+        QUANTITIES
+        | LAYERS
+        | {"low_rank", "curvature_of_halves"}
+        | {f"{name}_{end}" for name in estimated for end in ("low", "high")}
+    )
     assert {key.removeprefix("regime/") for key in last if key.startswith("regime/")} == expected
     assert all(first[f"regime/{name}"] == 0 for name in LAYERS if name.endswith("change"))
     panel = RegimePanel(start, Reference(digits()), nn.MSELoss())
