@@ -15,14 +15,17 @@ import pytest
 import torch
 from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.demos.boring_classes import BoringDataModule, BoringModel
+from packaging.version import Version
 from torch import nn
 from torch.utils.data import TensorDataset
 
+import lightning_ntk
 from lightning_ntk import LinearizationMonitor, plots
 from lightning_ntk.kernel.rules.layers import RULES
 from tests.callback.test_monitor import digits, fit, make_module
 
 ROOT = Path(__file__).parent.parent
+PACKAGE = Path(lightning_ntk.__file__).parent
 DOCS = ROOT / "docs"
 SNIPPET = re.compile(r"^```python\n(.*?)^```\n(?:\n```text\n(.*?)^```\n)?", flags=re.DOTALL | re.MULTILINE)
 NUMBER = re.compile(r"(?<![\w.])-?\d+(?:\.\d+)?(?:e[+-]?\d+)?")
@@ -61,13 +64,15 @@ def told(tree: ast.AST) -> list[str]:
 
 
 def test_no_description_of_a_value_is_read_as_its_type() -> None:
-    for path in (ROOT / "lightning_ntk").rglob("*.py"):
+    for path in PACKAGE.rglob("*.py"):
         assert [line for line in told(ast.parse(path.read_text())) if ": " in line] == [], path
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_snippets_print_what_the_page_shows(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if page.stem == "fine_tuning" and Version(torch.__version__) < Version("2.13"):
+        pytest.skip("this PyTorch draws other dropout masks than that of constraints.txt")
     monkeypatch.chdir(tmp_path)
     lines: list[str] = []  # that the snippets print
     names: dict[str, Any] = {"print": lambda *values: lines.extend(" ".join(map(str, values)).splitlines())}
@@ -218,9 +223,9 @@ def test_the_scalars_page_has_every_scalar() -> None:
 
 def test_every_folder_is_in_the_architecture_with_its_sentence() -> None:
     page = dict(re.findall(r"^`(\w+)/`\n: (.*)$", (DOCS / "architecture.md").read_text(), re.MULTILINE))
-    folders = {path.parent.name: path for path in (ROOT / "lightning_ntk").glob("*/__init__.py")}
+    folders = {path.parent.name: path for path in PACKAGE.glob("*/__init__.py")}
     assert page.keys() == folders.keys()
     assert len(page) == 15
     for name, path in folders.items():
         assert ast.get_docstring(ast.parse(path.read_text())).splitlines()[0] == page[name]
-    assert {path.name for path in (ROOT / "lightning_ntk").glob("*") if path.is_file()} == {"__init__.py", "py.typed"}
+    assert {path.name for path in PACKAGE.glob("*") if path.is_file()} == {"__init__.py", "py.typed"}

@@ -338,7 +338,8 @@ def test_plots_show_a_bound_where_it_is_in_view() -> None:
 
 
 def test_a_tracker_knows_the_best_value(problem: Problem) -> None:
-    tracker = MetricTracker(MetricCollection([WeightDistance(problem.initial), WeightCosine(problem.initial)]))
+    metrics = [WeightDistance(problem.initial), WeightCosine(problem.initial)]
+    tracker = MetricTracker(MetricCollection(metrics), maximize=[metric.higher_is_better for metric in metrics])
     for share in (0.3, 1.0, 0.6):
         tracker.increment()
         linear = {n: v + share * (problem.weights[n] - v) for n, v in problem.initial.items()}

@@ -150,6 +150,11 @@ def whisper() -> nn.Module:
     return transformers.WhisperForConditionalGeneration(config)
 
 
+follows_transformers_5 = pytest.mark.skipif(
+    transformers.__version__.startswith("4."), reason="the explicit Jacobian does not fit this model of transformers 4"
+)
+
+
 @pytest.mark.parametrize(
     ("make", "target"),
     [
@@ -163,10 +168,10 @@ def whisper() -> nn.Module:
         ),
         pytest.param(mistral, "next tokens", marks=pytest.mark.tested("Mistral (transformers), sliding window", "twin")),
         pytest.param(gemma, "next tokens", marks=pytest.mark.tested("Gemma 3 (transformers), tied head", "twin")),
-        pytest.param(t5, "tokens", marks=pytest.mark.tested("T5 (transformers)", "twin")),
+        pytest.param(t5, "tokens", marks=[pytest.mark.tested("T5 (transformers)", "twin"), follows_transformers_5]),
         pytest.param(vit, "classes", marks=pytest.mark.tested("ViT (transformers)", "twin")),
         pytest.param(resnet, "classes", marks=pytest.mark.tested("ResNet (transformers), BatchNorm", "twin")),
-        pytest.param(whisper, "tokens", marks=pytest.mark.tested("Whisper (transformers)", "twin")),
+        pytest.param(whisper, "tokens", marks=[pytest.mark.tested("Whisper (transformers)", "twin"), follows_transformers_5]),
     ],
     ids=lambda value: getattr(value, "__name__", ""),
 )  # fmt: skip

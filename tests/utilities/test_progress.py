@@ -325,7 +325,10 @@ def test_an_interrupted_pass_ends_at_once(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["tqdm", "rich"])
-def test_a_message_stands_on_a_line_of_its_own(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_message_stands_on_a_line_of_its_own(
+    kind: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, logger="lightning.pytorch")  # whatever an example has set
     terminal = io.StringIO()
     monkeypatch.setattr(sys, "stdout", terminal)
     monkeypatch.setattr(sys, "stderr", terminal)

@@ -97,7 +97,10 @@ def main() -> None:
         environment = (arguments.environment or work / "environment").absolute()
         python = install(wheel, environment, arguments.which)
         junit = work / "junit.xml"
-        tests = arguments.pytest or ["tests", "--pyargs", "lightning_ntk"]
+        earlier = (
+            "--deselect=tests/test_packaging.py::test_the_oldest_versions_were_tested"  # by the result of this run
+        )
+        tests = arguments.pytest or ["tests", "--pyargs", "lightning_ntk", earlier]
         run(python, "-m", "pytest", "-q", "-rs", f"--junitxml={junit}", *tests, cwd=files, check=False)
         result = outcome(junit, python)
     print(json.dumps(result, indent=2))
