@@ -201,7 +201,7 @@ class LinearizedTraining:
 
     @property
     def targets(self) -> Float64[Tensor, "N K"] | Shaped[Tensor, "N ..."]:
-        """Y on the CPU: for a squared loss `(N, K)` in float64, class labels as one-hot rows; else as the data gives them."""
+        """Y on the CPU, `(N, K)` in float64 for a squared loss (class labels as one-hot rows); else as the data gives them."""
         return self.problem.objective.targets
 
     @property
