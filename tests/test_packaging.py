@@ -12,6 +12,7 @@ import tomllib
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from packaging.version import Version
+from torch.torch_version import TorchVersion
 
 import lightning_ntk
 from lightning_ntk.utilities import contexts
@@ -61,6 +62,6 @@ def test_the_oldest_versions_were_tested() -> None:
 
 
 def test_an_older_pytorch_is_refused_in_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delattr("torch.compiler.set_stance")
-    with pytest.raises(ImportError, match=r"needs PyTorch 2\.6 or newer, but this is \d"):
+    monkeypatch.setattr("torch.__version__", TorchVersion("2.7.1+cu126"))
+    with pytest.raises(ImportError, match=r"needs PyTorch 2\.8 or newer, but this is 2\.7\.1"):
         importlib.reload(contexts)
