@@ -1,8 +1,10 @@
 """What objects say that they hold, for their `repr`: counts and shapes, never whole tensors."""
 
 from collections.abc import Collection, Mapping
+from typing import TYPE_CHECKING
 
-from torch import Tensor
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def represent(instance: object, *held: str) -> str:
@@ -15,12 +17,12 @@ def represent(instance: object, *held: str) -> str:
     return f"{type(instance).__name__}({', '.join(part for part in held if part)})"
 
 
-def parameter_count(tensors: Mapping[str, Tensor]) -> str:
+def parameter_count(tensors: "Mapping[str, Tensor]") -> str:
     """The number of all elements: "4,810 parameters"."""
     return f"{sum(tensor.numel() for tensor in tensors.values()):,} parameters"
 
 
-def shape(tensor: Tensor) -> str:
+def shape(tensor: "Tensor") -> str:
     """The shape and the type of a tensor: "float64 (7, 3)"."""
     return f"{str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)}"
 
@@ -37,6 +39,8 @@ def represent_fields(instance: object, fields: Collection[str]) -> str:
 
 
 def _brief(value: object) -> str:
+    from torch import Tensor  # here, since a sweep's results do without
+
     if isinstance(value, Tensor):
         return shape(value)
     if isinstance(value, Mapping):
