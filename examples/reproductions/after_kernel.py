@@ -104,7 +104,7 @@ def draw(runs: dict[int, list[Errors]], path: Path) -> None:
             axis.fill_between(steps, low, high, color=COLORS[index], alpha=0.15, linewidth=0)
         finish(axis, "", "test error (%)", title=f"Width {width}", legend=None)
         step_axis(axis, steps)
-    axes[0].set_ylim(1, 99)
+    axes[0].set_ylim(1, 99)  # within two powers of ten, 1, 2 and 5 are labeled
     label_plainly(axes[0].yaxis)
     for axis in axes[1:]:
         axis.set_ylabel("")

@@ -1,4 +1,4 @@
-"""The results of a monitor: what a measured run has, and what Lightning's monitor knows of it."""
+"""The results of a Lightning run, and how it was followed."""
 
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
@@ -10,7 +10,7 @@ from typing_extensions import override
 from lightning_ntk.callback.status import RunStatus
 from lightning_ntk.comparison.run_comparison import RunComparison
 from lightning_ntk.plots import plot_spectrum
-from lightning_ntk.report.measured_run import MeasuredRun
+from lightning_ntk.report.measured_run import LOST, MeasuredRun
 from lightning_ntk.training.linearized_training import LinearizedTraining
 
 if TYPE_CHECKING:
@@ -81,7 +81,7 @@ class RunResults(MeasuredRun, Callback):
     def _doubts(self) -> list[str]:
         doubts = []
         if self._status.lost:
-            doubts.append("the linearized network was lost before the run ended")
+            doubts.append(LOST)
         if "unstable" in self._status.reported:
             doubts.append("the learning rate is above the largest for which the linearized network is stable")
         return doubts

@@ -139,7 +139,7 @@ class RegimePanel:
     ) -> tuple[Estimate, float, Tensor]:
         r"""Computes :math:`\lambda_\text{max}(J^\top H J)` by Lanczos in weight space.
 
-        Also returns the mean of both halves of the samples in the Krylov space, and the images J v of its vectors.
+        Also returns the mean over both halves of the samples, within the Krylov space, and the images J v of all vectors.
         """
         shapes = {name: p.shape for name, p in network.params.items()}
         targets = self._objective.targets.to(outputs.device)
@@ -154,16 +154,16 @@ class RegimePanel:
             levels = torch.linalg.qr(torch.randn(width, _MOST_CONSTANT, generator=generator, dtype=torch.float64))[0].T
         block = levels.unsqueeze(1).expand(-1, len(outputs), -1).to(outputs.device)
         krylov = LanczosProcess(_start(jacobian, hessian, block, generator))
-        images: list[Tensor] = []
-        curved: list[Tensor] = []
+        products: list[tuple[Tensor, Tensor]] = []
         while krylov.num_products < self._products and not krylov.exhausted:
-            images.append(jacobian.jvp(_by_name(krylov.newest, shapes)))
-            curved.append(hessian(images[-1]))
-            krylov.add(_flat(jacobian.vjp(curved[-1].unsqueeze(0)), 0))
+            image = jacobian.jvp(_by_name(krylov.newest, shapes))
+            products.append((image, curved := hessian(image)))
+            krylov.add(_flat(jacobian.vjp(curved.unsqueeze(0)), 0))
+        images, curvatures = (torch.stack(each) for each in zip(*products, strict=True))
         modes = krylov.modes()
         largest = modes.eigenvalues[-1].item()
         estimate = Estimate(largest, largest, modes.largest_eigenvalue)
-        return estimate, _of_halves(torch.stack(images), torch.stack(curved)), torch.cat([block, torch.stack(images)])
+        return estimate, _of_halves(images, curvatures), torch.cat([block, images])
 
     def _kernel(self, network: Linearization, jacobian: StreamedJacobian, vectors: ProbeVectors) -> dict[str, float]:
         targets, device = self._targets, network.device
@@ -269,7 +269,10 @@ def _start(
 
 
 def _of_halves(images: Tensor, curved: Tensor) -> float:
-    """The mean largest curvature of both halves of the samples, each a mean over its own samples."""
+    r"""The largest curvature of half of the samples, a mean over both halves.
+
+    The products are J v and H J v for an orthonormal basis of vectors v, `(T, N, K)` each.
+    """
     largest: list[float] = []
     for start in (0, 1):
         own, other = images[:, start::2], curved[:, start::2]
@@ -290,9 +293,8 @@ def _summed(grams: Mapping[str, Tensor]) -> Tensor:
 def _alignment(product: Tensor, target_square: Tensor, moments: KernelMoments) -> Estimate:
     """Computes the alignment from its numerator and the estimated norm of the kernel."""
     value, low, high = interval(moments.square, moments.known_square)
-    norms = (
-        target_square * torch.tensor([value, high, low], dtype=product.dtype).sqrt()
-    )  # a large kernel has a small alignment
+    # The alignment is smallest where the kernel is largest.
+    norms = target_square * torch.tensor([value, high, low], dtype=product.dtype).sqrt()
     return Estimate(*torch.nan_to_num(product / norms).tolist())
 
 

@@ -150,7 +150,7 @@ class RunComparison:
         """Follows the optimizer itself, right before it steps.
 
         Returns:
-            What the step does and the linearized network does not, as kinds, and phrases to follow "the run".
+            What the step does and the linearized network does not, each as a kind and a phrase that continues "the run".
         """
         if self._optimizer is None:
             return

@@ -215,7 +215,7 @@ def student_quantile(degrees: float) -> float:
         >>> round(student_quantile(15), 3)
         2.131
     """
-    z, n = _QUANTILE, float(degrees)
+    z, n = _QUANTILE, degrees
     terms = [
         (z**3 + z) / 4,
         (5 * z**5 + 16 * z**3 + 3 * z) / 96,

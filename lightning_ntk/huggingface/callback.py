@@ -22,7 +22,7 @@ from lightning_ntk.comparison.step_functions import StepComparison
 from lightning_ntk.data.reference import Reference, evenly_spaced
 from lightning_ntk.linearization.parameters import trainable_parameters
 from lightning_ntk.linearization.step import StepLinearization
-from lightning_ntk.report.measured_run import MeasuredRun
+from lightning_ntk.report.measured_run import LOST, MeasuredRun
 from lightning_ntk.training.base import StepSettings
 from lightning_ntk.training.twin import Twin
 from lightning_ntk.utilities.user_warnings import warn_user
@@ -36,7 +36,7 @@ class LinearizationCallback(MeasuredRun, TrainerCallback):
 
     The linearized network is trained in lockstep by a copy of the run's optimizer, on the loss that the model returns.
     The weights of the run are bitwise those of a run without the callback. The scalars are in `history` and, with the
-    prefix `ntk/`, in `trainer.state.log_history`. When training ends, one line says how lazy it was. In the first step
+    prefix `ntk/`, in `trainer.state.log_history`. When training ends, one line gives the verdict. In the first step
     and in every measured step, the gradient of the run is compared with that of the linearized loss, as
     `gradient_mismatch`.
 
@@ -131,7 +131,7 @@ class LinearizationCallback(MeasuredRun, TrainerCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Measures the last step of a stopped run, removes the hook, and says the verdict."""
+        """Measures the last step of a stopped run, removes the hook and prints the verdict."""
         self._hook.remove()
         if self.history[-1]["step"] != state.global_step:
             self._measure()
@@ -143,7 +143,7 @@ class LinearizationCallback(MeasuredRun, TrainerCallback):
 
     @override
     def _doubts(self) -> list[str]:
-        return ["the linearized network was lost before the run ended"] if self._lost else []
+        return [LOST] if self._lost else []
 
     @override
     def _notes(self) -> list[str]:

@@ -97,7 +97,7 @@ def _draw(axis: Any, history: History, labels: Mapping[str, str]) -> None:
 
 
 def _draw_halves(axis: Any, history: History, key: str) -> None:
-    """A faint line for half of the samples: far above the curve, all samples would be below it."""
+    """A faint line for half of the samples: where it is far above the curve, all samples may be far below it."""
     whole, halves = f"{_PREFIX}curvature", f"{_PREFIX}curvature_of_halves"
     rows = [row for row in history if key in row and row.get(whole) and halves in row]
     if rows:

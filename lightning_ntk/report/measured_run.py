@@ -13,6 +13,7 @@ from lightning_ntk.plots import Drawing, plot_history
 from lightning_ntk.report import document
 from lightning_ntk.report.page import run_page
 from lightning_ntk.report.table import summarize
+from lightning_ntk.utilities.lazy import optional_module
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -20,8 +21,12 @@ if TYPE_CHECKING:
     from pandas import DataFrame
 
 
+LOST = "the linearized network was lost before the run ended"
+"""A doubt that every callback may have."""
+
+
 class MeasuredRun:
-    """What the callbacks for every kind of Trainer say of a run, during it and after it."""
+    """The verdict, table, figures and page of a run, whichever Trainer trains it."""
 
     history: list[dict[str, float]]
     """One row for each measurement, with "step" and every logged scalar without the prefix."""
@@ -52,11 +57,7 @@ class MeasuredRun:
 
     def to_pandas(self) -> "DataFrame":
         """The history as a table. Needs pandas."""
-        try:
-            import pandas as pd
-        except ModuleNotFoundError as error:
-            raise ModuleNotFoundError("A table needs pandas, which is not installed: pip install pandas.") from error
-        return pd.DataFrame(self.history)
+        return optional_module("pandas", "A table").DataFrame(self.history)
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.name!r}: {self.verdict.state()})"

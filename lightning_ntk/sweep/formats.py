@@ -1,12 +1,13 @@
 """Rows of a table as text, files and data frames."""
 
 import csv
-import importlib
 import io
 import math
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any
+
+from lightning_ntk.utilities.lazy import optional_module
 
 Rows = Sequence[Mapping[str, Any]]
 
@@ -42,20 +43,12 @@ def as_cell(value: Any) -> str:
 
 def as_data_frame(rows: Rows, columns: Sequence[str]) -> Any:
     """Columns of rows as a data frame of pandas."""
-    return _optional("pandas").DataFrame(rows, columns=columns)
+    return optional_module("pandas", "A table").DataFrame(rows, columns=columns)
 
 
 def write_parquet(path: str | os.PathLike[str], rows: Rows, columns: Sequence[str]) -> None:
     """Writes columns of rows to a Parquet file, with pyarrow."""
-    table = _optional("pyarrow").table({name: [row.get(name) for row in rows] for name in columns})
-    _optional("pyarrow.parquet").write_table(table, os.fspath(path))
-
-
-def _optional(module: str) -> Any:
-    try:
-        return importlib.import_module(module)
-    except ModuleNotFoundError as error:
-        package = module.partition(".")[0]
-        raise ModuleNotFoundError(
-            f"This export needs {package}, which is not installed: pip install {package}."
-        ) from error
+    table = optional_module("pyarrow", "A Parquet file").table(
+        {name: [row.get(name) for row in rows] for name in columns}
+    )
+    optional_module("pyarrow.parquet", "A Parquet file").write_table(table, os.fspath(path))

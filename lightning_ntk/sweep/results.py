@@ -363,13 +363,9 @@ class Results:
         return len(self._entries)
 
     def __repr__(self) -> str:
-        return represent(
-            self,
-            f"{len(self.configurations)} configurations"
-            + " of ".join(["", *filter(None, [", ".join(self.parameters)])]),
-            f"{len(self.rows)} rows",
-            f"{len(self.scalars)} scalars",
-        )
+        of = f" of {', '.join(self.parameters)}" if self.parameters else ""
+        counts = f"{len(self.rows)} rows", f"{len(self.scalars)} scalars"
+        return represent(self, f"{len(self.configurations)} configurations{of}", *counts)
 
 
 def _require(argument: str, name: str, known: Sequence[str]) -> None:

@@ -92,17 +92,20 @@ def find_closest(training: ModalTraining, displacement: Mapping[str, Tensor], un
 
 
 def _norm_outside(vector: Mapping[str, Tensor], others: Sequence[Mapping[str, Tensor]]) -> float:
-    """The norm of a vector without its projection on the span of others, which it makes orthogonal one by one."""
+    """The norm of a vector without its projection on the span of others, by Gram-Schmidt."""
     basis: list[Tensors] = []
-    for other in [*others, vector]:
-        rest, before = other, norm(other)
-        for axis in basis:
-            share = inner_product(axis, rest)
-            rest = {name: value - share * axis[name] for name, value in rest.items()}
-        left = norm(rest)
-        if other is not vector and left > _DEPENDENT * before:
+    for other in others:
+        rest = _without(other, basis)
+        if (left := norm(rest)) > _DEPENDENT * norm(other):
             basis.append({name: value / left for name, value in rest.items()})
-    return left
+    return norm(_without(vector, basis))
+
+
+def _without(vector: Mapping[str, Tensor], basis: Sequence[Tensors]) -> Mapping[str, Tensor]:
+    for axis in basis:
+        share = inner_product(axis, vector)
+        vector = {name: value - share * axis[name] for name, value in vector.items()}
+    return vector
 
 
 class _SquaredDistance:

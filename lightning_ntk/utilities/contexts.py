@@ -15,7 +15,8 @@ from torch.overrides import TorchFunctionMode
 
 from lightning_ntk.utilities.attention import dual_attention
 
-if torch.__version__ < (2, 8):  # type: ignore[operator]  # whose torch.compiler.set_stance frees None too often, until Python aborts
+# In older versions, torch.compiler.set_stance frees None too often, until Python aborts.
+if torch.__version__ < (2, 8):  # type: ignore[operator]
     raise ImportError(f"lightning_ntk needs PyTorch 2.8 or newer, but this is {torch.__version__}. Upgrade torch.")
 
 _BACKENDS: Any = torch.backends  # whose switches depend on the version

@@ -1,7 +1,4 @@
-"""Imports names of a package when they are first used (PEP 562).
-
-The command line then starts without torch.
-"""
+"""Imports what is needed when it is first used (PEP 562), so that the command line starts without torch."""
 
 import importlib
 from collections.abc import Callable, Mapping
@@ -29,3 +26,20 @@ def lazy_names(package: str, modules: Mapping[str, str]) -> tuple[Callable[[str]
         raise AttributeError(f"module {package!r} has no attribute {name!r}")
 
     return getattr_of_package, lambda: ["__doc__", *modules]
+
+
+def optional_module(name: str, use: str) -> Any:
+    """Imports a module of a package that only one use needs.
+
+    Args:
+        name: The module.
+        use: What needs it, at the beginning of a sentence.
+
+    Raises:
+        ModuleNotFoundError: If the package is not installed, with how to install it.
+    """
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        package = name.partition(".")[0]
+        raise ModuleNotFoundError(f"{use} needs {package}, which is not installed: pip install {package}.") from error

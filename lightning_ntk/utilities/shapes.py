@@ -9,7 +9,9 @@ K              outputs of the network
 P, p           parameters, and features of a layer
 T, R           vectors that share a pass, or ridges
 m, k           modes, and those of a Krylov space
+estimates      one from all random vectors, then those that leave one vector out
 rows, columns  rows and columns of a kernel: N K of them, row n K + k for output k of sample n
+N1, B2, ...    blocks of samples or of a batch
 _              an axis of its own in every tensor of a sequence
 =============  =====================================================================
 

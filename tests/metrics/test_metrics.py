@@ -298,7 +298,7 @@ def _metric_in_one_of_two_processes(rank: int, directory: Path) -> None:
         sharded.update(**problem.arguments(rows))
     results = {"shared": as_numbers(shared.compute()), "sharded": as_numbers(sharded.compute())}
     torch.save(results, directory / f"{rank}.pt")
-    torch.distributed.barrier()  # so that the last exchange is freed: else an older PyTorch may wait without end
+    torch.distributed.barrier()  # so that the last exchange is freed; otherwise an older PyTorch may wait without end
     torch.distributed.destroy_process_group()
 
 

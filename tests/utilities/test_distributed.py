@@ -87,7 +87,7 @@ def run(rank: int, folder: str) -> None:
         except Exception as error:
             results[name] = f"{type(error).__name__}: {error}"
     torch.save(results, f"{folder}/{rank}.pt")
-    dist.barrier()  # so that the last exchange is freed: else an older PyTorch may wait without end
+    dist.barrier()  # so that the last exchange is freed; otherwise an older PyTorch may wait without end
     dist.destroy_process_group()
 
 

@@ -1,4 +1,4 @@
-"""Runs the tests with the oldest or the newest versions, on the installed wheel and outside of the checkout.
+"""Runs the tests with the oldest or the newest versions, on the installed wheel and outside the checkout.
 
     python tests/versions/run.py oldest  # those in oldest.txt: the floors in pyproject.toml
     python tests/versions/run.py newest  # those that the package index offers
