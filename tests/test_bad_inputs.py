@@ -1,6 +1,5 @@
 """What cannot be used is refused in a sentence; what fails in other code says where it was called."""
 
-import sys
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -192,7 +191,6 @@ def fail(*_: Any) -> Any:
     raise KeyError("mine")
 
 
-@pytest.mark.skipif(sys.version_info < (3, 11), reason="notes came with Python 3.11")
 @pytest.mark.parametrize(
     ("options", "note"),
     [

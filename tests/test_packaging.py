@@ -3,12 +3,12 @@
 import importlib
 import json
 import re
+import tomllib
 from importlib.metadata import metadata
 from itertools import chain
 from pathlib import Path
 
 import pytest
-import tomllib
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from packaging.version import Version

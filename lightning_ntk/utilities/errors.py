@@ -3,7 +3,6 @@
 A message says what was done, on what, and the cause.
 """
 
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from traceback import walk_tb
@@ -39,7 +38,7 @@ def explained(what: Callable[[], str], advice: str) -> Iterator[None]:
             ) from error
         if origin == "torch":
             raise ValueError(f"{what()} failed: {str(error).rstrip('.')}. {advice}") from error
-        if sys.version_info >= (3, 11) and not hasattr(error, "__notes__"):
+        if not hasattr(error, "__notes__"):
             error.add_note(f"{what()} failed, which lightning_ntk asked for.")
         raise
 

@@ -19,6 +19,8 @@ from tests.callback.test_monitor import Regression
 
 digits = cache(test_monitor.digits)
 DYNAMICS = ("gradient_descent", "replay", "twin")
+MINIBATCH = ("replay", "twin")
+EXACT = 1e-12
 # Lightning 2.6 made this an argument of Trainer.fit.
 WEIGHTS_ONLY: dict[str, Any] = (
     {"weights_only": True} if "weights_only" in inspect.signature(Trainer.fit).parameters else {}
@@ -135,3 +137,13 @@ def assert_trains_alike(
 
 def distance(monitor: LinearizationMonitor) -> float:
     return max(row["relative_weight_distance"] for row in monitor.history)
+
+
+def check(monitors: list[LinearizationMonitor], exact=DYNAMICS, steps: int | None = None) -> None:
+    for monitor in monitors:
+        if steps is not None:
+            assert [row["step"] for row in monitor.history] == list(range(steps + 1))
+        if monitor.name in exact:
+            assert distance(monitor) < EXACT, monitor.name
+        else:
+            assert distance(monitor) > 1e-6, f"{monitor.name} has no reason to be exact here"

@@ -17,11 +17,15 @@ def distance_and_bound(case: Case, modes: LanczosModes, form: ClosedForm, t: flo
     (reference,) = eigh_modes(case.kernel, case.residual)
     expected = case.weights(reference, form.filter(reference, t))
     error = (case.weights(modes, form.filter(modes, t)) - expected).norm().item()
-    # The eigendecomposition itself is off by a few roundings of the largest eigenvalue, which time magnifies.
+    # The eigendecomposition itself is off by a few roundings of the largest eigenvalue, which time magnifies: by the sum of
+    # |1 - eta lambda|^s over all steps, which is eta t where eta lambda is 2.
     values = reference.eigenvalues.clamp_min(0)
     largest = form.filter(reference, None)
     if t is not None:
-        largest = torch.clamp(1 / values.clamp_min(1e-300), max=form.rate * t)
+        decay = values
+        if form.dynamics == "gradient_descent":
+            decay = (1 - (1 - form.rate * values).abs()) / form.rate
+        largest = torch.clamp(1 / decay.clamp_min(1e-300), max=form.rate * t)
     gain = (values.sqrt() * largest).max()
     if t is None:
         gain = gain + values[-1] * (values.sqrt() * largest**2).max()

@@ -4,11 +4,11 @@ import os
 import re
 import subprocess
 import sys
+import tomllib
 from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
-import tomllib
 import yaml
 
 from lightning_ntk import __version__

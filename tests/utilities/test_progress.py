@@ -186,7 +186,7 @@ def test_rich_bars_use_one_task_again_and_hide_it(at_once: None, monkeypatch: py
 def test_a_rich_bar_of_its_own_where_the_trainer_has_none_yet(
     at_once: None, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from rich import get_console, reconfigure
+    from rich import reconfigure
 
     def fail(trainer: SimpleNamespace) -> None:
         with nested_bars(trainer):
@@ -203,7 +203,6 @@ def test_a_rich_bar_of_its_own_where_the_trainer_has_none_yet(
             list(track([1, 2], "after"))
         with pytest.raises(RuntimeError):
             fail(SimpleNamespace(progress_bar_callback=RichProgressBar()))
-        assert get_console()._live_stack == []
     finally:
         reconfigure()
     assert re.search(r"capturing.*50%", terminal.getvalue())
@@ -292,7 +291,7 @@ torch.manual_seed(0)
 data = TensorDataset(torch.randn(300, 8), torch.randn(300, 1))
 monitor = LinearizationMonitor(solver="lanczos", batch_size=1, progress=False)
 trainer = Trainer(max_steps=2, accelerator="cpu", logger=False, enable_checkpointing=False, callbacks=[monitor, Told()],
-                  enable_model_summary=False)
+                  enable_model_summary=False, enable_progress_bar=False)  # older versions of Lightning draw it on stdout
 trainer.fit(Network(), DataLoader(data, batch_size=300))
 """
 

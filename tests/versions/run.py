@@ -14,12 +14,11 @@ import subprocess
 import sys
 import tarfile
 import tempfile
+import tomllib
 from collections import Counter
 from importlib.metadata import distributions
 from pathlib import Path
 from xml.etree import ElementTree
-
-import tomllib
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
