@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
+from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader, Dataset
@@ -210,7 +211,10 @@ class LinearizationCallback(MeasuredRun, TrainerCallback):
         norm = float(nn.utils.get_total_norm(list(expected.total().values())))
         factor = 1.0 if clip_norm is None else min(1.0, clip_norm / (norm + 1e-6))  # as the Trainer has clipped them
         own = {name: None if gradient is None else gradient / factor for name, gradient in gradients.items()}
-        types = [torch.bfloat16 if self._args.bf16 else step.precision, *(p.dtype for p in step.params.values())]
+        types = [
+            torch.bfloat16 if _mixed_precision() == "bf16" else step.precision,
+            *(p.dtype for p in step.params.values()),
+        ]
         precision = max(types, key=lambda dtype: torch.finfo(dtype).eps)
         self._mismatch, mismatch = expected.compare(own, precision)
         if mismatch is None:
@@ -250,13 +254,21 @@ class LinearizationCallback(MeasuredRun, TrainerCallback):
 def _require_supported(args: TrainingArguments, state: TrainerState) -> None:
     reasons = {
         "one process and one device": args.world_size > 1 or args.n_gpu > 1,
-        "full precision or bf16=True": args.fp16,
+        "full precision or bf16=True": _mixed_precision() not in ("no", "bf16"),
         "label_smoothing_factor=0, since the model returns its own loss": args.label_smoothing_factor > 0,
         "a run from its start": state.global_step > 0,
     }
     refused = [expected for expected, found in reasons.items() if found]
     if refused:
         raise ValueError(f"Expected {refused[0]} with LinearizationCallback, which does not follow other runs.")
+
+
+def _mixed_precision() -> str:
+    """What the run computes in.
+
+    `accelerate launch --mixed_precision` decides it too, and `TrainingArguments` does not know.
+    """
+    return str(AcceleratorState().mixed_precision)
 
 
 def _loss_of(outputs: Any) -> Tensor | None:

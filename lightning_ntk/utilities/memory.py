@@ -11,6 +11,8 @@ from torch import Tensor
 
 # Bytes from which a matrix profits from huge pages.
 _HUGE_PAGES_FROM = 1 << 26
+# What is taken as free where the system does not say.
+_ASSUMED = 1 << 32
 # Rows mirrored at a time, so that the whole matrix is never copied.
 _MIRRORED_ROWS = 512
 
@@ -25,7 +27,7 @@ def available_memory(device: torch.device | str = "cpu") -> int:
         free, _ = torch.cuda.mem_get_info(device)
         cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return free + cached
-    return max(0, min(_machine_memory(), *_cgroup_memory(Path("/")), *_process_memory()))
+    return max(0, min([_machine_memory(), *_cgroup_memory(Path("/")), *_process_memory()]))
 
 
 def _machine_memory() -> int:
@@ -33,6 +35,8 @@ def _machine_memory() -> int:
         for line in lines:
             if line.startswith("MemAvailable:"):
                 return int(line.split()[1]) * 1024
+    if not hasattr(os, "sysconf"):  # Windows
+        return _ASSUMED
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
 
 

@@ -1,6 +1,7 @@
 """The callback for the Trainer of transformers: the numbers of the Lightning run, and of a loop of one's own."""
 
 import copy
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +24,20 @@ from tests.training_steps.test_language_models import PaddedLanguageModel, warm_
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 
+from accelerate.state import AcceleratorState  # noqa: E402
+
 from lightning_ntk.huggingface import LinearizationCallback  # noqa: E402
 
 STEPS, BATCH, CLIP = 3, 3, 0.3
+
+
+@pytest.fixture(autouse=True)
+def full_precision(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Of earlier runs in this process, accelerate keeps whether they were in bf16."""
+    monkeypatch.delenv("ACCELERATE_MIXED_PRECISION", raising=False)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 class InOrder(transformers.Trainer):
@@ -126,6 +138,16 @@ def test_accumulated_batches_are_those_of_the_run(name: str, options: dict[str, 
     mismatches = [row["gradient_mismatch"] for row in callback.history[1:]]
     assert max(mismatches) <= (0.05 if options else 1e-5)
     assert callback.history[1]["relative_weight_distance"] <= (0.05 if options else 1e-4)
+
+
+def test_the_precision_is_that_of_accelerate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As after `accelerate launch --mixed_precision bf16`: the arguments of the Trainer say nothing of it."""
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    seed_everything(0, verbose=False)
+    module = Family(bert(), "classes")
+    callback = LinearizationCallback(reference=None, steps=1)
+    train(module.model, module.dataset(), tmp_path, callback)
+    assert 1e-4 < max(row["gradient_mismatch"] for row in callback.history[1:]) < 0.05
 
 
 def test_a_run_has_a_verdict_and_a_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

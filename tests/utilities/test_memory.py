@@ -40,6 +40,19 @@ def test_what_cgroups_leave(tmp_path: Path, version: int, own: bool) -> None:
     assert list(_cgroup_memory(tmp_path / "nowhere")) == []
 
 
+def test_systems_that_say_little(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without cgroups and limits, as on macOS; and without `sysconf`, as on Windows."""
+
+    def no_file(*_: object) -> None:
+        raise FileNotFoundError
+
+    monkeypatch.setattr("builtins.open", no_file)
+    monkeypatch.setattr("lightning_ntk.utilities.memory._cgroup_memory", lambda root: _cgroup_memory(root / "nowhere"))
+    assert available_memory() == os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+    monkeypatch.delattr(os, "sysconf")
+    assert available_memory() == 1 << 32
+
+
 def test_the_limit_of_the_process_counts() -> None:
     _, hard = resource.getrlimit(resource.RLIMIT_AS)
     size = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
