@@ -13,6 +13,7 @@ from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader, Dataset
+from torch.utils.hooks import RemovableHandle
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from typing_extensions import override
 
@@ -87,11 +88,13 @@ class LinearizationCallback(MeasuredRun, TrainerCallback):
         self.history = []
         self.comparison: RunComparison | None = None
         self._lost, self._warnings = False, dict[str, None]()
+        self._hook: RemovableHandle | None = None
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Refuses what cannot be followed, linearizes the network and measures."""
+        self._unhook()  # from the model of a run that failed
         _require_supported(args, state)
         self._args, self._state, self._loader = args, state, kwargs["train_dataloader"]
         self._model: nn.Module = kwargs["model"]
@@ -102,7 +105,9 @@ class LinearizationCallback(MeasuredRun, TrainerCallback):
         self.history, self._lost, self._warnings = [], False, {}
         self.comparison = self._capture()
         self._measure()
-        self._hook = self._model.register_forward_pre_hook(self._before_forward, with_kwargs=True)
+        # The Trainer may compile the model with the hook in it.
+        before_forward = torch.compiler.disable(self._before_forward)
+        self._hook = self._model.register_forward_pre_hook(before_forward, with_kwargs=True)
 
     def on_epoch_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -127,16 +132,38 @@ class LinearizationCallback(MeasuredRun, TrainerCallback):
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Measures if it is time."""
         if is_scheduled(self.steps, state.global_step) or state.global_step == state.max_steps:
-            self._measure()
+            self._measure_once()
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Measures the last step of a run that is stopped, before the Trainer loads its best weights."""
+        if control.should_training_stop:
+            self._measure_once()
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Measures the last step of a run that an evaluation has stopped."""
+        if control.should_training_stop:
+            self._measure_once()
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Measures the last step of a stopped run, removes the hook and prints the verdict."""
-        self._hook.remove()
-        if self.history[-1]["step"] != state.global_step:
-            self._measure()
+        """Measures the last step if nothing has, removes the hook and prints the verdict."""
+        self._unhook()
+        if args.load_best_model_at_end and state.best_model_checkpoint and not self._is_measured:
+            self._warn(
+                f"LinearizationCallback has not measured the last step, {state.global_step}: the Trainer has put the weights of "
+                "the best step in their place."
+            )
+        else:
+            self._measure_once()
         print(f"LinearizationCallback: {self.verdict.describe()}")
+
+    def _unhook(self) -> None:
+        if self._hook is not None:
+            self._hook.remove()
+            self._hook = None
 
     @override
     def _initial_weights(self) -> Mapping[str, Tensor]:
@@ -224,6 +251,14 @@ class LinearizationCallback(MeasuredRun, TrainerCallback):
         if number == 1:
             raise ValueError(f"{sentence} It follows the loss that the model itself returns.")
         self._warn(sentence)
+
+    @property
+    def _is_measured(self) -> bool:
+        return bool(self.history) and self.history[-1]["step"] == self._state.global_step
+
+    def _measure_once(self) -> None:
+        if not self._is_measured:
+            self._measure()
 
     def _measure(self) -> None:
         if self.comparison is None or self._lost:

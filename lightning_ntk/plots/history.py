@@ -64,7 +64,7 @@ def read_history(path: str | Path, name: str = "ntk") -> list[dict[str, float]]:
     path = path / "metrics.csv" if path.is_dir() else path
     if not path.is_file():
         raise FileNotFoundError(f"Expected a log of the CSVLogger but there is no file {path}.")
-    with path.open(newline="") as file:
+    with path.open(newline="", encoding="utf-8") as file:
         reader = csv.DictReader(file)
         columns = reader.fieldnames or []
         prefix = f"{name}/"

@@ -95,7 +95,7 @@ def _table(file: SweepFile, options: argparse.Namespace) -> int:
         if len(columns) < len(results.columns) and not options.columns:
             print(f"{len(results.columns) - len(columns)} more columns: --all-columns, or --columns", file=sys.stderr)
     if options.output:
-        options.output.write_text(text)
+        options.output.write_text(text, encoding="utf-8")
     else:
         sys.stdout.write(text)
     return 0

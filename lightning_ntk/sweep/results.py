@@ -339,7 +339,7 @@ class Results:
 
     def to_csv(self, path: str | os.PathLike[str]) -> None:
         """Writes the whole table to a CSV file."""
-        Path(path).write_text(self.csv(), newline="")
+        Path(path).write_text(self.csv(), newline="", encoding="utf-8")
 
     def to_parquet(self, path: str | os.PathLike[str]) -> None:
         """Writes the whole table to a Parquet file, with pyarrow."""

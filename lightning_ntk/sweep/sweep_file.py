@@ -48,7 +48,7 @@ class SweepFile:
         if not file.is_file():
             raise FileNotFoundError(f"Expected a YAML file that describes a sweep at {file} but there is none.")
         try:
-            content = yaml.load(file.read_text(), Loader=_Loader)
+            content = yaml.load(file.read_text(encoding="utf-8"), Loader=_Loader)
         except yaml.YAMLError as error:
             raise ValueError(f"Expected {file} to be YAML but {error}") from error
         _require_keys(content, str(file), {*_OPTIONS, *_SOURCES}, required={"objective"})

@@ -110,7 +110,7 @@ def work_in_process(
     """The whole life of a worker process that `Sweep.run` started."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
-    with log.open("a", buffering=1) as file:
+    with log.open("a", buffering=1, encoding="utf-8") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
         import torch  # not above: most commands do without

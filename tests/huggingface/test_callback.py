@@ -62,9 +62,9 @@ def train(model: nn.Module, data: Any, path: Path, *callbacks: Any, **options: A
     optimizer = optimizer_of(model)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, warm_up)
     trainer = InOrder(
-        model=model, train_dataset=data, optimizers=(optimizer, scheduler), callbacks=list(callbacks),
+        model=model, train_dataset=data, eval_dataset=data, optimizers=(optimizer, scheduler), callbacks=list(callbacks),
         args=transformers.TrainingArguments(
-            str(path), use_cpu=True, report_to=[], save_strategy="no", disable_tqdm=True, **arguments
+            str(path), use_cpu=True, report_to=[], disable_tqdm=True, **{"save_strategy": "no"} | arguments
         ),
     )  # fmt: skip
     trainer.train()
@@ -179,6 +179,82 @@ def test_a_run_has_a_verdict_and_a_page(tmp_path: Path, capsys: pytest.CaptureFi
         train(module.model, module.dataset(), tmp_path, callback, max_steps=12)
     hook.remove()
     assert "was lost before the run ended" in callback.verdict.reason
+
+
+@pytest.mark.parametrize("strategy", ["steps", "epoch"])
+@pytest.mark.parametrize("first", [True, False])
+def test_the_last_step_is_measured_before_the_best_weights_are_loaded(
+    strategy: str, first: bool, tmp_path: Path
+) -> None:
+    rows = []
+    for best in (True, False):
+        seed_everything(0, verbose=False)
+        module = Family(bert(), "classes")
+        callback = LinearizationCallback(reference=None, steps=[100])
+        stop = transformers.EarlyStoppingCallback(1)
+        trainer = InOrder(
+            model=module.model, train_dataset=module.dataset(), eval_dataset=module.dataset(),
+            callbacks=[callback, stop] if first else [stop, callback],
+            args=transformers.TrainingArguments(
+                str(tmp_path), use_cpu=True, report_to=[], disable_tqdm=True, max_steps=100, learning_rate=0.3,
+                per_device_train_batch_size=24, eval_strategy=strategy, save_strategy=strategy, eval_steps=2, save_steps=2,
+                load_best_model_at_end=best, metric_for_best_model="loss",
+            ),
+        )  # fmt: skip
+        trainer.train()
+        assert trainer.state.best_global_step < trainer.state.global_step < 100
+        rows.append(callback.history)
+    assert rows[0] == rows[1]
+    assert [row["step"] for row in rows[0]] == [0, trainer.state.global_step]
+
+
+def test_the_best_weights_are_not_measured_for_the_last(tmp_path: Path) -> None:
+    module = Family(bert(), "classes")
+    callback = LinearizationCallback(reference=None, steps=[10])
+
+    class Stops(transformers.TrainerCallback):
+        """After the last event in which the weights of the last step can be measured."""
+
+        def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            control.should_training_stop = state.global_step == 4
+
+    with pytest.warns(
+        UserWarning, match="has not measured the last step, 4: the Trainer has put the weights of the best"
+    ):
+        train(
+            module.model, module.dataset(), tmp_path, callback, Stops(), max_steps=8, eval_strategy="epoch", eval_steps=2,
+            save_strategy="epoch", load_best_model_at_end=True, per_device_train_batch_size=24,
+        )  # fmt: skip
+    assert [row["step"] for row in callback.history] == [0]
+
+
+def test_a_compiled_model_has_the_numbers_of_a_plain_one(tmp_path: Path) -> None:
+    rows = []
+    for compiled in (True, False):
+        seed_everything(0, verbose=False)
+        module = Family(bert(), "classes")
+        callback = LinearizationCallback(steps=1)
+        compile_it = {"torch_compile": True, "torch_compile_backend": "aot_eager"} if compiled else {}
+        train(module.model, module.dataset(), tmp_path, callback, **compile_it)
+        rows.append(callback.history)
+    torch._dynamo.reset()
+    for row, other in zip(*rows, strict=True):
+        assert row == pytest.approx(other, rel=1e-3, abs=1e-4)
+
+
+def test_a_run_that_failed_leaves_nothing_behind(tmp_path: Path) -> None:
+    module = Family(bert(), "classes")
+    callback = LinearizationCallback(reference=None, steps=1)
+
+    class Fails(transformers.TrainerCallback):
+        def on_step_end(self, *_: Any, **__: Any) -> None:
+            raise KeyError("mine")
+
+    with pytest.raises(KeyError, match="mine"):
+        train(module.model, module.dataset(), tmp_path, callback, Fails())
+    train(module.model, module.dataset(), tmp_path, callback)
+    assert [row["step"] for row in callback.history] == [0, 1, 2, 3]
+    assert max(row["gradient_mismatch"] for row in callback.history[1:]) < 1e-5
 
 
 @pytest.mark.parametrize(
