@@ -21,7 +21,7 @@ from lightning_ntk.comparison.expected_gradient import ExpectedGradient
 from lightning_ntk.comparison.run_comparison import RunComparison
 from lightning_ntk.comparison.schedule import is_scheduled
 from lightning_ntk.comparison.step_functions import StepComparison
-from lightning_ntk.data.reference import Reference, evenly_spaced
+from lightning_ntk.data.reference import NoFixedOrderError, Reference, evenly_spaced
 from lightning_ntk.linearization.parameters import trainable_parameters
 from lightning_ntk.linearization.step import StepLinearization
 from lightning_ntk.report.measured_run import LOST, MeasuredRun
@@ -198,8 +198,15 @@ class LinearizationCallback(MeasuredRun, TrainerCallback):
         loader = self._loader if isinstance(data, str) else data
         if not isinstance(loader, DataLoader):
             loader = DataLoader(data, collate_fn=self._loader.collate_fn)
+        try:
+            samples = evenly_spaced(loader, self.reference_samples)
+        except NoFixedOrderError as error:
+            if not isinstance(data, str):
+                raise
+            self._warn(f"LinearizationCallback compares weights only, and no functions on the training set. {error}")
+            return None
         reference = Reference(
-            evenly_spaced(loader, self.reference_samples),
+            samples,
             batch_size=self._args.per_device_train_batch_size,
             transfer=lambda batch: {n: v.to(step.device) if isinstance(v, Tensor) else v for n, v in batch.items()},
         )

@@ -242,6 +242,25 @@ def test_a_compiled_model_has_the_numbers_of_a_plain_one(tmp_path: Path) -> None
         assert row == pytest.approx(other, rel=1e-3, abs=1e-4)
 
 
+class Stream(torch.utils.data.IterableDataset[Any]):
+    def __init__(self, data: Any) -> None:
+        self.data = data
+
+    def __iter__(self) -> Iterator[Any]:
+        return map(self.data.__getitem__, range(len(self.data)))
+
+
+def test_streamed_data_are_followed_without_functions(tmp_path: Path) -> None:
+    module = Family(bert(), "classes")
+    callback, strict = LinearizationCallback(steps=1), LinearizationCallback(Stream(module.dataset()))
+    with pytest.warns(UserWarning, match="compares weights only, .* Stream can only be iterated"):
+        train(module.model, Stream(module.dataset()), tmp_path, callback)
+    assert max(row["gradient_mismatch"] for row in callback.history[1:]) < 1e-5
+    assert "loss" not in callback.history[-1]
+    with pytest.raises(ValueError, match="Give a map-style data set"):
+        train(module.model, Stream(module.dataset()), tmp_path, strict)
+
+
 def test_a_run_that_failed_leaves_nothing_behind(tmp_path: Path) -> None:
     module = Family(bert(), "classes")
     callback = LinearizationCallback(reference=None, steps=1)
