@@ -106,7 +106,7 @@ class LinearizationCallback(MeasuredRun, TrainerCallback):
         self.comparison = self._capture()
         self._measure()
         # The Trainer may compile the model with the hook in it.
-        before_forward = torch.compiler.disable(self._before_forward)
+        before_forward = torch.compiler.disable(self._before_forward)  # type: ignore[no-untyped-call]
         self._hook = self._model.register_forward_pre_hook(before_forward, with_kwargs=True)
 
     def on_epoch_begin(
