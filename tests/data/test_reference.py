@@ -16,7 +16,8 @@ from lightning_ntk.linearization.passes import DataPasses
 from lightning_ntk.linearization.verification import check_adjoint
 from tests.problems import make
 
-X, Y = torch.randn(11, 6), torch.randn(11, 3)
+# The same in worker processes, which import this file again from Python 3.14 on.
+X, Y = torch.randn(11, 9, generator=torch.Generator().manual_seed(0)).split([6, 3], 1)
 
 
 class Samples(Dataset):
