@@ -11,6 +11,7 @@ from torch import Tensor
 from lightning_ntk.callback import trainer as view
 from lightning_ntk.callback.capture import RunCapture
 from lightning_ntk.callback.status import RunStatus
+from lightning_ntk.comparison.gradient_check import compiled_noise
 
 Gradients = dict[str, Tensor | None]
 
@@ -134,7 +135,8 @@ class RunGradient:
         elif not self._capture.accumulates_before:
             advice = 'Use dynamics="twin", which follows the network in train mode'
         else:
-            advice = (
+            noise = compiled_noise(self._module, is_compiled=view.is_compiled(self._module))
+            advice = noise or (
                 "The training step keeps state that changes its loss, or draws random numbers from a generator of its own: "
                 "give `loss`"
             )

@@ -220,6 +220,11 @@ def training_data(trainer: Trainer) -> DataLoader[Any]:
     return DataLoader(first, loader.batch_size, collate_fn=loader.collate_fn, num_workers=loader.num_workers)
 
 
+def is_compiled(module: LightningModule) -> bool:
+    """Whether the Trainer was given a compiled module, of which it keeps the plain one."""
+    return module._compiler_ctx is not None
+
+
 def precision(trainer: Trainer, module: LightningModule) -> torch.dtype:
     """The least precise type in which the run computes its gradients."""
     by_name = {"16": torch.float16, "bf16": torch.bfloat16, "64": torch.float64}

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_ntk.functional.weights import parameter_distances, ratio, weight_sums
 
@@ -50,6 +50,24 @@ class GradientMismatch(NamedTuple):
             f"The run's gradient differs from that of {_EXPECTED} by {self.relative:.2g} of its norm, and by "
             f"{self.remainder:.2g} after the best factor, {self.factor:.4g}. Parameters that differ most: {worst}."
         )
+
+
+def compiled_noise(module: nn.Module, *, is_compiled: bool = False) -> str | None:
+    """Says what to do about the random numbers of a compiled network; None if it is not compiled.
+
+    Args:
+        module: The network that trains.
+        is_compiled: Whether something else is known to have compiled it.
+    """
+    from torch._inductor import config
+
+    compiled = (name.endswith("_orig_mod") or m._compiled_call_impl is not None for name, m in module.named_modules())
+    if config.fallback_random or not (is_compiled or any(compiled)):
+        return None
+    return (
+        "`torch.compile` draws the random numbers of dropout in its own way: set `torch._inductor.config.fallback_random = "
+        "True` before training"
+    )
 
 
 def check_gradient(

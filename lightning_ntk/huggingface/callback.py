@@ -18,6 +18,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from typing_extensions import override
 
 from lightning_ntk.comparison.expected_gradient import ExpectedGradient
+from lightning_ntk.comparison.gradient_check import compiled_noise
 from lightning_ntk.comparison.run_comparison import RunComparison
 from lightning_ntk.comparison.schedule import is_scheduled
 from lightning_ntk.comparison.step_functions import StepComparison
@@ -256,7 +257,8 @@ class LinearizationCallback(MeasuredRun, TrainerCallback):
         number = self.comparison.steps + 1
         sentence = f"LinearizationCallback does not follow the loss of this run in step {number}. {mismatch.describe()}"
         if number == 1:
-            raise ValueError(f"{sentence} It follows the loss that the model itself returns.")
+            noise = compiled_noise(self._model, is_compiled=self._args.torch_compile)
+            raise ValueError(f"{sentence} {noise or 'It follows the loss that the model itself returns'}.")
         self._warn(sentence)
 
     @property

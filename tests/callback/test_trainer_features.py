@@ -4,6 +4,8 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch._inductor.config
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import (
     BatchSizeFinder,
@@ -168,6 +170,37 @@ def test_a_compiled_network_has_the_distances_of_a_plain_one(fresh_dynamo) -> No
     train(make(mlp), loader(11), plain, max_epochs=6)
     for one, other in zip(compiled, plain, strict=True):
         assert one.history[-1] == pytest.approx(other.history[-1], rel=1e-9, abs=1e-12)
+
+
+def draws_otherwise(graph, inputs):
+    """A backend whose dropout has other random numbers, as the default one's."""
+
+    def call(*values):
+        torch.rand(1)
+        return graph.forward(*values)
+
+    return call
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_the_dropout_of_a_compiled_network_is_named(whole: bool, fresh_dynamo) -> None:
+    def run() -> None:
+        torch._dynamo.reset()
+        body = nn.Sequential(nn.Linear(6, 8), nn.Dropout(), nn.Linear(8, 3))
+        module = Quiet(body if whole else torch.compile(body, backend=draws_otherwise))
+        train(
+            torch.compile(module, backend=draws_otherwise) if whole else module,
+            loader(4),
+            watch(("twin",), mismatch="refuse"),
+        )
+
+    with pytest.raises(
+        MisconfigurationException, match=r"draws .* set `torch._inductor.config.fallback_random = True`"
+    ):
+        run()
+    generator = pytest.raises(MisconfigurationException, match="draws random numbers from a generator of its own")
+    with torch._inductor.config.patch(fallback_random=True), generator:
+        run()
 
 
 def test_passes_compile_nothing(fresh_dynamo) -> None:

@@ -229,16 +229,19 @@ def test_the_best_weights_are_not_measured_for_the_last(tmp_path: Path) -> None:
 
 
 def test_a_compiled_model_has_the_numbers_of_a_plain_one(tmp_path: Path) -> None:
-    rows = []
-    for compiled in (True, False):
+    weights, callbacks = [], []
+    for compiled, watched in ((True, True), (True, False), (False, True)):
+        torch._dynamo.reset()
         seed_everything(0, verbose=False)
         module = Family(bert(), "classes")
         callback = LinearizationCallback(steps=1)
         compile_it = {"torch_compile": True, "torch_compile_backend": "aot_eager"} if compiled else {}
-        train(module.model, module.dataset(), tmp_path, callback, **compile_it)
-        rows.append(callback.history)
+        train(module.model, module.dataset(), tmp_path, *[callback] * watched, **compile_it)
+        weights.append(dict(module.model.state_dict()))
+        callbacks.append(callback)
     torch._dynamo.reset()
-    for row, other in zip(*rows, strict=True):
+    assert_same(weights[0], weights[1])
+    for row, other in zip(callbacks[0].history, callbacks[2].history, strict=True):
         assert row == pytest.approx(other, rel=1e-3, abs=1e-4)
 
 
