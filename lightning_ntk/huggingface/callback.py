@@ -318,5 +318,8 @@ def _mixed_precision() -> str:
 def _loss_of(outputs: Any) -> Tensor | None:
     loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs[0]
     if loss is None:
-        raise ValueError("Expected a model that returns its loss but it returned none: the batches need `labels`.")
+        raise ValueError(
+            "Expected a model that returns its loss but it returned none: the batches need `labels`, and a `compute_loss` of "
+            "your own is not followed."
+        )
     return loss  # type: ignore[no-any-return]
