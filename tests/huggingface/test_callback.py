@@ -298,7 +298,9 @@ def test_a_loss_besides_that_of_the_model_is_refused(tmp_path: Path) -> None:
     before = copy.deepcopy(dict(module.model.state_dict()))
     trainer = Doubled(
         model=module.model, train_dataset=module.dataset(), callbacks=[LinearizationCallback(reference=None)],
-        args=transformers.TrainingArguments(str(tmp_path), use_cpu=True, report_to=[], save_strategy="no"),
+        args=transformers.TrainingArguments(
+            str(tmp_path), use_cpu=True, report_to=[], save_strategy="no", disable_tqdm=True
+        ),
     )  # fmt: skip
     with pytest.raises(ValueError, match="run's gradient is 2 times that of"):
         trainer.train()
