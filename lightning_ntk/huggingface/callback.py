@@ -4,7 +4,7 @@ It sees each batch as the model does, right before the model's own pass.
 """
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence, Sized
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal
 
@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 from torch.utils.data import DataLoader, Dataset
 from torch.utils.hooks import RemovableHandle
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import has_length
 from typing_extensions import override
 
 from lightning_ntk.comparison.expected_gradient import ExpectedGradient
@@ -230,7 +231,7 @@ class LinearizationCallback(MeasuredRun, TrainerCallback):
 
     def _batches_of_step(self) -> int:
         each = int(self._args.gradient_accumulation_steps)
-        rest = len(self._loader) % each if isinstance(self._loader, Sized) else 0
+        rest = len(self._loader) % each if has_length(self._loader) else 0
         return rest if rest and self._batches >= len(self._loader) - rest else each
 
     @property
