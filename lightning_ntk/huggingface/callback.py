@@ -103,6 +103,7 @@ class LinearizationCallback(MeasuredRun, TrainerCallback):
         optimizer = kwargs["optimizer"]
         self._optimizer: Optimizer = getattr(optimizer, "optimizer", optimizer)  # Accelerate wraps it
         self._batches = 0  # of the epoch
+        self._divides = False  # whether the Trainer divides the loss by the number of batches of a step
         self._mismatch: float | None = None
         self.history, self._lost, self._warnings = [], False, {}
         self.comparison = self._capture()
@@ -142,6 +143,13 @@ class LinearizationCallback(MeasuredRun, TrainerCallback):
         """Measures the last step of a run that is stopped, before the Trainer loads its best weights."""
         if control.should_training_stop:
             self._measure_once()
+        if self._divides and self._batches % args.gradient_accumulation_steps and not has_length(self._loader):
+            assert self.comparison is not None
+            with self._following(self.comparison):
+                raise ValueError(
+                    "The streamed data have ended within a step, whose loss the Trainer has not divided by "
+                    f"gradient_accumulation_steps={args.gradient_accumulation_steps}. Give data with a length."
+                )
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Measures the last step of a run that an evaluation has stopped."""
@@ -219,7 +227,8 @@ class LinearizationCallback(MeasuredRun, TrainerCallback):
         if self.comparison is None or self._lost or not (model.training and torch.is_grad_enabled()):
             return
         # The model itself divides by the number of labels in all batches of a step, where the Trainer tells it.
-        scale = 1.0 if batch.get("num_items_in_batch") is not None else 1 / self._batches_of_step()
+        self._divides = batch.get("num_items_in_batch") is None
+        scale = 1 / self._batches_of_step() if self._divides else 1.0
         self._batches += 1
         with self._following(self.comparison):
             if args:

@@ -264,6 +264,32 @@ def test_streamed_data_are_followed_without_functions(tmp_path: Path) -> None:
         train(module.model, Stream(module.dataset()), tmp_path, strict)
 
 
+class Divided(nn.Module):
+    """Its Trainer divides the loss by the batches of a step."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3))
+
+    def forward(self, inputs: torch.Tensor, labels: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {"loss": nn.functional.cross_entropy(self.layers(inputs), labels)}
+
+
+def test_a_stream_that_ends_within_a_step_is_lost(tmp_path: Path) -> None:
+    generator = torch.Generator().manual_seed(0)
+    data = [{"inputs": torch.randn(4, generator=generator), "labels": i % 3} for i in range(5 * BATCH)]
+    callback = LinearizationCallback(steps=1)
+    train(
+        Divided(), data, tmp_path, callback, gradient_accumulation_steps=2, max_steps=6
+    )  # the third step has one batch
+    assert max(row["gradient_mismatch"] for row in callback.history[1:]) < 1e-5
+    with pytest.warns(
+        UserWarning, match="ended within a step, .* gradient_accumulation_steps=2. Give data with a length"
+    ):
+        train(Divided(), Stream(data), tmp_path, callback, gradient_accumulation_steps=2, max_steps=6)
+    assert [row["step"] for row in callback.history] == [0, 1, 2]
+
+
 def test_a_run_that_failed_leaves_nothing_behind(tmp_path: Path) -> None:
     module = Family(bert(), "classes")
     callback = LinearizationCallback(reference=None, steps=1)
