@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import event, given, settings
+from hypothesis import event, example, given, settings
 from hypothesis import strategies as st
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback
@@ -140,6 +140,14 @@ PLANS = st.fixed_dictionaries({
 })  # fmt: skip
 
 
+# Found by chance: between a late capture and the first step that is followed, part of the network was frozen.
+FROZEN_AFTER_CAPTURE = {
+    "dynamics": "auto", "optimizer": "Nesterov", "second rate": 0.03, "schedule": False, "reduction": "mean", "to none": False,
+    "hook": "", "event": "freeze", "event step": 2, "event first": False, "batch size": 2, "accumulate": 1, "clip": None,
+    "by value": False, "data": "ordered", "drop last": False, "steps": 1, "given loss": True, "capture at": 2, "resume": None,
+}  # fmt: skip
+
+
 def loader(plan: dict[str, Any]) -> DataLoader:
     data, size = digits(), plan["batch size"]
     generator = torch.Generator().manual_seed(1)
@@ -188,6 +196,7 @@ def follow(plan: dict[str, Any], folder: Path, resume: bool) -> tuple[Linearizat
 @pytest.mark.filterwarnings("ignore")
 @settings(max_examples=EXAMPLES)
 @given(plan=PLANS)
+@example(plan=FROZEN_AFTER_CAPTURE)
 def test_random_runs_are_followed_marked_or_refused(plan: dict[str, Any]) -> None:
     state = random.getstate()
     told: list[str] = []  # by all parts of the run: a resumed one does not repeat it
