@@ -158,13 +158,9 @@ class Lockstep:
             self._taken = self._processes.any(len(settings.frozen) < len(comparison.initial_weights))
             changes = list(comparison.prepare_step(optimizer, self._settings)) if self._taken else []
             is_twin = isinstance(comparison.online, Twin)
-            is_frozen = "frozen" in dict(changes)  # since the capture, whose parameters a twin would need
-            if (
-                changes
-                and self._monitor.dynamics == "auto"
-                and comparison.steps_taken == 0
-                and not (is_twin or is_frozen)
-            ):
+            may_switch = self._monitor.dynamics == "auto" and comparison.steps_taken == 0 and not is_twin
+            # A twin would need the parameters of the capture, none of them frozen since.
+            if changes and may_switch and "frozen" not in dict(changes):
                 self._take_over(f"In its first step the run {changes[0][1]}.")
                 changes = []
             for kind, phrase in changes:

@@ -53,11 +53,14 @@ class GradientMismatch(NamedTuple):
 
 
 def compiled_noise(module: nn.Module, *, is_compiled: bool = False) -> str | None:
-    """Says what to do about the random numbers of a compiled network; None if it is not compiled.
+    """Says what to do about the random numbers of a compiled network.
 
     Args:
         module: The network that trains.
-        is_compiled: Whether something else is known to have compiled it.
+        is_compiled: Whether a Trainer has compiled it, which the module itself does not show.
+
+    Returns:
+        A clause; None if the network is not compiled, or draws the numbers of a plain one.
     """
     from torch._inductor import config
 

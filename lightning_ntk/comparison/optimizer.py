@@ -141,8 +141,8 @@ class ObservedOptimizer:
             scaled = len({own.lr for own in self._own.values()}) > 1
             if full_batch or scaled:
                 yield "clips", "began to clip its gradients"
-        since_capture = {name for name, p in self._parameters.items() if not p.requires_grad}
-        unfollowed = since_capture | ({*first.frozen, *first.at_zero} ^ {*step.frozen, *step.at_zero})
+        frozen_since_capture = {name for name, p in self._parameters.items() if not p.requires_grad}
+        unfollowed = frozen_since_capture | ({*first.frozen, *first.at_zero} ^ {*step.frozen, *step.at_zero})
         if unfollowed:
             yield "frozen", f"began or ceased to train {some(sorted(unfollowed))}"
 

@@ -143,11 +143,12 @@ class LinearizationCallback(MeasuredRun, TrainerCallback):
         """Measures the last step of a run that is stopped, before the Trainer loads its best weights."""
         if control.should_training_stop:
             self._measure_once()
-        if self._divides and self._batches % args.gradient_accumulation_steps and not has_length(self._loader):
+        rest = self._batches % args.gradient_accumulation_steps
+        if rest and self._divides and not self._lost and not has_length(self._loader):
             assert self.comparison is not None
             with self._following(self.comparison):
                 raise ValueError(
-                    "The streamed data have ended within a step, whose loss the Trainer has not divided by "
+                    "The streamed data ended within a step, whose loss the Trainer does not divide by "
                     f"gradient_accumulation_steps={args.gradient_accumulation_steps}. Give data with a length."
                 )
 

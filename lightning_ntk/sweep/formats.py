@@ -48,7 +48,6 @@ def as_data_frame(rows: Rows, columns: Sequence[str]) -> Any:
 
 def write_parquet(path: str | os.PathLike[str], rows: Rows, columns: Sequence[str]) -> None:
     """Writes columns of rows to a Parquet file, with pyarrow."""
-    table = optional_module("pyarrow", "A Parquet file").table(
-        {name: [row.get(name) for row in rows] for name in columns}
-    )
+    values = {name: [row.get(name) for row in rows] for name in columns}
+    table = optional_module("pyarrow", "A Parquet file").table(values)
     optional_module("pyarrow.parquet", "A Parquet file").write_table(table, os.fspath(path))

@@ -203,11 +203,8 @@ class _Workers:
                     break
                 if len(self._early_deaths) >= _EARLY_DEATHS:
                     log = self._early_deaths[-1]
-                    tail = (
-                        "\n".join(log.read_text(errors="replace", encoding="utf-8").splitlines()[-15:])
-                        if log.exists()
-                        else ""
-                    )
+                    text = log.read_text(encoding="utf-8", errors="replace") if log.exists() else ""
+                    tail = "\n".join(text.splitlines()[-15:])
                     raise RuntimeError(
                         f"{len(self._early_deaths)} worker processes in a row ended before they took a trial. The last lines "
                         f'of {log}:\n{tail}\nA script must call run() under if __name__ == "__main__":, because worker '

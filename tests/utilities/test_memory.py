@@ -48,6 +48,7 @@ def test_systems_that_say_little(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr("builtins.open", no_file)
     monkeypatch.setattr("lightning_ntk.utilities.memory._cgroup_memory", lambda root: _cgroup_memory(root / "nowhere"))
+    monkeypatch.setattr("lightning_ntk.utilities.memory._process_memory", lambda: iter(()))
     assert available_memory() == os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
     monkeypatch.delattr(os, "sysconf")
     assert available_memory() == 1 << 32
